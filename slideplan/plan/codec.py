@@ -1,0 +1,92 @@
+"""Reading and writing the project's JSON documents: strict, versioned, atomic."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+FORMAT_VERSION = 1
+
+
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every described thing: immutable, unknown fields refused."""
+
+
+class Document(Spec, frozen=True, kw_only=True, tag_field="document"):
+    """A specification that lies in a file of its own. The tag of its class heads it as `document`."""
+
+    format_version: int = FORMAT_VERSION
+
+
+class _Header(msgspec.Struct):
+    document: str = ""
+    format_version: int = 0
+
+
+D = TypeVar("D", bound=Document)
+
+
+def digest(spec: msgspec.Struct) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON encoding."""
+    return hashlib.sha256(msgspec.json.encode(spec, order="deterministic")).hexdigest()[:16]
+
+
+def load(path: str | Path, kind: type[D]) -> D:
+    """Read a document of this kind.
+
+    Raises ValueError naming the file, the field and what to do when the file is missing, is not
+    JSON, is another document, has another version, or has an unknown, missing or mistyped field.
+    """
+    path = Path(path)
+    tag = str(kind.__struct_config__.tag)
+    try:
+        raw = path.read_bytes()
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; name the {tag} file in it") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        header = msgspec.json.decode(raw, type=_Header)
+        if header.document != tag:
+            raise ValueError(f"{path}: expected a {tag!r} document, field `document` says {header.document!r}")
+        if header.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: field `format_version` is {header.format_version}, this version reads "
+                f"{FORMAT_VERSION}; make the {tag} anew"
+            )
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path}: not a valid {tag}: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def save(path: str | Path, document: msgspec.Struct) -> None:
+    """Write whole or not at all: a temporary file beside the target, then a rename."""
+    path = Path(path)
+    text = msgspec.json.format(msgspec.json.encode(document, order="deterministic"), indent=1)
+    write_atomic(path, text + b"\n")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; a crash leaves the old file or the new one, never half of one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a plan is an ordinary file
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

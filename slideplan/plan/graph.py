@@ -1,0 +1,182 @@
+"""The task graph: one training step as data, with edges into the step before. It holds no durations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from functools import cached_property
+from typing import Literal
+
+from slideplan.plan.codec import Spec
+from slideplan.plan.policy import Tier
+
+
+class Lane(StrEnum):
+    """A FIFO of tasks on one resource: a GPU stream or a host thread."""
+
+    COMPUTE = "compute"
+    H2D = "h2d"
+    D2H = "d2h"
+    HOST_UPDATE = "host_update"
+    GPU_UPDATE = "gpu_update"
+    SSD_READ = "ssd_read"
+    SSD_WRITE = "ssd_write"
+
+
+class TaskKind(StrEnum):
+    """What a task does; each kind belongs to one lane."""
+
+    LOAD_WEIGHTS = "load_weights"
+    FORWARD = "forward"  # keeps nothing but the boundary
+    FORWARD_KEEP = "forward_keep"  # keeps inner activations too
+    LOSS = "loss"  # head: forward, loss and backward in one
+    BACKWARD = "backward"  # from kept inner activations (embedding: scatter)
+    BACKWARD_RECOMPUTE = "backward_recompute"  # forward again, then backward
+    OFFLOAD_BOUNDARY = "offload_boundary"
+    FETCH_BOUNDARY = "fetch_boundary"
+    OFFLOAD_GRADIENT = "offload_gradient"
+    UPDATE_HOST = "update_host"
+    UPDATE_GPU = "update_gpu"
+
+
+LANE_OF = {
+    TaskKind.LOAD_WEIGHTS: Lane.H2D,
+    TaskKind.FORWARD: Lane.COMPUTE,
+    TaskKind.FORWARD_KEEP: Lane.COMPUTE,
+    TaskKind.LOSS: Lane.COMPUTE,
+    TaskKind.BACKWARD: Lane.COMPUTE,
+    TaskKind.BACKWARD_RECOMPUTE: Lane.COMPUTE,
+    TaskKind.OFFLOAD_BOUNDARY: Lane.D2H,
+    TaskKind.FETCH_BOUNDARY: Lane.H2D,
+    TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
+    TaskKind.UPDATE_HOST: Lane.HOST_UPDATE,
+    TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
+}
+
+
+class TensorClass(StrEnum):
+    """What a buffer holds."""
+
+    WEIGHTS = "weights"
+    REMAINDER = "master_remainder"
+    MOMENTS = "moments"
+    GRADIENT = "gradient"
+    BOUNDARY = "boundary_activation"
+    INNER = "inner_activation"
+    WORKSPACE = "workspace"
+
+
+class Role(StrEnum):
+    """What a task uses a slot for; its handler finds its buffers by these names."""
+
+    WEIGHTS = "weights"
+    TIED_WEIGHTS = "tied_weights"
+    HOST_WEIGHTS = "host_weights"
+    REMAINDER = "remainder"
+    MOMENTS = "moments"
+    GRADIENT = "gradient"
+    TIED_GRADIENT = "tied_gradient"
+    HOST_GRADIENT = "host_gradient"
+    INPUT = "input"  # boundary activation that enters the unit
+    OUTPUT = "output"  # boundary activation that leaves it
+    HOST_BOUNDARY = "host_boundary"
+    BOUNDARY_GRADIENT = "boundary_gradient"  # gradient of the output, overwritten by that of the input
+    INNER = "inner"
+
+
+class SlotPool(Spec, frozen=True):
+    """`count` equal buffers of one tensor class in one tier, reserved before the first step."""
+
+    name: str
+    tier: Tier
+    tensor_class: TensorClass
+    slot_bytes: int
+    count: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.slot_bytes * self.count
+
+
+class Access(Spec, frozen=True):
+    """One use of one slot. "w" overwrites all of it, "rw" builds on what it holds."""
+
+    role: Role
+    pool: str
+    slot: int
+    mode: Literal["r", "w", "rw"]
+
+
+class Dependency(Spec, frozen=True):
+    """The task waits for task `task` of the same step (distance 0) or of the step before (1)."""
+
+    task: int
+    distance: Literal[0, 1]
+
+
+class Task(Spec, frozen=True):
+    """One piece of work of one lane.
+
+    unit:         unit number
+    micro:        micro-batch number, or None where the task serves all of them
+    bytes_moved:  bytes that cross a link, or that an update moves through memory
+    flops:        floating-point operations of a compute task, recompute included
+    accesses:     slots it reads and writes
+    dependencies: at most one per other lane; order within its own lane is the lane's
+    """
+
+    name: str
+    kind: TaskKind
+    unit: int
+    micro: int | None
+    bytes_moved: int
+    flops: int
+    accesses: tuple[Access, ...]
+    dependencies: tuple[Dependency, ...] = ()
+
+    @property
+    def lane(self) -> Lane:
+        return LANE_OF[self.kind]
+
+    def slot(self, role: Role) -> tuple[str, int]:
+        """Pool name and slot number of the access in this role. Raises KeyError without one."""
+        for access in self.accesses:
+            if access.role is role:
+                return access.pool, access.slot
+        raise KeyError(f"task {self.name} has no {role} access")
+
+    def has(self, role: Role) -> bool:
+        return any(access.role is role for access in self.accesses)
+
+
+class TaskGraph(Spec, frozen=True, dict=True):
+    """Tasks of one step in topological order; a lane runs its tasks in this order, step after step."""
+
+    pools: tuple[SlotPool, ...]
+    tasks: tuple[Task, ...]
+
+    @cached_property
+    def lanes(self) -> dict[Lane, tuple[int, ...]]:
+        """Task numbers of each lane that has any, in FIFO order."""
+        queues: dict[Lane, list[int]] = {}
+        for number, task in enumerate(self.tasks):
+            queues.setdefault(task.lane, []).append(number)
+        return {lane: tuple(queues[lane]) for lane in Lane if lane in queues}
+
+    @cached_property
+    def lane_position(self) -> tuple[int, ...]:
+        """Place of each task in its lane's FIFO."""
+        position = [0] * len(self.tasks)
+        for queue in self.lanes.values():
+            for place, number in enumerate(queue):
+                position[number] = place
+        return tuple(position)
+
+    @cached_property
+    def pool(self) -> dict[str, SlotPool]:
+        return {pool.name: pool for pool in self.pools}
+
+
+def tier_bytes(pools: Iterable[SlotPool], tier: Tier) -> int:
+    """Bytes that all pools of a tier reserve."""
+    return sum(pool.total_bytes for pool in pools if pool.tier is tier)

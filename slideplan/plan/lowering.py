@@ -1,0 +1,28 @@
+"""From policy to task graph, in small passes.
+
+1. compute order   `order.compute_order`   units x micro-batches, vertical
+2. transfers       `order.with_transfers`  loads, offloads, fetches, updates where they are issued
+3. slots           `slots.SlotAssignment`  every buffer a pool, every action its slots
+4. edges           `edges.derive`          dependencies, carried ones too, from slot accesses
+"""
+
+from __future__ import annotations
+
+from slideplan.plan.edges import derive
+from slideplan.plan.graph import TaskGraph
+from slideplan.plan.model import ModelSpec
+from slideplan.plan.order import compute_order, with_transfers
+from slideplan.plan.policy import Policy, Workload
+from slideplan.plan.slots import Footprint, SlotAssignment
+
+
+def lower(model: ModelSpec, policy: Policy, workload: Workload, footprint: Footprint) -> TaskGraph:
+    """The task graph of one training step.
+
+    Raises ValueError, naming the knob, for a policy that does not fit model and workload.
+    """
+    policy.check(model, workload)
+    slots = SlotAssignment(model, policy, workload, footprint)
+    tasks = [slots.task(action) for action in with_transfers(model, policy, compute_order(model, policy))]
+    graph = TaskGraph(pools=tuple(slots.pools.values()), tasks=tuple(tasks))
+    return TaskGraph(pools=graph.pools, tasks=derive(tasks, graph))

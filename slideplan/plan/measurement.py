@@ -1,0 +1,109 @@
+"""What a run of a plan showed, and how it compares with the prediction."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from slideplan.plan.codec import Document, Spec, digest
+from slideplan.plan.machine import MachineIdentity
+from slideplan.plan.plan import Plan
+from slideplan.plan.policy import Tier
+from slideplan.plan.replay import replay
+from slideplan.plan.timeline import StepRecord, step_record
+
+
+class Measurement(Document, frozen=True, tag="measurement"):
+    """One run of a plan.
+
+    record:  the steady step whose time is the median
+    task_ns: median duration of each task over all steady steps
+    step_ns, losses: every step from the first, warm-up included
+    """
+
+    version: str
+    plan_digest: str
+    machine: MachineIdentity
+    versions: dict[str, str]
+    date: str
+    command: str
+    warmup_steps: int
+    step_ns: tuple[int, ...]
+    losses: tuple[float, ...]
+    task_ns: tuple[int, ...]
+    record: StepRecord
+
+
+class ComparisonRow(Spec, frozen=True):
+    """One line of the comparison, in the unit of its table. `replayed` is missing where it has no meaning."""
+
+    name: str
+    predicted: int
+    replayed: int | None
+    measured: int
+
+    @property
+    def error(self) -> float | None:
+        """(predicted - measured) / measured; None where nothing was measured."""
+        return (self.predicted - self.measured) / self.measured if self.measured else None
+
+
+class Comparison(Document, frozen=True, tag="comparison"):
+    """Predicted, replayed with measured durations, measured.
+
+    predicted -> replayed is the error of the cost model, replayed -> measured that of the structure.
+    kinds: time per task kind in one step. lanes: busy time per lane in one step. memory: peak bytes.
+    """
+
+    model: str
+    machine: str
+    step: ComparisonRow
+    tokens_per_s: ComparisonRow
+    kinds: tuple[ComparisonRow, ...]
+    lanes: tuple[ComparisonRow, ...]
+    memory: tuple[ComparisonRow, ...]
+    cost_model_error: float
+    structure_error: float
+    step_spread: float  # (p90 - p10) / p50 of the measured steady steps
+
+
+def compare(plan: Plan, measurement: Measurement) -> Comparison:
+    """Hold a run against its plan. Raises ValueError where the run was of another plan."""
+    if measurement.plan_digest != digest(plan):
+        raise ValueError(
+            f"the measurement is of plan {measurement.plan_digest}, the plan given is {digest(plan)}; "
+            "compare a run with the plan it executed"
+        )
+    predicted, measured = plan.prediction.record, measurement.record
+    replayed_ns, spans = replay(plan.graph, measurement.task_ns)
+    replayed = step_record(plan.graph, plan.workload, replayed_ns, spans, measured.peak_bytes)
+    kinds: dict[str, list[int]] = {}
+    for number, task in enumerate(plan.graph.tasks):
+        row = kinds.setdefault(task.kind, [0, 0, 0])
+        for column, record in enumerate((predicted, replayed, measured)):
+            row[column] += record.spans[number].end_ns - record.spans[number].start_ns
+    steady = sorted(measurement.step_ns[measurement.warmup_steps :])
+    middle = median(steady)
+    return Comparison(
+        model=plan.model.name,
+        machine=plan.machine.name,
+        step=_row("step", predicted.step_ns, replayed_ns, measured.step_ns),
+        tokens_per_s=_row("tokens/s", predicted.tokens_per_s, replayed.tokens_per_s, measured.tokens_per_s),
+        kinds=tuple(_row(name, *row) for name, row in kinds.items()),
+        lanes=tuple(
+            _row(lane, use.busy_ns, replayed.lanes[lane].busy_ns, measured.lanes[lane].busy_ns)
+            for lane, use in predicted.lanes.items()
+        ),
+        memory=tuple(_row(tier, predicted.peak_bytes[tier], None, measured.peak_bytes[tier]) for tier in (Tier.GPU, Tier.HOST)),
+        cost_model_error=predicted.step_ns / replayed_ns - 1,
+        structure_error=replayed_ns / measured.step_ns - 1,
+        step_spread=(steady[len(steady) * 9 // 10] - steady[len(steady) // 10]) / middle,
+    )
+
+
+def _row(name: str, predicted: float, replayed: float | None, measured: float) -> ComparisonRow:
+    return ComparisonRow(
+        name=str(name),
+        predicted=round(predicted),
+        replayed=None if replayed is None else round(replayed),
+        measured=round(measured),
+    )

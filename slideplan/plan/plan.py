@@ -1,0 +1,70 @@
+"""The plan: a schedule for one model on one machine, with what was predicted of it."""
+
+from __future__ import annotations
+
+from slideplan.plan.codec import Document, Spec, digest
+from slideplan.plan.graph import TaskGraph
+from slideplan.plan.ledger import Ledger
+from slideplan.plan.machine import MachineIdentity
+from slideplan.plan.model import ModelSpec
+from slideplan.plan.policy import Policy, Workload
+from slideplan.plan.timeline import StepRecord
+from slideplan.plan.validate import validate
+
+
+class Prediction(Spec, frozen=True):
+    """What the simulator says of a steady step.
+
+    lower_bound_ns: no schedule of this policy is faster (busiest lane)
+    critical_ns:    time on the critical path by what holds it: a lane's tasks
+    cost_sources:   where the cost of each kind of task comes from, kind -> "measured" or "derived"
+    """
+
+    record: StepRecord
+    lower_bound_ns: int
+    critical_ns: dict[str, int]
+    cost_sources: dict[str, str]
+
+
+class SearchRecord(Spec, frozen=True):
+    """How the policy was found: counts of policies considered, dropped unpriced, and simulated."""
+
+    candidates: int
+    pruned_by_capacity: int
+    pruned_by_bound: int
+    simulated: int
+
+
+class MachineReference(Spec, frozen=True):
+    """The machine that a plan was made for, with the digest of the whole profile."""
+
+    name: str
+    digest: str
+    identity: MachineIdentity
+    source: str  # "measured" or "datasheet"
+
+
+class Plan(Document, frozen=True, tag="plan"):
+    """Everything `runtime execute` needs."""
+
+    version: str  # of the package that made it
+    model: ModelSpec
+    model_digest: str
+    machine: MachineReference
+    workload: Workload
+    policy: Policy
+    graph: TaskGraph
+    ledger: Ledger
+    prediction: Prediction
+    search: SearchRecord
+    offloads: bool  # False: everything fits on the GPU and stays there
+
+    def check(self, where: str) -> None:
+        """Raise ValueError where the parts of the plan contradict each other. `where`: the file's name."""
+        if digest(self.model) != self.model_digest:
+            raise ValueError(f"{where}: `model` was changed after planning (digest differs from `model_digest`); plan again")
+        try:
+            self.policy.check(self.model, self.workload)
+            validate(self.graph)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; plan again") from None

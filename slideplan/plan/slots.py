@@ -1,0 +1,280 @@
+"""Lowering, pass 3: every buffer gets a pool, every action its slots.
+
+Walks the issue order once. A slot shared by several units goes back to its ring at its last reader
+and the ring hands out the slot freed longest ago, so the assignment is static and repeats every step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Literal
+
+from slideplan.plan.codec import Spec
+from slideplan.plan.graph import Access, Role, SlotPool, Task, TaskKind, TensorClass
+from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.order import Action, compute_order, visits, window_slots
+from slideplan.plan.policy import Policy, Tier, Workload
+
+MOMENT_BYTES = 8  # fp32 m and v per element
+REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
+WEIGHT_BYTES = 2  # bf16 high half
+# AdamW on split master reads and writes weight, remainder and both moments, and reads the gradient.
+UPDATE_STATE_TRAFFIC_BYTES = 2 * (WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES)
+
+
+class Footprint(Spec, frozen=True):
+    """GPU bytes that depend on kernels, not on the schedule: from the machine profile or estimated.
+
+    inner_bytes:     inner activations that one layer keeps for one micro-batch
+    workspace_bytes: largest transient need of any task beside its slots
+    """
+
+    inner_bytes: int
+    workspace_bytes: int
+
+
+class _Ring:
+    """Slots of a shared pool, handed out in the order in which they were freed."""
+
+    def __init__(self, pool: str, count: int, knob: str) -> None:
+        self.pool = pool
+        self._free = deque(range(count))
+        self._knob = knob
+
+    def take(self) -> int:
+        if not self._free:
+            raise ValueError(f"policy.{self._knob} is too small for this order of tasks: pool {self.pool} runs out of slots")
+        return self._free.popleft()
+
+    def give_back(self, slot: int) -> None:
+        self._free.append(slot)
+
+
+class SlotAssignment:
+    """Pools of a policy, and the accesses of its actions in issue order."""
+
+    def __init__(self, model: ModelSpec, policy: Policy, workload: Workload, footprint: Footprint) -> None:
+        self.model = model
+        self.policy = policy
+        self.tokens = policy.micro_batch * workload.seq_len
+        self.seq_len = workload.seq_len
+        self.footprint = footprint
+        self.pools: dict[str, SlotPool] = {}
+        self._rank: dict[tuple[str, int], int] = {}  # (pool, unit) -> slot of its own
+        self._make_pools()
+        self._gradient_ring = _Ring("gpu.gradient.layer", policy.gradient_slots, "gradient_slots")
+        self._host_gradient_ring = _Ring("host.gradient.layer", policy.host_gradient_slots, "host_gradient_slots")
+        self._boundary_ring = _Ring("gpu.boundary.cycle", policy.boundary_slots, "boundary_slots")
+        self._gradient: dict[int, int] = {}
+        self._host_gradient: dict[int, int] = {}
+        self._boundary: dict[tuple[int, int], int] = {}
+        self._boundary_users: dict[tuple[int, int], int] = {}
+        self._loaded: set[int] = set()
+        turns = visits(compute_order(model, policy))
+        self._window: dict[int, deque[int]] = {}
+        self._window_loads: dict[int, deque[int]] = {}
+        for visit, window in zip(turns, window_slots(model, policy, turns), strict=True):
+            if window is not None:
+                self._window.setdefault(visit.unit, deque()).append(window[0])
+                if window[1]:
+                    self._window_loads.setdefault(visit.unit, deque()).append(window[0])
+
+    # -- pools ---------------------------------------------------------------------------------
+
+    def _add_pool(self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, owners: list[int]) -> None:
+        for slot, unit in enumerate(owners):
+            self._rank[name, unit] = slot
+        self._add_shared(name, tier, tensor_class, slot_bytes, len(owners))
+
+    def _add_shared(self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, count: int) -> None:
+        if count and slot_bytes:
+            self.pools[name] = SlotPool(name=name, tier=tier, tensor_class=tensor_class, slot_bytes=slot_bytes, count=count)
+
+    def _make_pools(self) -> None:
+        model, policy = self.model, self.policy
+        gradient_bytes = policy.gradient_element_bytes
+        for role in UnitRole:
+            units = [unit for unit in range(model.units) if model.role(unit) is role]
+            elements = model.flat_elements(role)
+            streaming = sum(policy.streams_weights(unit) for unit in units)
+            resident = [unit for unit in units if not policy.streams_weights(unit)]
+            self._add_pool(f"gpu.weights.{role}", Tier.GPU, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, resident)
+            if streaming:
+                self._add_shared("gpu.weights.window", Tier.GPU, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, policy.window)
+            for tier in (Tier.GPU, Tier.HOST):
+                owners = [unit for unit in units if policy.units[unit].state is tier]
+                self._add_pool(f"{tier}.remainder.{role}", tier, TensorClass.REMAINDER, REMAINDER_BYTES * elements, owners)
+                self._add_pool(f"{tier}.moments.{role}", tier, TensorClass.MOMENTS, MOMENT_BYTES * elements, owners)
+            on_host = [unit for unit in units if policy.units[unit].state is Tier.HOST]
+            self._add_pool(f"host.weights.{role}", Tier.HOST, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, on_host)
+            is_layer = role is UnitRole.LAYER
+            self._add_shared(
+                f"gpu.gradient.{role}", Tier.GPU, TensorClass.GRADIENT, gradient_bytes * elements,
+                policy.gradient_slots if is_layer else 1,
+            )  # fmt: skip
+            self._add_shared(
+                f"host.gradient.{role}", Tier.HOST, TensorClass.GRADIENT, gradient_bytes * elements,
+                policy.host_gradient_slots if is_layer else len(on_host),
+            )  # fmt: skip
+        boundary = model.boundary_bytes(self.tokens)
+        micros = policy.micro_batches
+        stay = [unit for unit in range(model.head_unit) if policy.units[unit].boundary is Tier.GPU]
+        leave = [unit for unit in range(model.head_unit) if policy.units[unit].boundary is Tier.HOST]
+        kept = [unit for unit in range(model.units) if policy.units[unit].inner == "keep"]
+        for name, tier, owners in (("gpu.boundary", Tier.GPU, stay), ("host.boundary", Tier.HOST, leave)):
+            self._add_shared(name, tier, TensorClass.BOUNDARY, boundary, len(owners) * micros)
+            self._rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
+        self._add_shared("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, policy.boundary_slots)
+        self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
+        self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, self.footprint.inner_bytes, len(kept) * micros)
+        self._rank.update({("gpu.inner", unit): micros * place for place, unit in enumerate(kept)})
+        self._add_shared("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, self.footprint.workspace_bytes, 1)
+
+    def _own(self, role: Role, pool: str, unit: int, mode: Literal["r", "w", "rw"], micro: int = 0) -> Access:
+        return Access(role=role, pool=pool, slot=self._rank[pool, unit] + micro, mode=mode)
+
+    # -- slots of each tensor class ------------------------------------------------------------
+
+    def _weights(self, unit: int, mode: Literal["r", "w", "rw"], role: Role = Role.WEIGHTS, last: bool = False) -> Access:
+        if not self.policy.streams_weights(unit):
+            return self._own(role, f"gpu.weights.{self.model.role(unit)}", unit, mode)
+        queue = self._window_loads[unit] if mode == "w" else self._window[unit]
+        slot = queue.popleft() if mode == "w" or last else queue[0]
+        return Access(role=role, pool="gpu.weights.window", slot=slot, mode=mode)
+
+    def _boundary_access(self, role: Role, unit: int, micro: int, mode: Literal["r", "w"]) -> Access:
+        """Boundary activation that leaves `unit`, on the GPU."""
+        if self.policy.units[unit].boundary is Tier.GPU:
+            return self._own(role, "gpu.boundary", unit, mode, micro)
+        key = unit, micro
+        if mode == "w":
+            self._boundary[key] = self._boundary_ring.take()
+            # In forward two tasks read it, the next unit and the offload; in backward one does.
+            self._boundary_users[key] = 2 if role is Role.OUTPUT else 1
+        slot = self._boundary[key]
+        if mode == "r":
+            self._boundary_users[key] -= 1
+            if self._boundary_users[key] == 0:
+                self._boundary_ring.give_back(self._boundary.pop(key))
+        return Access(role=role, pool="gpu.boundary.cycle", slot=slot, mode=mode)
+
+    def _gradient_access(self, unit: int, mode: Literal["r", "w", "rw"], role: Role = Role.GRADIENT) -> Access:
+        pool = f"gpu.gradient.{self.model.role(unit)}"
+        if self.model.role(unit) is not UnitRole.LAYER:
+            return Access(role=role, pool=pool, slot=0, mode=mode)
+        if mode == "w":
+            self._gradient[unit] = self._gradient_ring.take()
+        slot = self._gradient[unit]
+        if mode == "r":
+            self._gradient_ring.give_back(self._gradient.pop(unit))
+        return Access(role=role, pool=pool, slot=slot, mode=mode)
+
+    def _host_gradient_access(self, unit: int, mode: Literal["r", "w"]) -> Access:
+        pool = f"host.gradient.{self.model.role(unit)}"
+        if self.model.role(unit) is not UnitRole.LAYER:
+            return Access(role=Role.HOST_GRADIENT, pool=pool, slot=0, mode=mode)
+        if mode == "w":
+            self._host_gradient[unit] = self._host_gradient_ring.take()
+            slot = self._host_gradient[unit]
+        else:
+            slot = self._host_gradient.pop(unit)
+            self._host_gradient_ring.give_back(slot)
+        return Access(role=Role.HOST_GRADIENT, pool=pool, slot=slot, mode=mode)
+
+    def _inner(self, unit: int, micro: int, mode: Literal["r", "w"]) -> Access:
+        return self._own(Role.INNER, "gpu.inner", unit, mode, micro)
+
+    def _state(self, tier: Tier, unit: int) -> list[Access]:
+        role = self.model.role(unit)
+        return [
+            self._own(Role.REMAINDER, f"{tier}.remainder.{role}", unit, "rw"),
+            self._own(Role.MOMENTS, f"{tier}.moments.{role}", unit, "rw"),
+        ]
+
+    # -- tasks ---------------------------------------------------------------------------------
+
+    def task(self, action: Action) -> Task:
+        """The action with its slots; to be called once per action, in issue order."""
+        kind, unit, micro = action
+        model = self.model
+        role = model.role(unit)
+        elements = model.flat_elements(role)
+        gradient_bytes = self.policy.gradient_element_bytes * elements
+        bytes_moved = flops = 0
+        name = f"{kind}/{model.unit_name(unit)}" + (f"/mb{micro}" if micro is not None else "")
+        accesses: list[Access]
+        if kind is TaskKind.LOAD_WEIGHTS:
+            accesses = [self._own(Role.HOST_WEIGHTS, f"host.weights.{role}", unit, "r"), self._weights(unit, "w")]
+            bytes_moved = WEIGHT_BYTES * elements
+            if self.policy.streams_weights(unit):
+                name += "/backward" if unit in self._loaded else "/forward"
+                self._loaded.add(unit)
+        elif kind is TaskKind.UPDATE_HOST:
+            accesses = [self._host_gradient_access(unit, "r"), *self._state(Tier.HOST, unit)]
+            accesses.append(self._own(Role.HOST_WEIGHTS, f"host.weights.{role}", unit, "rw"))
+            bytes_moved = UPDATE_STATE_TRAFFIC_BYTES * elements + gradient_bytes
+        elif kind is TaskKind.UPDATE_GPU:
+            accesses = [self._gradient_access(unit, "r"), *self._state(Tier.GPU, unit), self._weights(unit, "rw")]
+            bytes_moved = UPDATE_STATE_TRAFFIC_BYTES * elements + gradient_bytes
+        elif kind is TaskKind.OFFLOAD_GRADIENT:
+            accesses = [self._gradient_access(unit, "r"), self._host_gradient_access(unit, "w")]
+            bytes_moved = gradient_bytes
+        elif kind is TaskKind.OFFLOAD_BOUNDARY:
+            assert micro is not None
+            accesses = [
+                self._boundary_access(Role.INPUT, unit, micro, "r"),
+                self._own(Role.HOST_BOUNDARY, "host.boundary", unit, "w", micro),
+            ]
+            bytes_moved = model.boundary_bytes(self.tokens)
+        elif kind is TaskKind.FETCH_BOUNDARY:
+            assert micro is not None
+            accesses = [
+                self._own(Role.HOST_BOUNDARY, "host.boundary", unit, "r", micro),
+                self._boundary_access(Role.INPUT, unit, micro, "w"),
+            ]
+            bytes_moved = model.boundary_bytes(self.tokens)
+        else:
+            assert micro is not None
+            accesses = self._compute_accesses(kind, unit, micro)
+            flops = self._flops(kind, role)
+        return Task(
+            name=name, kind=kind, unit=unit, micro=micro, bytes_moved=bytes_moved, flops=flops, accesses=tuple(accesses)
+        )
+
+    def _compute_accesses(self, kind: TaskKind, unit: int, micro: int) -> list[Access]:
+        model, micros = self.model, self.policy.micro_batches
+        backward = kind in (TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE)
+        accesses = []
+        if not (backward and unit == 0):  # the embedding's backward scatters, it reads no weights
+            accesses.append(self._weights(unit, "r", last=micro == micros - 1))
+        if unit > 0:
+            accesses.append(self._boundary_access(Role.INPUT, unit - 1, micro, "r"))
+        if kind in (TaskKind.FORWARD, TaskKind.FORWARD_KEEP):
+            accesses.append(self._boundary_access(Role.OUTPUT, unit, micro, "w"))
+            if kind is TaskKind.FORWARD_KEEP:
+                accesses.append(self._inner(unit, micro, "w"))
+            return accesses
+        if kind is TaskKind.BACKWARD and unit > 0:
+            accesses.append(self._inner(unit, micro, "r"))
+        accesses.append(
+            Access(role=Role.BOUNDARY_GRADIENT, pool="gpu.boundary_gradient", slot=micro,
+                   mode="w" if kind is TaskKind.LOSS else "r" if unit == 0 else "rw")
+        )  # fmt: skip
+        started = micro > 0 or (unit == 0 and model.tied_embeddings)
+        accesses.append(self._gradient_access(unit, "rw" if started else "w"))
+        if kind is TaskKind.LOSS and model.tied_embeddings:
+            accesses.append(self._weights(0, "r", Role.TIED_WEIGHTS))
+            accesses.append(self._gradient_access(0, "rw" if micro > 0 else "w", Role.TIED_GRADIENT))
+        return accesses
+
+    def _flops(self, kind: TaskKind, role: UnitRole) -> int:
+        matmul = self.model.matmul_flops(role, self.tokens)
+        attention = self.model.attention_flops(self.tokens, self.seq_len) if role is UnitRole.LAYER else 0
+        forward, backward = matmul + attention, 2 * matmul + attention * 5 // 2
+        return {
+            TaskKind.FORWARD: forward,
+            TaskKind.FORWARD_KEEP: forward,
+            TaskKind.BACKWARD: backward,
+            TaskKind.BACKWARD_RECOMPUTE: forward + backward,
+            TaskKind.LOSS: forward + backward,
+        }[kind]

@@ -95,16 +95,11 @@ class Policy(Spec, frozen=True):
                 f"policy.micro_batch x policy.micro_batches is {self.micro_batch} x {self.micro_batches}, "
                 f"the global batch is {workload.global_batch}"
             )
-        if model.sliding_window is not None and workload.seq_len > model.sliding_window:
-            raise ValueError(
-                f"seq_len {workload.seq_len} exceeds the sliding attention window {model.sliding_window} of "
-                f"{model.name}, which is not supported; use a shorter sequence"
-            )
-        if workload.seq_len > model.max_positions:
-            raise ValueError(
-                f"seq_len {workload.seq_len} exceeds the {model.max_positions} positions of {model.name}; "
-                "use a shorter sequence"
-            )
+        _check_seq_len(model, workload.seq_len)
+        self._check_placement(model)
+        self._check_slots(model)
+
+    def _check_placement(self, model: ModelSpec) -> None:
         for unit, placement in enumerate(self.units):
             where = f"policy.units[{unit}] ({model.unit_name(unit)})"
             if Tier.SSD in (placement.weights, placement.state, placement.boundary):
@@ -118,12 +113,12 @@ class Policy(Spec, frozen=True):
                     raise ValueError(f"{where}: has no inner activations to keep")
             if placement.inner == "keep" and self.units[unit - 1].boundary is not Tier.GPU:
                 raise ValueError(
-                    f"{where}: keeping inner activations keeps the unit's input on the gpu too; set policy.units[{unit - 1}].boundary to gpu"
+                    f"{where}: keeping inner activations keeps the unit's input on the gpu too; "
+                    f"set policy.units[{unit - 1}].boundary to gpu"
                 )
         for unit in (model.layers, model.head_unit):
             if self.units[unit].boundary is not Tier.GPU:
                 raise ValueError(f"policy.units[{unit}].boundary must be gpu: the head consumes it at once")
-        self._check_slots(model)
 
     def _check_slots(self, model: ModelSpec) -> None:
         host_state = [unit for unit in range(model.units) if self.units[unit].state is Tier.HOST]
@@ -156,3 +151,15 @@ class Policy(Spec, frozen=True):
             )
         if not offloaded and self.boundary_slots:
             raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on the host")
+
+
+def _check_seq_len(model: ModelSpec, seq_len: int) -> None:
+    if model.sliding_window is not None and seq_len > model.sliding_window:
+        raise ValueError(
+            f"seq_len {seq_len} exceeds the sliding attention window {model.sliding_window} of "
+            f"{model.name}, which is not supported; use a shorter sequence"
+        )
+    if seq_len > model.max_positions:
+        raise ValueError(
+            f"seq_len {seq_len} exceeds the {model.max_positions} positions of {model.name}; use a shorter sequence"
+        )

@@ -1,0 +1,247 @@
+"""Where tasks run: CUDA (or ROCm) streams, or plain threads on the CPU. The executor knows no other difference."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import psutil
+import torch
+
+from slideplan.plan.graph import Lane
+from slideplan.plan.machine import MachineIdentity
+from slideplan.plan.policy import Tier
+from slideplan.plan.quantities import format_bytes
+
+STREAM_LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.GPU_UPDATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """A point in a lane's work: an event on its stream, or a host time that has passed."""
+
+    event: torch.cuda.Event | None
+    host_ns: int
+
+
+class Backend(Protocol):
+    """What the executor and the handlers need of a device."""
+
+    device: torch.device
+
+    @property
+    def name(self) -> Literal["cuda", "cpu"]:
+        """As in machine profiles."""
+
+    def lane(self, lane: Lane) -> contextlib.AbstractContextManager[None]:
+        """Everything a thread issues inside belongs to the lane."""
+
+    def mark(self, lane: Lane) -> Marker:
+        """The point that the lane has reached with what was issued so far."""
+
+    def join(self, marker: Marker, lane: Lane) -> None:
+        """What the lane issues from now on runs after the marker."""
+
+    def wait(self, marker: Marker) -> None:
+        """Block the calling thread until the marker has passed."""
+
+    def anchor(self) -> Marker:
+        """A marker whose event and host time name the same instant."""
+
+    def elapsed_ns(self, anchor: Marker, marker: Marker) -> int:
+        """From the anchor to the marker. Both must have passed."""
+
+    def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
+        """A zeroed uint8 buffer of exactly this size; `copied` host buffers are page-locked."""
+
+    def peak_gpu_bytes(self) -> int:
+        """Most device memory taken so far, driver and libraries included."""
+
+    def close(self) -> None:
+        """Release page locks. Everything issued must be over."""
+
+
+def host_buffer(size_bytes: int) -> torch.Tensor:
+    """Zeroed anonymous memory of exactly this size, touched once, in huge pages where the system has them."""
+    region = mmap.mmap(-1, max(1, size_bytes))
+    with contextlib.suppress(AttributeError, OSError):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the array alive, and the array the mapping.
+    return torch.from_numpy(np.frombuffer(region, dtype=np.uint8)).zero_()
+
+
+class CpuBackend:
+    """Threads for lanes, memcpy for copies: everything has happened when it is issued."""
+
+    name: Literal["cpu"] = "cpu"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._gpu_bytes = 0
+        self._start_bytes = 0
+
+    @contextlib.contextmanager
+    def lane(self, lane: Lane) -> Iterator[None]:
+        yield
+
+    def mark(self, lane: Lane) -> Marker:
+        return Marker(None, time.perf_counter_ns())
+
+    def join(self, marker: Marker, lane: Lane) -> None:
+        pass
+
+    def wait(self, marker: Marker) -> None:
+        pass
+
+    def anchor(self) -> Marker:
+        return Marker(None, time.perf_counter_ns())
+
+    def elapsed_ns(self, anchor: Marker, marker: Marker) -> int:
+        return marker.host_ns - anchor.host_ns
+
+    def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
+        if tier is Tier.GPU:
+            self._gpu_bytes += size_bytes
+        buffer = host_buffer(size_bytes)
+        self._start_bytes = resident_bytes()
+        return buffer
+
+    def peak_gpu_bytes(self) -> int:
+        """Slots, and what the process took beyond all its slots: the tensors of compute tasks."""
+        return self._gpu_bytes + max(0, peak_resident_bytes() - self._start_bytes)
+
+    def close(self) -> None:
+        pass
+
+
+class CudaBackend:
+    """One stream per GPU lane, events between them; vendor-neutral torch calls only."""
+
+    name: Literal["cuda"] = "cuda"
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, but torch finds no GPU; use --device cpu")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        # Copies and updates first: they are what compute waits for, and they are short on the GPU.
+        self._streams = {lane: torch.cuda.Stream(self.device) for lane in STREAM_LANES}
+        self._clock = torch.cuda.Stream(self.device)
+        self._registered: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def lane(self, lane: Lane) -> Iterator[None]:
+        torch.cuda.set_device(self.device)
+        if lane not in self._streams:
+            yield
+            return
+        with torch.cuda.stream(self._streams[lane]):
+            yield
+
+    def mark(self, lane: Lane) -> Marker:
+        if lane not in self._streams:
+            return Marker(None, time.perf_counter_ns())
+        # Blocking events let a waiting thread sleep: spinning would take cores from the optimizer.
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(self._streams[lane])
+        return Marker(event, 0)
+
+    def join(self, marker: Marker, lane: Lane) -> None:
+        if marker.event is None:
+            return  # work of a host lane is over when it is marked
+        if lane in self._streams:
+            self._streams[lane].wait_event(marker.event)
+        else:
+            marker.event.synchronize()
+
+    def wait(self, marker: Marker) -> None:
+        if marker.event is not None:
+            marker.event.synchronize()
+
+    def anchor(self) -> Marker:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._clock)  # an idle stream: the event happens now
+        event.synchronize()
+        return Marker(event, time.perf_counter_ns())
+
+    def elapsed_ns(self, anchor: Marker, marker: Marker) -> int:
+        if marker.event is None:
+            return marker.host_ns - anchor.host_ns
+        assert anchor.event is not None
+        return round(anchor.event.elapsed_time(marker.event) * 1e6)
+
+    def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
+        if tier is Tier.GPU:
+            return torch.zeros(size_bytes, dtype=torch.uint8, device=self.device)
+        buffer = host_buffer(size_bytes)
+        if copied:
+            # Registered exactly: torch's pinned allocator would round the size up to a power of two.
+            status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size_bytes, 0)
+            if int(status) != 0:
+                raise MemoryError(f"{format_bytes(size_bytes)} of host memory could not be page-locked: {status}")
+            self._registered.append(buffer)
+        return buffer
+
+    def peak_gpu_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        outside_torch = total - free - torch.cuda.memory_reserved(self.device)
+        return torch.cuda.max_memory_reserved(self.device) + outside_torch
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.device)
+        while self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._registered.pop().data_ptr())
+
+
+def make_backend(device: str) -> Backend:
+    """Backend for "cuda", "cpu" or "auto" (a GPU if torch finds one)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is unknown; use auto, cpu or cuda")
+    return CudaBackend() if device == "cuda" else CpuBackend()
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else "unknown CPU"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(psutil.Process().cpu_affinity() or [0])
+
+
+def identity(backend: Backend) -> MachineIdentity:
+    """The machine that this process runs on, as plans name it."""
+    gpu = torch.cuda.get_device_name(backend.device) if backend.name == "cuda" else cpu_name()
+    return MachineIdentity(gpu=gpu, backend=backend.name, cpu=cpu_name(), cores=usable_cores())
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set since the process started or `reset_peak_resident` was called."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resident_bytes()
+
+
+def reset_peak_resident() -> None:
+    """Forget earlier peaks, where the system lets a process do so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,135 @@
+"""Real text as token windows: files or folders, a tokenizer if there is one, bytes otherwise."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst", ".json", ".jsonl", ".csv", ".html", ".c", ".h", ".cpp", ".java", ".js", ".tex"}
+DOCUMENT_SEPARATOR = b"\n\n"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of a step, on the host. All int64, flattened to [micro_batch x seq_len].
+
+    inputs and labels are shifted by one token; `distinct` are the token numbers that occur and
+    `positions_in_distinct` says for each input which of them it is.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    distinct: torch.Tensor
+    positions_in_distinct: torch.Tensor
+
+
+class TokenWindows:
+    """A token sequence cut into windows of seq_len + 1, dealt out in a new random order each epoch.
+
+    Which windows a step gets depends on the seed and the step number alone.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, global_batch: int, seed: int = 0) -> None:
+        self._tokens = tokens
+        self._seq_len = seq_len
+        self._global_batch = global_batch
+        self._seed = seed
+        self.windows = (len(tokens) - 1) // seq_len
+        if self.windows < 1:
+            raise ValueError(f"the data holds {len(tokens)} tokens, one sequence needs {seq_len + 1}; give more text")
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def micro_batch(self, step: int, micro: int, size: int) -> MicroBatch:
+        """Micro-batch `micro` of `size` sequences of a step."""
+        first = step * self._global_batch + micro * size
+        rows = [self._window(first + index) for index in range(size)]
+        block = np.stack(rows).astype(np.int64)
+        inputs = np.ascontiguousarray(block[:, :-1]).reshape(-1)
+        distinct, inverse = np.unique(inputs, return_inverse=True)
+        return MicroBatch(
+            inputs=torch.from_numpy(inputs),
+            labels=torch.from_numpy(np.ascontiguousarray(block[:, 1:]).reshape(-1)),
+            distinct=torch.from_numpy(distinct),
+            positions_in_distinct=torch.from_numpy(inverse.reshape(-1)),
+        )
+
+    def _window(self, number: int) -> np.ndarray:
+        epoch, place = divmod(number, self.windows)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self._seed, epoch)).permutation(self.windows)
+        start = int(self._order[place]) * self._seq_len
+        return self._tokens[start : start + self._seq_len + 1]
+
+
+def default_text() -> Path:
+    """Text that is present wherever Python is: the sources of its standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def text_files(path: Path) -> list[Path]:
+    """The text files at a path, in a stable order. Raises ValueError if there are none."""
+    if not path.exists():
+        raise ValueError(f"--data {path}: does not exist; name a text file or a folder of them")
+    if path.is_file():
+        return [path]
+    # Installed packages are not part of the text that a folder holds.
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in TEXT_SUFFIXES and file.is_file() and "site-packages" not in file.parts
+    )
+    if not found:
+        raise ValueError(f"--data {path}: holds no text files (looked for {', '.join(sorted(TEXT_SUFFIXES))})")
+    return found
+
+
+def tokenize(path: Path, weights: Path | None, vocabulary: int, limit_tokens: int) -> np.ndarray:
+    """Tokens of the text at `path`, at most `limit_tokens`, as uint32.
+
+    With a `tokenizer.json` in the weights directory that tokenizer is used, else bytes are tokens.
+    Raises ValueError for missing or empty text, or a vocabulary too small for the tokenizer.
+    """
+    files = text_files(path)
+    tokenizer = _tokenizer(weights, vocabulary)
+    if tokenizer is None and vocabulary < 256:
+        raise ValueError(
+            f"byte-level tokens need a vocabulary of 256, the model has {vocabulary}; put a tokenizer.json in --weights"
+        )
+    parts: list[np.ndarray] = []
+    count = 0
+    for file in files:
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"--data {file}: cannot be read: {error.strerror}") from None
+        raw += DOCUMENT_SEPARATOR
+        if tokenizer is None:
+            part = np.frombuffer(raw, dtype=np.uint8).astype(np.uint32)
+        else:
+            part = np.array(tokenizer.encode(raw.decode("utf-8", errors="replace")).ids, dtype=np.uint32)
+        parts.append(part)
+        count += len(part)
+        if count >= limit_tokens:
+            break
+    tokens = np.concatenate(parts)[:limit_tokens]
+    if len(tokens) and int(tokens.max()) >= vocabulary:
+        raise ValueError(f"the tokenizer gives token {int(tokens.max())}, the model's vocabulary has {vocabulary}")
+    return tokens
+
+
+def _tokenizer(weights: Path | None, vocabulary: int):  # type: ignore[no-untyped-def]
+    if weights is None or not (weights / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(weights / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{weights / 'tokenizer.json'}: not a tokenizer: {error}") from None
+    return tokenizer

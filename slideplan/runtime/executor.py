@@ -1,0 +1,115 @@
+"""Walks a task graph: one thread per lane, each running its tasks in stored order, step after step.
+
+This is the same machine that the simulator describes: a lane waits for the dependencies of its head
+task, then holds its resource. The schedule itself stands in the graph and nowhere here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+from slideplan.plan.graph import Lane, Task, TaskGraph
+from slideplan.plan.timeline import Span, first_compute
+from slideplan.runtime.backend import Backend, Marker
+from slideplan.runtime.lanes import LaneClock, LaneError, StopSignal, Stopped
+
+# A handler issues one task of one step on the lane that calls it.
+Handler = Callable[[Task, int], None]
+
+
+class Executor:
+    """Runs `steps` steps of a graph; to be iterated once.
+
+    Yields the number of each step when its last compute task is over, though updates of the step may
+    still run. The first failure of any lane stops all lanes and is raised as LaneError.
+    """
+
+    def __init__(self, graph: TaskGraph, backend: Backend, handler: Handler, steps: int) -> None:
+        self.graph = graph
+        self.backend = backend
+        self.steps = steps
+        self._handler = handler
+        self._signal = StopSignal()
+        self._clocks = {lane: LaneClock(self._signal) for lane in graph.lanes}
+        self._anchors: list[Marker] = []
+        self._threads = [
+            threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True) for lane in graph.lanes
+        ]
+
+    def __iter__(self) -> Iterator[int]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            for step in range(self.steps):
+                self._anchors.append(self.backend.anchor())
+                last = len(self.graph.lanes[Lane.COMPUTE]) - 1
+                self.backend.wait(self._wait(Lane.COMPUTE, step, last)[1])
+                yield step
+            for lane, queue in self.graph.lanes.items():
+                self.backend.wait(self._wait(lane, self.steps - 1, len(queue) - 1)[1])
+        except Stopped:
+            pass
+        except BaseException as error:  # the caller gave up: an interrupt, or its own failure between steps
+            self._signal.stop(error)
+            raise
+        finally:
+            for thread in self._threads:
+                thread.join()
+        if self._signal.error is not None:
+            raise self._signal.error
+
+    def spans(self, step: int) -> tuple[int, list[Span]]:
+        """Origin (host nanoseconds) and spans of a step, relative to the start of its first compute task.
+
+        Waits until every lane has finished the step and issued the next, if there is one; then nothing
+        can wait for the step's markers any more, and they are dropped.
+        """
+        for lane, queue in self.graph.lanes.items():
+            self._wait(lane, min(step + 1, self.steps - 1), len(queue) - 1)
+        graph, anchor = self.graph, self._anchors[step]
+        absolute = []
+        for number, task in enumerate(graph.tasks):
+            start, end = self._wait(task.lane, step, graph.lane_position[number])
+            self.backend.wait(end)
+            absolute.append((self.backend.elapsed_ns(anchor, start), self.backend.elapsed_ns(anchor, end)))
+        for lane, queue in graph.lanes.items():
+            self._clocks[lane].forget((step + 1) * len(queue))
+        origin = absolute[first_compute(graph)][0]
+        return anchor.host_ns + origin, [Span(start_ns=start - origin, end_ns=end - origin) for start, end in absolute]
+
+    def _wait(self, lane: Lane, step: int, place: int) -> tuple[Marker, Marker]:
+        return self._clocks[lane].wait(step * len(self.graph.lanes[lane]) + place)
+
+    def _run_lane(self, lane: Lane) -> None:
+        task: Task | None = None
+        step = 0
+        try:
+            with self.backend.lane(lane):
+                for step in range(self.steps):
+                    for number in self.graph.lanes[lane]:
+                        task = self.graph.tasks[number]
+                        self._run_task(task, step)
+        except Stopped:
+            pass
+        except BaseException as error:
+            where = f"lane {lane}, step {step}" + (f", task {task.name}, unit {task.unit}" if task else "")
+            failure = LaneError(f"{where}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._signal.stop(failure)
+
+    def _run_task(self, task: Task, step: int) -> None:
+        for dependency in task.dependencies:
+            if step < dependency.distance:
+                continue
+            awaited = self.graph.tasks[dependency.task]
+            place = self.graph.lane_position[dependency.task]
+            # First until the other lane has issued the task: a stream that waits for an event not yet
+            # recorded does not wait at all. Then this lane runs after it.
+            end = self._wait(awaited.lane, step - dependency.distance, place)[1]
+            self.backend.join(end, task.lane)
+        if self._signal.error is not None:
+            raise Stopped
+        start = self.backend.mark(task.lane)
+        self._handler(task, step)
+        self._clocks[task.lane].advance(start, self.backend.mark(task.lane))

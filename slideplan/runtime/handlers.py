@@ -1,0 +1,58 @@
+"""One handler per task kind: compute, copies and updates. Nothing here decides when anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from slideplan.plan.graph import Role, Task, TaskKind
+from slideplan.runtime.buffers import Buffers
+from slideplan.runtime.compute import ComputeHandlers
+from slideplan.runtime.optimizer import AdamW, update_host
+
+Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AdamW, int], None]
+
+# Source and destination of each copy.
+COPIES = {
+    TaskKind.LOAD_WEIGHTS: (Role.HOST_WEIGHTS, Role.WEIGHTS),
+    TaskKind.OFFLOAD_GRADIENT: (Role.GRADIENT, Role.HOST_GRADIENT),
+    TaskKind.OFFLOAD_BOUNDARY: (Role.INPUT, Role.HOST_BOUNDARY),
+    TaskKind.FETCH_BOUNDARY: (Role.HOST_BOUNDARY, Role.INPUT),
+}
+# Gradient and bf16 weights of each update.
+UPDATES = {
+    TaskKind.UPDATE_HOST: (Role.HOST_GRADIENT, Role.HOST_WEIGHTS),
+    TaskKind.UPDATE_GPU: (Role.GRADIENT, Role.WEIGHTS),
+}
+
+
+class Handlers:
+    """Runs any task of a graph on its slots, on the lane that calls."""
+
+    def __init__(self, buffers: Buffers, compute: ComputeHandlers, settings: AdamW, device: torch.device) -> None:
+        self._buffers = buffers
+        self._compute = compute
+        self._settings = settings
+        self._update: dict[TaskKind, Update] = {TaskKind.UPDATE_HOST: update_host, TaskKind.UPDATE_GPU: gpu_update(device)}
+
+    def __call__(self, task: Task, step: int) -> None:
+        """Issue one task."""
+        if task.kind in COPIES:
+            source, destination = (self._buffers[task.slot(role)] for role in COPIES[task.kind])
+            destination.copy_(source, non_blocking=True)
+        elif task.kind in UPDATES:
+            gradient, weights = (self._buffers[task.slot(role)] for role in UPDATES[task.kind])
+            remainder, moments = (self._buffers[task.slot(role)] for role in (Role.REMAINDER, Role.MOMENTS))
+            self._update[task.kind](weights, remainder, moments, gradient, self._settings, step)
+        else:
+            self._compute(task, step)
+
+
+def gpu_update(device: torch.device) -> Update:
+    """The update of units whose state is on the device: the Triton kernel, or on a CPU device the host's."""
+    if device.type == "cpu":
+        return update_host
+    from slideplan.runtime.kernels.adamw import update_gpu
+
+    return update_gpu

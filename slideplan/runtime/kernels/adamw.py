@@ -1,0 +1,64 @@
+"""AdamW on split master weights on the GPU (Triton), bit for bit the host's update."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from slideplan.runtime.optimizer import AdamW
+
+BLOCK = 1024
+
+
+@triton.jit
+def _adamw_kernel(  # type: ignore[no-untyped-def]
+    weights, remainder, moments, gradient, n,
+    decay, w1, beta2, w2, root2, eps, step_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    high = tl.load(weights + i, mask=inside, other=0).to(tl.int32)
+    low = tl.load(remainder + i, mask=inside, other=0).to(tl.int32)
+    g = tl.load(gradient + i, mask=inside, other=0).to(tl.float32)
+    m = tl.load(moments + i, mask=inside, other=0)
+    v = tl.load(moments + n + i, mask=inside, other=0)
+    p = ((high << 16) + low).to(tl.float32, bitcast=True) * decay
+    m = m + w1 * (g - m)
+    v = v * beta2 + w2 * g * g
+    denominator = tl.div_rn(tl.sqrt_rn(v), root2) + eps
+    p = p - tl.div_rn(step_size * m, denominator)
+    bits = p.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x8000) >> 16
+    tl.store(weights + i, rounded.to(tl.int16), mask=inside)
+    tl.store(remainder + i, (bits - (rounded << 16)).to(tl.int16), mask=inside)
+    tl.store(moments + i, m, mask=inside)
+    tl.store(moments + n + i, v, mask=inside)
+
+
+def update_gpu(
+    weights: torch.Tensor,
+    remainder: torch.Tensor,
+    moments: torch.Tensor,
+    gradient: torch.Tensor,
+    settings: AdamW,
+    step: int,
+) -> None:
+    """One AdamW step in place, on the current stream. Shapes and dtypes as in `optimizer.update_host`."""
+    n = weights.numel()
+    # Fused multiply-adds round once where the host rounds twice: off, so that where a unit is updated
+    # never shows in its weights.
+    _adamw_kernel[(triton.cdiv(n, BLOCK),)](
+        weights.view(torch.int16), remainder, moments, gradient, n, *settings.scalars(step),
+        BLOCK=BLOCK, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def compile_gpu_update(device: torch.device) -> None:
+    """Compile for both gradient dtypes now, so that no measured task pays for it."""
+    for dtype in (torch.bfloat16, torch.float32):
+        weights = torch.zeros(16, dtype=torch.bfloat16, device=device)
+        remainder = torch.zeros(16, dtype=torch.int16, device=device)
+        moments = torch.zeros(2, 16, device=device)
+        update_gpu(weights, remainder, moments, torch.zeros(16, dtype=dtype, device=device), AdamW(), step=0)

@@ -1,0 +1,140 @@
+"""AdamW: its settings, and the host's fused multithreaded pass over split master weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Hyper-parameters of decoupled weight decay Adam (Loshchilov & Hutter, 2019), as in torch.optim.AdamW.
+
+    `weight_decay` applies to every parameter, as torch.optim.AdamW(model.parameters()) would.
+    """
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            raise ValueError(f"lr is {self.lr}, must be zero or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be in [0, 1)")
+        if not self.eps > 0:
+            raise ValueError(f"eps is {self.eps}, must be positive")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}, must be zero or more")
+
+    def scalars(self, step: int) -> tuple[float, ...]:
+        """What the kernels take, for the update that ends step `step` (counted from 0).
+
+        (decay factor, 1 - beta1, beta2, 1 - beta2, sqrt of the second bias correction, eps, step size):
+        m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g g;
+        p = decay p - step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps), step_size = lr / (1 - beta1^t).
+        """
+        t = step + 1
+        return (
+            1 - self.lr * self.weight_decay,
+            1 - self.beta1,
+            self.beta2,
+            1 - self.beta2,
+            math.sqrt(1 - self.beta2**t),
+            self.eps,
+            self.lr / (1 - self.beta1**t),
+        )
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _as_float(typing_context: Any, bits: Any) -> Any:
+    """Reinterpret 32 bits as fp32, in a register."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _as_bits(typing_context: Any, value: Any) -> Any:
+    """Reinterpret fp32 as 32 bits, in a register."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _gradient(raw: Any) -> Any:
+    """fp32 gradient of a bf16 bit pattern."""
+    return _as_float(np.uint32(raw) << np.uint32(16))  # type: ignore[call-arg]
+
+
+@numba.njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    bits = (np.uint32(high[i]) << np.uint32(16)) + np.uint32(np.int32(remainder[i]))
+    p = _as_float(bits) * decay  # type: ignore[call-arg]
+    m_new = m[i] + w1 * (g - m[i])
+    v_new = v[i] * beta2 + w2 * g * g
+    denominator = np.sqrt(v_new) / root2 + eps
+    p = p - step_size * m_new / denominator
+    m[i] = m_new
+    v[i] = v_new
+    bits = _as_bits(p)
+    rounded = (bits + np.uint32(0x8000)) >> np.uint32(16)
+    high[i] = np.uint16(rounded)
+    remainder[i] = np.int16(np.int32(bits - (rounded << np.uint32(16))))
+
+
+# fastmath stays off: results must not depend on how the compiler contracts or reorders.
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+def _adamw_bf16(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    for i in numba.prange(high.size):
+        g = _gradient(gradient[i])
+        _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_size)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+def _adamw_fp32(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    for i in numba.prange(high.size):
+        _update(i, high, remainder, m, v, gradient[i], decay, w1, beta2, w2, root2, eps, step_size)
+
+
+def update_host(
+    weights: torch.Tensor,
+    remainder: torch.Tensor,
+    moments: torch.Tensor,
+    gradient: torch.Tensor,
+    settings: AdamW,
+    step: int,
+) -> None:
+    """One AdamW step in place on host tensors of n elements, on as many threads as numba is set to.
+
+    weights: bf16 [n]; remainder: int16 [n]; moments: fp32 [2, n]; gradient: bf16 or fp32 [n].
+    Every operation is an IEEE fp32 operation in the order that `AdamW.scalars` writes down.
+    """
+    kernel, bits = (_adamw_fp32, gradient) if gradient.dtype is torch.float32 else (_adamw_bf16, gradient.view(torch.int16))
+    raw_gradient = bits.numpy() if gradient.dtype is torch.float32 else bits.numpy().view(np.uint16)
+    scalars = (np.float32(value) for value in settings.scalars(step))
+    high = weights.view(torch.int16).numpy().view(np.uint16)
+    kernel(high, remainder.numpy(), moments[0].numpy(), moments[1].numpy(), raw_gradient, *scalars)
+
+
+def compile_host_update() -> None:
+    """Compile both variants now, so that no measured task pays for it."""
+    weights, remainder = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int16)
+    for dtype in (torch.bfloat16, torch.float32):
+        update_host(weights, remainder, torch.zeros(2, 64), torch.zeros(64, dtype=dtype), AdamW(), step=0)

@@ -1,0 +1,115 @@
+"""Initial weights: a Hugging Face directory in safetensors, or a seeded random initialisation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from slideplan.plan.model import ModelSpec
+
+INITIALIZER_STD = 0.02  # `initializer_range` of all supported families
+
+
+class WeightSource(Protocol):
+    """Where the fp32 master weights of a unit come from."""
+
+    def unit(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name within the unit and value of each of its parameters, in any floating dtype and on any device."""
+
+
+class RandomWeights:
+    """Hugging Face's initialisation: normal(0, 0.02) matrices, norms one, biases zero; seeded per unit."""
+
+    def __init__(self, model: ModelSpec, seed: int, device: torch.device) -> None:
+        self._model = model
+        self._seed = seed
+        self._device = device
+
+    def unit(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
+        generator = torch.Generator(device=self._device).manual_seed(self._seed * 100_003 + unit)
+        for parameter in self._model.parameters(self._model.role(unit)):
+            if parameter.name.endswith(".bias"):
+                value = torch.zeros(parameter.shape, device=self._device)
+            elif len(parameter.shape) == 1:
+                value = torch.ones(parameter.shape, device=self._device)
+            else:
+                value = torch.empty(parameter.shape, device=self._device)
+                value.normal_(0.0, INITIALIZER_STD, generator=generator)
+            yield parameter.name, value
+
+
+class SafetensorsWeights:
+    """A Hugging Face directory: `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+    Names and shapes of all parameters are checked when it is opened, before anything is allocated.
+    Raises ValueError naming file and tensor.
+    """
+
+    def __init__(self, model: ModelSpec, folder: Path) -> None:
+        self._model = model
+        self._folder = folder
+        self._file_of = self._locate()
+        problems = list(self._problems())
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError(f"--weights {folder}: does not hold {model.name}: " + "; ".join(problems[:3]) + more)
+
+    def unit(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
+        prefix = self._model.unit_prefix(unit)
+        for parameter in self._model.parameters(self._model.role(unit)):
+            name = prefix + parameter.name
+            with safe_open(self._folder / self._file_of[name], framework="pt") as file:
+                yield parameter.name, file.get_tensor(name)
+
+    def _locate(self) -> dict[str, str]:
+        index = self._folder / "model.safetensors.index.json"
+        single = self._folder / "model.safetensors"
+        if not self._folder.is_dir():
+            raise ValueError(f"--weights {self._folder}: is not a folder; name a Hugging Face model directory")
+        if index.is_file():
+            try:
+                located = json.loads(index.read_text())["weight_map"]
+                return {str(name): str(file) for name, file in located.items()}
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{index}: not a safetensors index (no readable `weight_map`); download it again") from None
+        if single.is_file():
+            with _opened(single) as file:
+                return dict.fromkeys(file.keys(), single.name)
+        raise ValueError(f"--weights {self._folder}: holds neither model.safetensors nor model.safetensors.index.json")
+
+    def _problems(self) -> Iterator[str]:
+        expected = {
+            self._model.unit_prefix(unit) + parameter.name: parameter.shape
+            for unit in range(self._model.units)
+            for parameter in self._model.parameters(self._model.role(unit))
+        }
+        by_file: dict[str, list[str]] = {}
+        for name in expected:
+            if name not in self._file_of:
+                yield f"tensor {name} is missing"
+            else:
+                by_file.setdefault(self._file_of[name], []).append(name)
+        for file_name, names in by_file.items():
+            with _opened(self._folder / file_name) as file:
+                present = set(file.keys())
+                for name in names:
+                    if name not in present:
+                        yield f"tensor {name} is not in {file_name}, where the index places it"
+                        continue
+                    part = file.get_slice(name)
+                    if tuple(part.get_shape()) != expected[name]:
+                        yield f"tensor {name} in {file_name} has shape {part.get_shape()}, expected {list(expected[name])}"
+                    elif part.get_dtype() not in ("BF16", "F16", "F32"):
+                        yield f"tensor {name} in {file_name} has dtype {part.get_dtype()}, expected BF16, F16 or F32"
+
+
+def _opened(path: Path):  # type: ignore[no-untyped-def]
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}; download it again") from None

@@ -1,0 +1,143 @@
+"""Plans made by hand and plain in-memory training, for tests of the runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from builders import tiny_machine
+from slideplan import __version__
+from slideplan.plan.codec import digest
+from slideplan.plan.hf_config import config_of
+from slideplan.plan.ledger import ledger
+from slideplan.plan.lowering import lower
+from slideplan.plan.model import ModelSpec
+from slideplan.plan.plan import MachineReference, Plan, Prediction, SearchRecord
+from slideplan.plan.policy import Policy, Workload
+from slideplan.plan.replay import replay
+from slideplan.plan.slots import Footprint
+from slideplan.plan.timeline import step_record
+from slideplan.runtime.backend import Backend, identity
+from slideplan.runtime.data import TokenWindows
+from slideplan.runtime.optimizer import AdamW
+from slideplan.runtime.run import Session
+from slideplan.runtime.weights import RandomWeights
+
+SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
+
+
+def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Backend) -> Plan:
+    """A plan of this policy for this machine; its prediction gives every task a microsecond."""
+    machine = tiny_machine()
+    graph = lower(model, policy, workload, Footprint(inner_bytes=1 << 16, workspace_bytes=1 << 20))
+    memory = ledger(graph, machine)
+    step_ns, spans = replay(graph, [1000] * len(graph.tasks))
+    record = step_record(graph, workload, step_ns, spans, memory.peak_bytes())
+    return Plan(
+        version=__version__,
+        model=model,
+        model_digest=digest(model),
+        machine=MachineReference(name="test", digest=digest(machine), identity=identity(backend), source="measured"),
+        workload=workload,
+        policy=policy,
+        graph=graph,
+        ledger=memory,
+        prediction=Prediction(record=record, lower_bound_ns=0, critical_ns={}, cost_sources={}),
+        search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
+        offloads=True,
+    )
+
+
+def token_windows(model: ModelSpec, workload: Workload, seed: int = 0) -> TokenWindows:
+    """Random tokens, some of them frequent, enough for a few epochs of small steps."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.zipf(1.3, size=4096) % model.vocabulary
+    return TokenWindows(tokens.astype(np.uint32), workload.seq_len, workload.global_batch, seed)
+
+
+def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Session:
+    source = RandomWeights(plan.model, seed=1, device=backend.device)
+    return Session(plan, backend, source, token_windows(plan.model, plan.workload), settings)
+
+
+def masters(session: Session) -> dict[str, torch.Tensor]:
+    """fp32 master weights of the whole model under their Hugging Face names, on the CPU."""
+    model = session.plan.model
+    return {
+        model.unit_prefix(unit) + name: value.cpu()
+        for unit in range(model.units)
+        for name, value in session.master_weights(unit).items()
+    }
+
+
+def train(session: Session, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final master weights after some steps of the real executor."""
+    losses = [session.compute.losses.pop(step).item() for step in session.executor(steps)]
+    return losses, masters(session)
+
+
+def plain_training(
+    model: ModelSpec, policy: Policy, workload: Workload, steps: int, device: torch.device, settings: AdamW = SETTINGS
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training without slideplan's runtime: one whole Hugging Face model in memory, plain PyTorch.
+
+    bf16 weights compute, fp32 masters are updated by AdamW written in elementary operations, gradients are
+    summed over micro-batches in the policy's dtype. Weights are rounded to bf16 with ties away from zero,
+    which is the one place where the split master differs from torch's conversion.
+    """
+    arguments = config_of(model)
+    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments, attn_implementation="sdpa")
+    # Built in bf16, not converted: a conversion would round the rotary frequencies too.
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).train()
+    parameters = dict(network.named_parameters())  # tied weights appear once
+    source = RandomWeights(model, seed=1, device=device)
+    master = {
+        model.unit_prefix(unit) + name: value.float() for unit in range(model.units) for name, value in source.unit(unit)
+    }
+    assert master.keys() == parameters.keys()
+    first = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
+    second = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
+    dtype = torch.float32 if policy.gradient_dtype == "fp32" else torch.bfloat16
+    windows = token_windows(model, workload)
+    losses = []
+    for step in range(steps):
+        sums: dict[str, torch.Tensor] = {}
+        loss_sum = torch.zeros((), device=device)
+        with torch.no_grad():
+            for name, value in master.items():
+                parameters[name].copy_(rounded_away(value))
+        for micro in range(policy.micro_batches):
+            batch = windows.micro_batch(step, micro, policy.micro_batch)
+            logits = network(input_ids=batch.inputs.view(policy.micro_batch, -1).to(device), use_cache=False).logits
+            logits = logits.float().view(-1, model.vocabulary)
+            loss = torch.nn.functional.cross_entropy(logits, batch.labels.to(device), reduction="sum") / workload.tokens
+            loss.backward()
+            loss_sum += loss.detach()
+            for name, parameter in parameters.items():
+                assert parameter.grad is not None
+                gradient = parameter.grad.to(dtype)
+                sums[name] = sums[name] + gradient if name in sums else gradient
+                parameter.grad = None
+        losses.append(loss_sum.item())
+        for name, gradient in sums.items():
+            g, p = gradient.float().cpu().numpy(), master[name].cpu().numpy()
+            p, first[name], second[name] = elementary_adamw(p, first[name], second[name], g, settings, step)
+            master[name] = torch.from_numpy(p).to(device)
+    return losses, {name: value.cpu() for name, value in master.items()}
+
+
+def elementary_adamw(
+    p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray, settings: AdamW, step: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """AdamW in fp32, one IEEE operation at a time (torch divides by a scalar as a product with its inverse)."""
+    decay, w1, beta2, w2, root2, eps, step_size = (np.float32(value) for value in settings.scalars(step))
+    m = m + w1 * (g - m)
+    v = v * beta2 + w2 * g * g
+    return p * decay - step_size * m / (np.sqrt(v) / root2 + eps), m, v
+
+
+def rounded_away(master: torch.Tensor) -> torch.Tensor:
+    """fp32 to bf16, to nearest, ties away from zero."""
+    bits = (master.contiguous().view(torch.int32) + 0x8000) & ~0xFFFF
+    return bits.view(torch.float32).bfloat16()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,20 +83,21 @@ def plain_training(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training without slideplan's runtime: one whole Hugging Face model in memory, plain PyTorch.
 
+    Tied weights are two parameters of equal value here, whose gradients are summed in the runtime's order.
     bf16 weights compute, fp32 masters are updated by AdamW written in elementary operations, gradients are
     summed over micro-batches in the policy's dtype. Weights are rounded to bf16 with ties away from zero,
     which is the one place where the split master differs from torch's conversion.
     """
-    arguments = config_of(model)
+    arguments = config_of(msgspec.structs.replace(model, tied_embeddings=False))
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments, attn_implementation="sdpa")
     # Built in bf16, not converted: a conversion would round the rotary frequencies too.
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).train()
-    parameters = dict(network.named_parameters())  # tied weights appear once
+    parameters = dict(network.named_parameters())
     source = RandomWeights(model, seed=1, device=device)
     master = {
         model.unit_prefix(unit) + name: value.float() for unit in range(model.units) for name, value in source.unit(unit)
     }
-    assert master.keys() == parameters.keys()
+    assert master.keys() | {"lm_head.weight"} == parameters.keys()
     first = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
     second = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
     dtype = torch.float32 if policy.gradient_dtype == "fp32" else torch.bfloat16
@@ -103,10 +105,13 @@ def plain_training(
     losses = []
     for step in range(steps):
         sums: dict[str, torch.Tensor] = {}
+        embedding: list[torch.Tensor] = []
         loss_sum = torch.zeros((), device=device)
         with torch.no_grad():
             for name, value in master.items():
                 parameters[name].copy_(rounded_away(value))
+            if model.tied_embeddings:
+                parameters["lm_head.weight"].copy_(parameters["model.embed_tokens.weight"])
         for micro in range(policy.micro_batches):
             batch = windows.micro_batch(step, micro, policy.micro_batch)
             logits = network(input_ids=batch.inputs.view(policy.micro_batch, -1).to(device), use_cache=False).logits
@@ -117,9 +122,14 @@ def plain_training(
             for name, parameter in parameters.items():
                 assert parameter.grad is not None
                 gradient = parameter.grad.to(dtype)
-                sums[name] = sums[name] + gradient if name in sums else gradient
                 parameter.grad = None
+                if model.tied_embeddings and name == "model.embed_tokens.weight":
+                    embedding.append(gradient)  # vertical order: the head's micro-batches all come first
+                else:
+                    sums[name] = sums[name] + gradient if name in sums else gradient
         losses.append(loss_sum.item())
+        if model.tied_embeddings:
+            sums["model.embed_tokens.weight"] = sum(embedding, start=sums.pop("lm_head.weight"))
         for name, gradient in sums.items():
             g, p = gradient.float().cpu().numpy(), master[name].cpu().numpy()
             p, first[name], second[name] = elementary_adamw(p, first[name], second[name], g, settings, step)

@@ -16,7 +16,8 @@ class Measurement(Document, frozen=True, tag="measurement"):
     """One run of a plan.
 
     record:  the steady step whose time is the median
-    task_ns: median duration of each task over all steady steps
+    steady_steps: numbers of the steps judged by: neither warm-up nor the last
+    task_ns: median duration of each task over the steady steps
     step_ns, losses: every step from the first, warm-up included
     """
 
@@ -26,7 +27,7 @@ class Measurement(Document, frozen=True, tag="measurement"):
     versions: dict[str, str]
     date: str
     command: str
-    warmup_steps: int
+    steady_steps: tuple[int, ...]
     step_ns: tuple[int, ...]
     losses: tuple[float, ...]
     task_ns: tuple[int, ...]
@@ -81,7 +82,7 @@ def compare(plan: Plan, measurement: Measurement) -> Comparison:
         row = kinds.setdefault(task.kind, [0, 0, 0])
         for column, record in enumerate((predicted, replayed, measured)):
             row[column] += record.spans[number].end_ns - record.spans[number].start_ns
-    steady = sorted(measurement.step_ns[measurement.warmup_steps :])
+    steady = sorted(measurement.step_ns[step] for step in measurement.steady_steps)
     middle = median(steady)
     return Comparison(
         model=plan.model.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slideplan.plan.codec import Document, Spec, digest
 from slideplan.plan.graph import TaskGraph
 from slideplan.plan.ledger import Ledger
-from slideplan.plan.machine import MachineIdentity
+from slideplan.plan.machine import MachineIdentity, MachineProfile
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.policy import Policy, Workload
 from slideplan.plan.timeline import StepRecord
@@ -27,12 +27,19 @@ class Prediction(Spec, frozen=True):
 
 
 class SearchRecord(Spec, frozen=True):
-    """How the policy was found: counts of policies considered, dropped unpriced, and simulated."""
+    """How the policy was found: counts of policies considered, dropped unpriced, and simulated.
+
+    pruned_by_bound: cannot beat the plan by more than the search's tolerance
+    unpriced:        might have, but the search's budget was spent
+    bound_ns:        no policy considered has a shorter step than this
+    """
 
     candidates: int
     pruned_by_capacity: int
     pruned_by_bound: int
     simulated: int
+    unpriced: int = 0
+    bound_ns: int = 0
 
 
 class MachineReference(Spec, frozen=True):
@@ -42,6 +49,11 @@ class MachineReference(Spec, frozen=True):
     digest: str
     identity: MachineIdentity
     source: str  # "measured" or "datasheet"
+
+    @classmethod
+    def of(cls, machine: MachineProfile) -> MachineReference:
+        """Reference to this profile as it stands."""
+        return cls(name=machine.name, digest=digest(machine), identity=machine.identity(), source=machine.provenance.source)
 
 
 class Plan(Document, frozen=True, tag="plan"):

@@ -95,7 +95,7 @@ class Policy(Spec, frozen=True):
                 f"policy.micro_batch x policy.micro_batches is {self.micro_batch} x {self.micro_batches}, "
                 f"the global batch is {workload.global_batch}"
             )
-        _check_seq_len(model, workload.seq_len)
+        check_seq_len(model, workload.seq_len)
         self._check_placement(model)
         self._check_slots(model)
 
@@ -153,7 +153,8 @@ class Policy(Spec, frozen=True):
             raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on the host")
 
 
-def _check_seq_len(model: ModelSpec, seq_len: int) -> None:
+def check_seq_len(model: ModelSpec, seq_len: int) -> None:
+    """Raise ValueError where the model cannot take sequences of this length."""
     if model.sliding_window is not None and seq_len > model.sliding_window:
         raise ValueError(
             f"seq_len {seq_len} exceeds the sliding attention window {model.sliding_window} of "

@@ -47,22 +47,23 @@ def _next_step(
 def replay(graph: TaskGraph, durations_ns: Sequence[int]) -> tuple[int, list[Span]]:
     """Steady step time and spans of one steady step, relative to its first compute task.
 
-    Steps are unrolled until two follow each other with the same relative spans; where the schedule
-    settles into a cycle of several steps instead, the step time is the mean over the second half.
+    Steps are unrolled until one has the same relative spans as an earlier one. Spans are the whole
+    state of the recurrence, so what lies between repeats for good: the step time is the mean over
+    that cycle, mostly of one step. Where MAX_STEPS show no cycle, it is the mean over their second half.
     """
     opener = first_compute(graph)
     lane_free = dict.fromkeys(graph.lanes, 0)
     previous: list[int] = []
     origins: list[int] = []
-    relative: list[Span] = []
+    seen: dict[tuple[Span, ...], int] = {}
+    relative: tuple[Span, ...] = ()
     for step in range(MAX_STEPS):
         spans, previous = _next_step(graph, durations_ns, lane_free, previous)
         origin = spans[opener].start_ns
         origins.append(origin)
-        shifted = [Span(start_ns=span.start_ns - origin, end_ns=span.end_ns - origin) for span in spans]
-        if step and shifted == relative:
-            # Spans are the whole state of the recurrence: equal once, equal for good.
-            return origins[-1] - origins[-2], shifted
-        relative = shifted
+        relative = tuple(Span(start_ns=span.start_ns - origin, end_ns=span.end_ns - origin) for span in spans)
+        if relative in seen:
+            return (origin - origins[seen[relative]]) // (step - seen[relative]), list(relative)
+        seen[relative] = step
     half = MAX_STEPS // 2
-    return (origins[-1] - origins[half]) // (MAX_STEPS - 1 - half), relative
+    return (origins[-1] - origins[half]) // (MAX_STEPS - 1 - half), list(relative)

@@ -14,12 +14,18 @@ from slideplan.plan.graph import Access, Role, SlotPool, Task, TaskKind, TensorC
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.order import Action, compute_order, visits, window_slots
 from slideplan.plan.policy import Policy, Tier, Workload
+from slideplan.plan.quantities import MIB
 
 MOMENT_BYTES = 8  # fp32 m and v per element
 REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
 WEIGHT_BYTES = 2  # bf16 high half
 # AdamW on split master reads and writes weight, remainder and both moments, and reads the gradient.
 UPDATE_STATE_TRAFFIC_BYTES = 2 * (WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES)
+
+
+# The head computes its loss in chunks of tokens whose fp32 logits stay within this (one token's at least),
+# so that logits are never whole. Runtime and footprint must agree on it.
+LOSS_CHUNK_BYTES = 256 * MIB
 
 
 class Footprint(Spec, frozen=True):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from slideplan.plan.graph import Lane, Task, TaskGraph
 from slideplan.plan.timeline import Span, first_compute
 from slideplan.runtime.backend import Backend, Marker
-from slideplan.runtime.lanes import LaneClock, LaneError, StopSignal, Stopped
+from slideplan.runtime.lanes import LaneClock, LaneError, Stopped, StopSignal
 
 # A handler issues one task of one step on the lane that calls it.
 Handler = Callable[[Task, int], None]

@@ -204,8 +204,8 @@ def _free_host_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def configure_threads(backend: Backend) -> None:
-    """Divide the cores between lanes.
+def configure_threads(backend: Backend) -> int:
+    """Divide the cores between lanes; returns the optimizer's threads.
 
     With a GPU nearly all belong to the optimizer: one is left for the threads that feed the streams.
     Without one, compute and optimizer share them half and half, so that neither lane starves the other.
@@ -215,6 +215,7 @@ def configure_threads(backend: Backend) -> None:
     numba.set_num_threads(min(optimizer, numba.get_num_threads()))
     if backend.name == "cpu":
         torch.set_num_threads(max(1, cores - optimizer))
+    return optimizer
 
 
 def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measurement:
@@ -305,7 +306,7 @@ def _measurement(
         machine=identity(backend),
         versions={
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "numba": numba.__version__,
         },

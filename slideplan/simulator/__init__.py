@@ -1,0 +1,24 @@
+"""Prices a task graph on a machine profile and runs it as a discrete-event simulation with contention."""
+
+from slideplan.simulator.analysis import critical_path, lower_bound
+from slideplan.simulator.costs import TaskCost, price
+from slideplan.simulator.engine import DeadlockError, simulate, trace
+from slideplan.simulator.fluid import fair_speeds
+from slideplan.simulator.footprint import footprint
+from slideplan.simulator.predict import predict
+from slideplan.simulator.resources import Resource, capacities
+
+__all__ = [
+    "DeadlockError",
+    "Resource",
+    "TaskCost",
+    "capacities",
+    "critical_path",
+    "fair_speeds",
+    "footprint",
+    "lower_bound",
+    "predict",
+    "price",
+    "simulate",
+    "trace",
+]

@@ -15,7 +15,7 @@ BLOCK = 1024
 def _adamw_kernel(  # type: ignore[no-untyped-def]
     weights, remainder, moments, gradient, n,
     decay, w1, beta2, w2, root2, eps, step_size,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # noqa: N803 - Triton writes constants so
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n

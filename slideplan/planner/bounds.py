@@ -1,0 +1,185 @@
+"""A lower bound on the step time of a candidate, from the time each kind of task takes, without a task graph.
+
+Two things bound a step. A lane cannot be busy for longer than the step. And a cycle of dependencies that
+leads from a task to the same task of the next step must be walked once a step: a unit's backward, its
+gradient's way to the host, the updates from there on to some other unit's, that unit's load, and the
+compute from its forward back to the first unit's backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from slideplan.plan.codec import Spec
+from slideplan.plan.graph import Lane, TaskKind
+from slideplan.plan.lowering import lower
+from slideplan.plan.machine import MachineProfile
+from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import Workload
+from slideplan.plan.slots import Footprint
+from slideplan.planner.space import Candidate, GradientDtype
+from slideplan.simulator import price
+
+LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one
+
+Durations = dict[tuple[TaskKind, UnitRole], int]
+
+
+def durations(
+    model: ModelSpec, micro_batch: int, dtype: GradientDtype, seq_len: int, machine: MachineProfile, footprint: Footprint
+) -> Durations:
+    """Nanoseconds of each kind of task on each role of unit, alone on an idle machine; the least of several."""
+    short = msgspec.structs.replace(model, layers=LAYERS_PRICED)
+    streamed = Candidate(
+        micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, window=2, prefetch_depth=1,
+        host_gradient_slots=2, boundary_slots=4, offloaded_outputs=LAYERS_PRICED, deferred_updates=1,
+    )  # fmt: skip
+    resident = Candidate(
+        micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, state_layers=LAYERS_PRICED,
+        weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED,
+    )  # fmt: skip
+    workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
+    found: Durations = {}
+    for candidate in (streamed, resident):
+        graph = lower(short, candidate.policy(short), workload, footprint)
+        for task, cost in zip(graph.tasks, price(graph, short, micro_batch, seq_len, machine), strict=True):
+            key = task.kind, short.role(task.unit)
+            found[key] = min(found.get(key, cost.duration_ns), cost.duration_ns)
+    return found
+
+
+class Bound(Spec, frozen=True):
+    """No step of the candidate is shorter than `step_ns`. `other_ns`: work on lanes beside the busiest."""
+
+    step_ns: int
+    other_ns: int
+
+    @property
+    def estimate_ns(self) -> int:
+        """Not a bound, but an order to look at candidates in: work elsewhere brings contention.
+
+        A thirty-second of it is what simulated steps of offloaded 8B to 32B models take beyond their
+        longest path, give or take as much.
+        """
+        return self.step_ns + self.other_ns // 32
+
+
+class _HostUnits:
+    """Units whose state is on the host, in unit order, without listing them."""
+
+    def __init__(self, model: ModelSpec, candidate: Candidate) -> None:
+        self._head = model.head_unit
+        self._state_layers = candidate.state_layers
+        self._embedding = int(not candidate.embedding_on_gpu)
+        self._layers = model.layers - candidate.state_layers
+        self.count = self._embedding + self._layers + int(not candidate.head_on_gpu)
+
+    def __getitem__(self, place: int) -> int:
+        if place < self._embedding:
+            return 0
+        layer = place - self._embedding
+        return self._state_layers + 1 + layer if layer < self._layers else self._head
+
+    def roles(self, count: int) -> dict[UnitRole, int]:
+        """How many of each role the first `count` are."""
+        embedding = min(count, self._embedding)
+        layers = min(count - embedding, self._layers)
+        return {UnitRole.EMBEDDING: embedding, UnitRole.LAYER: layers, UnitRole.HEAD: count - embedding - layers}
+
+
+class BoundModel:
+    """Bounds for candidates of one micro-batch size and gradient type."""
+
+    def __init__(self, model: ModelSpec, times: Durations) -> None:
+        self.model = model
+        self._times = times
+
+    def bound(self, candidate: Candidate) -> Bound:
+        lanes = self.lanes(candidate)
+        busiest = max(lanes.values())
+        return Bound(
+            step_ns=max(busiest, *self._cycles(candidate, lanes[Lane.COMPUTE])), other_ns=sum(lanes.values()) - busiest
+        )
+
+    def lanes(self, candidate: Candidate) -> dict[Lane, int]:
+        """Busy time of each lane in one step. Nanoseconds."""
+        layers, micros = self.model.layers, candidate.micro_batches
+        ends = (UnitRole.EMBEDDING, candidate.embedding_on_gpu), (UnitRole.HEAD, candidate.head_on_gpu)
+        host = {UnitRole.LAYER: layers - candidate.state_layers} | {role: int(not on_gpu) for role, on_gpu in ends}
+        on_gpu = {UnitRole.LAYER: candidate.state_layers} | {role: int(on_gpu) for role, on_gpu in ends}
+        streaming = layers - candidate.weight_layers
+        # A streaming layer is loaded for forward and for backward, but for those still in the window at
+        # the turn-around; any other unit that the host updates is loaded once.
+        loads = dict(host)
+        loads[UnitRole.LAYER] += streaming - min(candidate.window, streaming)
+        moved = candidate.offloaded_outputs * micros
+        fetched = moved * self._time(TaskKind.FETCH_BOUNDARY, UnitRole.LAYER)
+        offloaded = moved * self._time(TaskKind.OFFLOAD_BOUNDARY, UnitRole.LAYER)
+        return {
+            Lane.COMPUTE: self._forward(candidate, 0) + self._loss(candidate) + self._backward(candidate, 0),
+            Lane.H2D: self._total(TaskKind.LOAD_WEIGHTS, loads) + fetched,
+            Lane.D2H: self._total(TaskKind.OFFLOAD_GRADIENT, host) + offloaded,
+            Lane.HOST_UPDATE: self._total(TaskKind.UPDATE_HOST, host),
+            Lane.GPU_UPDATE: self._total(TaskKind.UPDATE_GPU, on_gpu),
+        }
+
+    def _cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
+        hosted = _HostUnits(self.model, candidate)
+        deferred, every = candidate.deferred_updates, hosted.count
+        if every:
+            late, all_updates = self._updates(hosted, deferred), self._updates(hosted, every)
+            opening = every - 1 if deferred < every else 0  # which gradient starts the updates
+            yield self._cycle(candidate, hosted[opening], all_updates, hosted[deferred - 1])
+            yield self._cycle(candidate, hosted[0], late, hosted[deferred - 1])
+            if deferred < every:
+                first = self._updates(hosted, 1)
+                yield self._cycle(candidate, hosted[every - 1], all_updates - late, hosted[deferred])
+                yield self._cycle(candidate, hosted[every - 1], all_updates - late + first, hosted[0])
+        # A unit's own update on the GPU stands between its backward and its next forward.
+        unit = 0 if candidate.embedding_on_gpu else 1
+        if candidate.state_on_gpu(self.model, unit):
+            update = self._unit_time(TaskKind.UPDATE_GPU, unit)
+            yield self._forward(candidate, unit) + self._loss(candidate) + self._backward(candidate, unit) + update
+
+    def _cycle(self, candidate: Candidate, first: int, updates_ns: int, last: int) -> int:
+        """From the gradient of unit `first` through updates to the load of unit `last`, and back by compute."""
+        offload, load = self._unit_time(TaskKind.OFFLOAD_GRADIENT, first), self._unit_time(TaskKind.LOAD_WEIGHTS, last)
+        compute = self._forward(candidate, last) + self._loss(candidate) + self._backward(candidate, first)
+        return offload + updates_ns + load + compute
+
+    def _updates(self, hosted: _HostUnits, count: int) -> int:
+        """Updates of the first `count` host-state units."""
+        return sum(number * self._time(TaskKind.UPDATE_HOST, role) for role, number in hosted.roles(count).items())
+
+    # -- times of runs of tasks ------------------------------------------------------------------
+
+    def _forward(self, candidate: Candidate, unit: int) -> int:
+        """Forward of all micro-batches from `unit` to the last layer."""
+        kinds = TaskKind.FORWARD_KEEP, TaskKind.FORWARD
+        embedding = self._time(TaskKind.FORWARD, UnitRole.EMBEDDING) if unit == 0 else 0
+        return candidate.micro_batches * (embedding + self._layer_run(candidate, unit, *kinds))
+
+    def _backward(self, candidate: Candidate, unit: int) -> int:
+        """Backward of all micro-batches from the last layer down to `unit`."""
+        kinds = TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE
+        embedding = self._time(TaskKind.BACKWARD, UnitRole.EMBEDDING) if unit == 0 else 0
+        return candidate.micro_batches * (embedding + self._layer_run(candidate, unit, *kinds))
+
+    def _layer_run(self, candidate: Candidate, unit: int, kept_kind: TaskKind, other_kind: TaskKind) -> int:
+        run = self.model.layers - max(unit, 1) + 1
+        kept = min(run, candidate.kept_layers)
+        return kept * self._time(kept_kind, UnitRole.LAYER) + (run - kept) * self._time(other_kind, UnitRole.LAYER)
+
+    def _loss(self, candidate: Candidate) -> int:
+        return candidate.micro_batches * self._time(TaskKind.LOSS, UnitRole.HEAD)
+
+    def _total(self, kind: TaskKind, counts: dict[UnitRole, int]) -> int:
+        return sum(count * self._time(kind, role) for role, count in counts.items())
+
+    def _unit_time(self, kind: TaskKind, unit: int) -> int:
+        return self._time(kind, self.model.role(unit))
+
+    def _time(self, kind: TaskKind, role: UnitRole) -> int:
+        return self._times[kind, role]

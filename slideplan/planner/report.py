@@ -1,0 +1,292 @@
+"""What the planner prints: verdicts, policies in words, tables. Reads in 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from slideplan.plan.graph import Lane, TensorClass
+from slideplan.plan.ledger import Ledger
+from slideplan.plan.machine import MachineProfile, Spread
+from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.plan import MachineReference, Plan
+from slideplan.plan.policy import Policy, Tier, Workload
+from slideplan.plan.quantities import format_bytes, format_ns
+from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
+from slideplan.planner.shortfall import DoesNotFit
+
+WIDTH = 100
+TRAINING_BYTES = WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES  # per parameter, gradients aside
+
+
+def console(*, stderr: bool = False) -> Console:
+    """As wide as the terminal; 100 columns where there is none."""
+    plain = Console(stderr=stderr)
+    return plain if plain.is_terminal else Console(stderr=stderr, width=WIDTH)
+
+
+# -- a plan, or why there is none --------------------------------------------------------------
+
+
+def verdict(answer: Plan | DoesNotFit) -> str:
+    """The answer in one line."""
+    if isinstance(answer, DoesNotFit):
+        return f"does not fit: {'; '.join(answer.ledger.lacking())}"
+    where = "fits" if answer.offloads else "fits on the GPU without offloading"
+    return f"{where}, {answer.prediction.record.tokens_per_s:,.0f} tokens/s predicted, bound by {binding_lane(answer)}"
+
+
+def binding_lane(plan: Plan) -> str:
+    """What holds the critical path for longest."""
+    critical = plan.prediction.critical_ns
+    return max(critical, key=lambda name: critical[name])
+
+
+def print_answer(out: Console, answer: Plan | DoesNotFit) -> None:
+    """The whole report of `planner simulate`."""
+    out.print(f"[bold]{answer.model.name}: {verdict(answer)}[/bold]", highlight=False, soft_wrap=True)
+    out.print(_facts(_setting(answer.model, answer.machine, answer.workload)))
+    if isinstance(answer, DoesNotFit):
+        _section(out, "What would make it fit", _facts(_advice(answer)))
+        _section(out, "Least demanding policy", _facts(policy_in_words(answer.model, answer.policy)))
+        _section(out, "Its memory", _ledger_table(answer.ledger))
+        return
+    _section(out, "Policy", _facts(policy_in_words(answer.model, answer.policy)))
+    _section(out, "Memory", _ledger_table(answer.ledger))
+    _section(out, "Predicted step", _lane_table(answer))
+    _section(out, "Where this comes from", _facts([*_sources(answer), ("search", _search(answer))]))
+
+
+def _setting(model: ModelSpec, machine: MachineReference, workload: Workload) -> list[tuple[str, str]]:
+    figures = "measured" if machine.source == "measured" else "figures from datasheets, not measured"
+    return [
+        ("model", f"{_count(model.parameter_count)} parameters, {model.layers} layers, hidden {model.hidden}"),
+        ("machine", f"{machine.name} ({figures})"),
+        ("step", f"{workload.global_batch} sequences of {workload.seq_len} tokens, AdamW, every parameter trained"),
+    ]
+
+
+def _advice(answer: DoesNotFit) -> list[tuple[str, str]]:
+    tiers = answer.ledger.tiers
+    found: list[tuple[str, str]] = []
+    host, gpu = answer.host_bytes_needed, answer.gpu_bytes_needed
+    if host is not None:
+        found.append(("host", f"at least {format_bytes(host)} of RAM beside this GPU"))
+    # Where host memory alone would do, a GPU many times as large is no advice.
+    if gpu is not None and (tiers[Tier.GPU].headroom_bytes < 0 or gpu <= 2 * tiers[Tier.GPU].capacity_bytes):
+        found.append(("GPU", f"at least {format_bytes(gpu)} of memory beside this host"))
+    if host is None and gpu is None:
+        need = {name: format_bytes(tier.capacity_bytes - tier.headroom_bytes) for name, tier in tiers.items()}
+        found.append(("both", f"about {need[Tier.GPU]} of GPU memory and {need[Tier.HOST]} of RAM"))
+    if answer.global_batch is not None:
+        found.append(("workload", f"a global batch of at most {answer.global_batch} at this sequence length"))
+    known = ", ".join(answer.machines) or "none of the known machines has the memory"
+    found.append(("machines", f"{known}{' would do' if answer.machines else ''}"))
+    return found
+
+
+def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
+    """What the policy does, one line per tensor class."""
+    layers = range(1, model.head_unit)
+    units = policy.units
+    on_gpu = [unit for unit in range(model.units) if units[unit].state is Tier.GPU]
+    streaming = [unit for unit in layers if policy.streams_weights(unit)]
+    resident = [unit for unit in layers if unit not in streaming]
+    kept = [unit for unit in layers if units[unit].inner == "keep"]
+    away = [unit for unit in range(model.units) if units[unit].boundary is Tier.HOST]
+    weights = []
+    if streaming:
+        ahead = f"loaded up to {policy.prefetch_depth} ahead"
+        weights.append(f"{_named(model, streaming)} stream through {policy.window} slots, {ahead}")
+    if resident:
+        weights.append(f"{_named(model, resident)} stay on the GPU")
+    state = []
+    if policy.update_order:
+        state.append(f"{_named(model, sorted(policy.update_order))} on the host, updated by the CPU")
+    if on_gpu:
+        state.append(f"{_named(model, on_gpu)} on the GPU, updated there")
+    boundary = [f"outputs of {_named(model, away)} wait on the host"] if away else ["all stay on the GPU"]
+    inner = []
+    if kept:
+        inner.append(f"kept for {_named(model, kept)}")
+    if len(kept) < model.layers:
+        inner.append(f"recomputed for {_named(model, [unit for unit in layers if unit not in kept])}")
+    found = [
+        ("micro-batches", f"{policy.micro_batches} of {policy.micro_batch} sequences each"),
+        ("weights", "; ".join(weights)),
+        ("state", "; ".join(state)),
+        ("gradients", _gradients(policy)),
+        ("boundaries", "; ".join(boundary)),
+        ("activations", "; ".join(inner)),
+    ]
+    return [*found, ("CPU updates", _update_order(model, policy))] if policy.update_order else found
+
+
+def _gradients(policy: Policy) -> str:
+    summed = f"summed over micro-batches in {policy.gradient_dtype}" if policy.micro_batches > 1 else policy.gradient_dtype
+    host = f", {policy.host_gradient_slots} on the host" if policy.host_gradient_slots else ""
+    return f"{summed}; layer slots: {policy.gradient_slots} on the GPU{host}"
+
+
+def _update_order(model: ModelSpec, policy: Policy) -> str:
+    """Descending while gradients arrive, then ascending as the next step needs them."""
+    order = policy.update_order
+    turn = next((place for place in range(1, len(order)) if order[place] > order[place - 1]), len(order))
+    if turn == len(order):
+        return "as gradients arrive"
+    # The lowest unit ends the descent, but belongs to the ascent just as well.
+    first = turn - 1
+    deferred = f"{_named(model, sorted(order[first:]))} after backward, in the order in which the next step needs them"
+    return f"{_named(model, sorted(order[:first]))} as gradients arrive; {deferred}" if first else deferred
+
+
+def _named(model: ModelSpec, units: list[int]) -> str:
+    """`all units`, or `embedding, layers 0-21, head`."""
+    if len(units) == model.units:
+        return "all units"
+    words = []
+    layers = [unit - 1 for unit in units if model.role(unit) is UnitRole.LAYER]
+    if 0 in units:
+        words.append("embedding")
+    if len(layers) == model.layers:
+        words.append(f"all {model.layers} layers")
+    elif layers:
+        whole = layers == list(range(layers[0], layers[-1] + 1))
+        span = f"{layers[0]}-{layers[-1]}" if whole else ",".join(map(str, layers))
+        words.append(f"layers {span}" if len(layers) > 1 else f"layer {layers[0]}")
+    if model.head_unit in units:
+        words.append("head")
+    return ", ".join(words)
+
+
+def _ledger_table(ledger: Ledger) -> Table:
+    table = _table("", *(f"{tier.upper()}" for tier in ledger.tiers))
+    tiers = ledger.tiers.values()
+    for tensor_class in TensorClass:
+        if any(tensor_class in tier.items for tier in tiers):
+            cells = (format_bytes(tier.items[tensor_class]) if tensor_class in tier.items else "-" for tier in tiers)
+            table.add_row(tensor_class.replace("_", " "), *cells)
+    table.add_row("fixed (context, process)", *(format_bytes(tier.fixed_bytes) for tier in tiers), end_section=True)
+    table.add_row("peak use", *(format_bytes(tier.used_bytes) for tier in tiers))
+    table.add_row("reserve", *(format_bytes(tier.reserve_bytes) for tier in tiers))
+    left = (f"{'' if tier.headroom_bytes >= 0 else 'LACKS '}{format_bytes(abs(tier.headroom_bytes))}" for tier in tiers)
+    table.add_row("headroom", *left, end_section=True)
+    table.add_row("capacity", *(format_bytes(tier.capacity_bytes) for tier in tiers))
+    return table
+
+
+def _lane_table(plan: Plan) -> Table:
+    record, critical = plan.prediction.record, plan.prediction.critical_ns
+    table = _table("lane", "tasks", "busy", "idle", "busy share", "critical path")
+    step = max(1, record.step_ns)
+    for lane, use in record.lanes.items():
+        table.add_row(
+            lane, f"{use.tasks:,}", format_ns(use.busy_ns), format_ns(use.idle_ns), f"{use.busy_ns / step:.1%}",
+            f"{critical.get(lane, 0) / step:.1%}",
+        )  # fmt: skip
+    others = {name: share for name, share in critical.items() if name not in set(Lane)}
+    for name, share in others.items():
+        table.add_row(name, "", "", "", "", f"{share / step:.1%}")
+    table.add_section()
+    table.add_row(
+        "step", f"{len(plan.graph.tasks):,}", format_ns(record.step_ns), "", "", f"{record.tokens_per_s:,.0f} tokens/s"
+    )
+    return table
+
+
+def _sources(plan: Plan) -> list[tuple[str, str]]:
+    by_source: dict[str, list[str]] = {}
+    for kind, source in plan.prediction.cost_sources.items():
+        by_source.setdefault(source, []).append(kind)
+    return [(f"{source} costs", ", ".join(kinds)) for source, kinds in by_source.items()]
+
+
+def _search(plan: Plan) -> str:
+    search, step_ns = plan.search, plan.prediction.record.step_ns
+    gap = step_ns / search.bound_ns - 1 if search.bound_ns else 0.0
+    counts = (
+        f"{search.candidates:,} policies: {search.pruned_by_capacity:,} too large, {search.pruned_by_bound:,} ruled out by "
+        f"bounds, {search.simulated:,} simulated, {search.unpriced:,} left unpriced"
+    )
+    return f"{counts}; none can be faster by more than {gap:.1%}" if gap >= 0.0005 else f"{counts}; none can be faster"
+
+
+# -- catalogues and profiles -------------------------------------------------------------------
+
+
+def models_table(models: Iterable[ModelSpec]) -> Table:
+    """One row per model."""
+    table = _table("model", "parameters", "layers", "hidden", "heads/kv", "ffn", "vocabulary", "training state")
+    for model in models:
+        table.add_row(
+            model.name, _count(model.parameter_count), str(model.layers), str(model.hidden),
+            f"{model.heads}/{model.kv_heads}", str(model.ffn), f"{model.vocabulary}{' tied' if model.tied_embeddings else ''}",
+            format_bytes(TRAINING_BYTES * model.parameter_count),
+        )  # fmt: skip
+    return table
+
+
+def machines_table(machines: dict[str, MachineProfile]) -> Table:
+    """One row per profile, by the name that `--machine` takes."""
+    table = _table("machine", "GPU", "GPU memory", "host memory", "cores", "h2d/d2h GB/s", "figures", left=2)
+    for name, machine in machines.items():
+        h2d, d2h = (curve.points[-1].rate.p50 / 1e9 for curve in (machine.link.h2d, machine.link.d2h))
+        table.add_row(
+            name, machine.gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce "), format_bytes(machine.gpu.memory_bytes), format_bytes(machine.host.memory_bytes),
+            str(machine.host.cores), f"{h2d:.1f}/{d2h:.1f}", machine.provenance.source,
+        )  # fmt: skip
+    return table
+
+
+def profile_table(machine: MachineProfile) -> Table:
+    """What was measured, with its spread."""
+    table = _table("measured", "p10", "p50", "p90", "unit")
+
+    def rate(name: str, spread: Spread) -> None:
+        table.add_row(name, *(f"{value / 1e9:,.2f}" for value in (spread.p10, spread.p50, spread.p90)), "GB/s")
+
+    for name, curve in (("h2d", machine.link.h2d), ("d2h", machine.link.d2h)):
+        rate(f"{name}, {format_bytes(curve.points[-1].size)} pieces", curve.points[-1].rate)
+    rate("AdamW on the host", machine.optimizer.host_bytes_per_s)
+    rate("AdamW on the device", machine.optimizer.gpu_bytes_per_s)
+    if machine.ssd is not None:
+        rate("SSD read", machine.ssd.read.points[-1].rate)
+        rate("SSD write", machine.ssd.write.points[-1].rate)
+    for cost in machine.costs:
+        spread = cost.duration_ns
+        table.add_row(
+            f"{cost.kind} {cost.shape.role}, hidden {cost.shape.hidden}, {cost.micro_batch}x{cost.seq_len}",
+            *(f"{value / 1e6:,.3f}" for value in (spread.p10, spread.p50, spread.p90)), "ms",
+        )  # fmt: skip
+    return table
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+def _section(out: Console, title: str, body: RenderableType) -> None:
+    out.print(f"\n[bold]{title}[/bold]")
+    out.print(body)
+
+
+def _table(*headers: str, left: int = 1) -> Table:
+    """The first `left` columns are words, the others numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="left" if place < left else "right", no_wrap=True)
+    return table
+
+
+def _facts(rows: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:,.3f} G" if parameters >= 10**7 else f"{parameters / 1e6:,.3f} M"

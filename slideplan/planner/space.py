@@ -1,0 +1,351 @@
+"""Which policies are considered. Layers are alike, so a candidate says how many, not which.
+
+Inner activations and GPU boundaries are kept on the last layers, where they live shortest. Weights and
+state stay on the GPU for the first layers: their gradients arrive last and they are needed first in the
+next step, so they are the ones that the host would update too late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import msgspec
+
+from slideplan.plan.codec import Spec
+from slideplan.plan.ledger import slot_capacity
+from slideplan.plan.machine import MachineProfile
+from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload, check_seq_len
+from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, Footprint
+from slideplan.simulator import footprint
+
+WINDOWS = (2, 3, 4, 6)
+GRID = 4  # values tried for how many layers keep weights, and how many keep state
+DEFERRALS = 5  # update orders, from order of arrival to order of next need
+STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
+
+GradientDtype = Literal["bf16", "fp32"]
+
+
+class SearchOptions(Spec, frozen=True):
+    """What the user fixes, and how much the search may cost.
+
+    placement:      "host" keeps weights and state of every unit on the host, so that all is streamed
+    gradient_dtype: "auto" sums over several micro-batches in fp32, and takes bf16 for one alone
+    micro_batch:    None tries every divisor of the global batch
+    lowered_tasks:  size of all task graphs made to bound a step by its longest path
+    simulated_tasks: size of all task graphs simulated
+    tolerance:      candidates that cannot be faster by more than this share are not looked at
+    """
+
+    placement: Literal["auto", "host"] = "auto"
+    gradient_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    micro_batch: int | None = None
+    lowered_tasks: int = 200_000
+    simulated_tasks: int = 120_000
+    tolerance: float = 0.005
+
+
+class Candidate(Spec, frozen=True):
+    """A policy by counts. The fields shared with `Policy` mean the same.
+
+    state_layers:      first layers whose state, and with it weights, stay on the GPU
+    weight_layers:     first layers whose weights stay on the GPU; at least state_layers
+    embedding_on_gpu, head_on_gpu: whether their weights and state stay on the GPU
+    offloaded_outputs: first units whose boundary activation waits on the host
+    kept_layers:       last layers that keep their inner activations
+    deferred_updates:  how many host-state units, from the first on, are updated in order of next need
+                       after all others, which are updated as their gradients arrive
+    """
+
+    micro_batch: int
+    micro_batches: int
+    gradient_dtype: GradientDtype
+    window: int = 0
+    prefetch_depth: int = 0
+    gradient_slots: int = 2
+    host_gradient_slots: int = 0
+    boundary_slots: int = 0
+    state_layers: int = 0
+    weight_layers: int = 0
+    embedding_on_gpu: bool = False
+    head_on_gpu: bool = False
+    offloaded_outputs: int = 0
+    kept_layers: int = 0
+    deferred_updates: int = 0
+
+    @property
+    def gradient_element_bytes(self) -> int:
+        return 4 if self.gradient_dtype == "fp32" else 2
+
+    def state_on_gpu(self, model: ModelSpec, unit: int) -> bool:
+        if unit == 0:
+            return self.embedding_on_gpu
+        return self.head_on_gpu if unit == model.head_unit else unit <= self.state_layers
+
+    def update_order(self, model: ModelSpec) -> tuple[int, ...]:
+        """Host-state units: the later ones as their gradients arrive, then the deferred, first unit first."""
+        host = [unit for unit in range(model.units) if not self.state_on_gpu(model, unit)]
+        return (*reversed(host[self.deferred_updates :]), *host[: self.deferred_updates])
+
+    def policy(self, model: ModelSpec) -> Policy:
+        """The policy spelt out unit by unit."""
+        units = []
+        for unit in range(model.units):
+            state = Tier.GPU if self.state_on_gpu(model, unit) else Tier.HOST
+            layer = model.role(unit) is UnitRole.LAYER
+            units.append(
+                UnitPolicy(
+                    state=state,
+                    weights=Tier.GPU if layer and unit <= self.weight_layers else state,
+                    boundary=Tier.HOST if unit < self.offloaded_outputs else Tier.GPU,
+                    inner="keep" if layer and unit > model.layers - self.kept_layers else "recompute",
+                )
+            )
+        return Policy(
+            micro_batch=self.micro_batch, micro_batches=self.micro_batches, window=self.window,
+            prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
+            host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots,
+            gradient_dtype=self.gradient_dtype, update_order=self.update_order(model), units=tuple(units),
+        )  # fmt: skip
+
+    def slot_bytes(self, model: ModelSpec, seq_len: int, footprint: Footprint) -> dict[Tier, int]:
+        """What the pools of this policy take in each tier, without making them."""
+        embedding, layer, head = (model.flat_elements(role) for role in UnitRole)
+        gradient, micros, layers = self.gradient_element_bytes, self.micro_batches, model.layers
+        boundary = model.boundary_bytes(self.micro_batch * seq_len)
+        ends_on_gpu = embedding * self.embedding_on_gpu + head * self.head_on_gpu
+        ends_on_host = embedding + head - ends_on_gpu
+        gpu = WEIGHT_BYTES * (embedding + head + layer * (self.weight_layers + self.window))
+        gpu += STATE_BYTES * (ends_on_gpu + layer * self.state_layers)
+        gpu += gradient * (embedding + head + layer * self.gradient_slots)
+        gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
+        gpu += footprint.inner_bytes * self.kept_layers * micros + footprint.workspace_bytes
+        host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.state_layers))
+        host += gradient * (ends_on_host + layer * self.host_gradient_slots)
+        host += boundary * self.offloaded_outputs * micros
+        return {Tier.GPU: gpu, Tier.HOST: host}
+
+
+class Space(Spec, frozen=True):
+    """Candidates that fit, and how many were dropped because they do not."""
+
+    fitting: tuple[Candidate, ...]
+    too_large: int
+    offloads: bool
+
+
+class SpaceBuilder:
+    """Enumerates candidates for a model, a workload and what the tiers offer to slots, in bytes."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        workload: Workload,
+        footprints: Mapping[int, Footprint],
+        capacity: Mapping[Tier, int],
+        options: SearchOptions,
+    ) -> None:
+        """`footprints`: per micro-batch size to be tried, as of `micro_batch_sizes`."""
+        self.model = model
+        self.workload = workload
+        self.footprints = footprints
+        self.capacity = capacity
+        self.options = options
+        self._too_large = 0
+        self._layer = model.flat_elements(UnitRole.LAYER)
+
+    @classmethod
+    def on(cls, machine: MachineProfile, model: ModelSpec, workload: Workload, options: SearchOptions) -> SpaceBuilder:
+        """What may be planned for this workload on this machine. Raises ValueError where nothing may."""
+        check_seq_len(model, workload.seq_len)
+        sizes = micro_batch_sizes(workload, options)
+        footprints = {size: footprint(model, size, workload.seq_len, machine) for size in sizes}
+        capacity = {tier: slot_capacity(machine, tier) for tier in (Tier.GPU, Tier.HOST)}
+        return cls(model, workload, footprints, capacity, options)
+
+    def build(self) -> Space:
+        """Without offloading if anything fits so; otherwise all that fits with it."""
+        resident = [*self._resident()] if self.options.placement == "auto" else []
+        fitting = [candidate for candidate in resident if candidate is not None]
+        if fitting:
+            return Space(fitting=tuple(fitting), too_large=len(resident) - len(fitting), offloads=False)
+        found = dict.fromkeys(self._offloaded())
+        fitting = [candidate for candidate in found if candidate is not None]
+        return Space(fitting=tuple(fitting), too_large=self._too_large + len(resident), offloads=True)
+
+    def spare(self, candidate: Candidate) -> dict[Tier, int]:
+        """Bytes of each tier that the candidate leaves; negative where it does not fit."""
+        need = candidate.slot_bytes(self.model, self.workload.seq_len, self.footprints[candidate.micro_batch])
+        return {tier: self.capacity[tier] - count for tier, count in need.items()}
+
+    def least_demanding(self) -> Iterator[Candidate]:
+        """The policies with the fewest slots, one for each split of state between GPU and host."""
+        layers = self.model.layers
+        free = self.options.placement == "auto"
+        for base in self._micro_batches():
+            for embedding, head in _ENDS if free else _ENDS[:1]:
+                for state in range(layers + 1 if free else 1):
+                    for offloaded in evenly(0, layers, 3):
+                        yield self._with_slots(
+                            msgspec.structs.replace(
+                                base, embedding_on_gpu=embedding, head_on_gpu=head, state_layers=state, weight_layers=state,
+                                window=2 if state < layers else 0, prefetch_depth=1 if state < layers else 0,
+                                offloaded_outputs=offloaded,
+                            ),
+                            lean=True,
+                        )  # fmt: skip
+
+    def neighbours(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Candidates that differ from this one in one choice, and fit."""
+        free = self.options.placement == "auto"
+        model, layers = self.model, self.model.layers
+        changed: list[dict[str, int | bool]] = []
+        for step in (-5, -2, -1, 1, 2, 5):
+            changed.append({"deferred_updates": candidate.deferred_updates + step})
+            if free:
+                changed.append({"weight_layers": candidate.weight_layers + step})
+                changed.append({"state_layers": candidate.state_layers + step})
+                changed.append({"state_layers": candidate.state_layers + step, "weight_layers": candidate.weight_layers + step})
+        changed += [{"offloaded_outputs": offloaded} for offloaded in evenly(0, layers, 5)]
+        changed += [{"embedding_on_gpu": embedding, "head_on_gpu": head} for embedding, head in _ENDS] if free else []
+        streaming = layers - candidate.weight_layers
+        changed += [{"window": window, "prefetch_depth": depth} for window, depth in self._windows(streaming)]
+        for change in changed:
+            moved = msgspec.structs.replace(candidate, kept_layers=0, **change)
+            streaming = layers - moved.weight_layers
+            if not 0 <= moved.state_layers <= moved.weight_layers <= layers:
+                continue
+            window = min(moved.window or 2, max(2, streaming)) if streaming else 0
+            depth = min(moved.prefetch_depth or 1, window - 1) if streaming else 0
+            hosted = sum(not moved.state_on_gpu(model, unit) for unit in range(model.units))
+            deferred = min(hosted, max(1, moved.deferred_updates))
+            found = self._keeping(
+                msgspec.structs.replace(moved, window=window, prefetch_depth=depth, deferred_updates=deferred)
+            )
+            if found is not None and found != candidate:
+                yield found
+
+    # -- enumeration ---------------------------------------------------------------------------
+
+    def _micro_batches(self) -> Iterator[Candidate]:
+        for size in sorted(self.footprints):
+            count = self.workload.global_batch // size
+            dtype = self.options.gradient_dtype
+            if dtype == "auto":
+                dtype = "bf16" if count == 1 else "fp32"
+            yield Candidate(micro_batch=size, micro_batches=count, gradient_dtype=dtype)
+
+    def _resident(self) -> Iterator[Candidate | None]:
+        layers = self.model.layers
+        for base in self._micro_batches():
+            yield self._keeping(
+                msgspec.structs.replace(
+                    base, state_layers=layers, weight_layers=layers, embedding_on_gpu=True, head_on_gpu=True
+                )
+            )
+
+    def _offloaded(self) -> Iterator[Candidate]:
+        layers = self.model.layers
+        free = self.options.placement == "auto"
+        for base in self._micro_batches():
+            for embedding, head in _ENDS if free else _ENDS[:1]:
+                for offloaded in evenly(0, layers, 3):
+                    ends = msgspec.structs.replace(
+                        base, embedding_on_gpu=embedding, head_on_gpu=head, offloaded_outputs=offloaded
+                    )
+                    for state in self._state_counts(ends) if free else (0,):
+                        yield from self._streaming(msgspec.structs.replace(ends, state_layers=state, weight_layers=state))
+
+    def _state_counts(self, base: Candidate) -> list[int]:
+        """From as many as the host cannot hold to as many as the GPU can."""
+        layers, state = self.model.layers, STATE_BYTES + WEIGHT_BYTES
+        spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), lean=True))
+        fewest = min(layers, max(0, -(spare[Tier.HOST] // (state * self._layer))))
+        most = max(0, min(layers, spare[Tier.GPU] // (state * self._layer)))
+        if most + 2 >= layers:  # without any streaming layer the window is spared
+            most = layers
+        return evenly(fewest, max(fewest, most), GRID)
+
+    def _streaming(self, base: Candidate) -> Iterator[Candidate]:
+        """Windows, resident weights and update orders for a given split of state."""
+        layers = self.model.layers
+        free = self.options.placement == "auto"
+        for window, depth in self._windows(layers - base.state_layers):
+            windowed = msgspec.structs.replace(base, window=window, prefetch_depth=depth)
+            spare = self.spare(self._with_slots(windowed, lean=True))[Tier.GPU]
+            most = min(layers - window, base.state_layers + max(0, spare) // (WEIGHT_BYTES * self._layer))
+            for weights in evenly(base.state_layers, max(base.state_layers, most), GRID) if free else (0,):
+                placed = msgspec.structs.replace(windowed, weight_layers=weights)
+                hosted = sum(not placed.state_on_gpu(self.model, unit) for unit in range(self.model.units))
+                for deferred in evenly(min(1, hosted), hosted, DEFERRALS):
+                    candidate = self._keeping(msgspec.structs.replace(placed, deferred_updates=deferred))
+                    if candidate is None:
+                        self._too_large += 1
+                    else:
+                        yield candidate
+
+    def _windows(self, streaming: int) -> Iterator[tuple[int, int]]:
+        """Window and prefetch depth. As many slots as streaming layers load every layer once a step."""
+        if not streaming:
+            yield 0, 0
+            return
+        sizes = {2, *(window for window in WINDOWS if window <= streaming)}
+        if self.options.placement == "auto":
+            sizes.add(max(2, streaming))
+        for window in sorted(sizes):
+            for depth in sorted({window - 1, max(1, window // 2)}):
+                yield window, depth
+
+    def _keeping(self, base: Candidate) -> Candidate | None:
+        """With slots, and inner activations kept on as many layers as fit; None where not even none fit."""
+        for lean in (False, True):
+            candidate = self._with_slots(base, lean)
+            spare = self.spare(candidate)
+            if min(spare.values()) < 0:
+                continue
+            inner = self.footprints[base.micro_batch].inner_bytes * base.micro_batches
+            room = self.model.layers - base.offloaded_outputs
+            kept = min(room, spare[Tier.GPU] // inner) if inner else room
+            return msgspec.structs.replace(candidate, kept_layers=kept)
+        return None
+
+    def _with_slots(self, base: Candidate, lean: bool) -> Candidate:
+        """Shared slots: as few as the order of tasks allows, or one more of each, so that work overlaps."""
+        more = 0 if lean else 1
+        host_layers = self.model.layers - base.state_layers
+        end_units = (not base.embedding_on_gpu, not base.head_on_gpu)
+        # Deferred units are the first of all host-state units: the embedding, layers, at last the head.
+        waiting = min(host_layers, max(1, base.deferred_updates - end_units[0]))
+        return msgspec.structs.replace(
+            base,
+            gradient_slots=1 + more,
+            host_gradient_slots=min(host_layers, waiting + more),
+            boundary_slots=base.micro_batches + 1 + more if base.offloaded_outputs else 0,
+        )
+
+
+# Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
+_ENDS = ((False, False), (True, False), (True, True))
+
+
+def micro_batch_sizes(workload: Workload, options: SearchOptions) -> list[int]:
+    """Divisors of the global batch, or the one that the user fixed.
+
+    Raises ValueError where that does not divide the global batch.
+    """
+    batch = workload.global_batch
+    if options.micro_batch is None:
+        return [size for size in range(1, batch + 1) if batch % size == 0]
+    if options.micro_batch < 1 or batch % options.micro_batch:
+        raise ValueError(
+            f"micro-batch {options.micro_batch} does not divide the global batch {batch}; "
+            f"take one of {', '.join(str(size) for size in range(1, batch + 1) if batch % size == 0)}"
+        )
+    return [options.micro_batch]
+
+
+def evenly(low: int, high: int, count: int) -> list[int]:
+    """Up to `count` different integers from low to high, both included, evenly spaced."""
+    return sorted({low + (high - low) * place // (count - 1) for place in range(count)})

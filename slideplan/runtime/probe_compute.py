@@ -1,0 +1,164 @@
+"""Probes of compute: units of a model through the runtime's own handlers, and rates for those not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import numpy as np
+import torch
+
+from slideplan.plan.graph import Lane, TaskKind, TensorClass
+from slideplan.plan.lowering import lower
+from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LayerShape, RatePoint
+from slideplan.plan.model import ModelSpec
+from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.plan.slots import Footprint
+from slideplan.runtime.backend import Backend, Marker, peak_resident_bytes, reset_peak_resident, resident_bytes
+from slideplan.runtime.buffers import Buffers
+from slideplan.runtime.compute import ComputeHandlers
+from slideplan.runtime.data import TokenWindows
+from slideplan.runtime.probing import Effort, rate_spread, spread, timed
+
+
+class UnitProbe:
+    """Two layers of a model with embedding and head: layer 1 recomputes, layer 2 keeps its activations."""
+
+    def __init__(self, backend: Backend, model: ModelSpec, micro_batch: int, seq_len: int) -> None:
+        self._backend = backend
+        self._micro_batch, self._seq_len = micro_batch, seq_len
+        self._model = msgspec.structs.replace(model, layers=2)
+        units = [UnitPolicy() for _ in range(4)]
+        units[2] = UnitPolicy(inner="keep")
+        policy = Policy(
+            micro_batch=micro_batch,
+            micro_batches=1,
+            window=2,
+            prefetch_depth=1,
+            gradient_slots=1,
+            host_gradient_slots=1,
+            boundary_slots=0,
+            gradient_dtype="bf16",
+            update_order=(3, 2, 1, 0),
+            units=tuple(units),
+        )
+        workload = Workload(seq_len=seq_len, global_batch=micro_batch)
+        # Inner activations and workspace are what this probe measures; nothing is reserved for them.
+        self._graph = lower(self._model, policy, workload, Footprint(inner_bytes=1, workspace_bytes=1))
+        self._tasks = [task for task in self._graph.tasks if task.lane is Lane.COMPUTE]
+        buffers = Buffers(self._graph, backend, torch.bfloat16, wanted=lambda pool: pool.tier is Tier.GPU)
+        for pool in self._graph.pools:
+            if pool.tier is Tier.GPU and pool.tensor_class is TensorClass.WEIGHTS:
+                for slot in buffers.slots[pool.name]:
+                    slot.normal_(0.0, 0.02)  # never zeros: they make products faster than real data does
+        tokens = np.random.default_rng(0).integers(0, model.vocabulary, 4 * micro_batch * seq_len + 1)
+        windows = TokenWindows(tokens.astype(np.uint32), seq_len, micro_batch)
+        self._handlers = ComputeHandlers(self._model, self._graph, buffers, backend.device, windows, micro_batch, 1, seq_len)
+
+    def costs(self, repeats: int) -> list[ComputeCost]:
+        """Every compute task kind of this model at this shape."""
+        saved, workspace = self._memory()
+        marks: list[list[tuple[Marker, Marker]]] = []
+        with self._backend.lane(Lane.COMPUTE):
+            self._step()
+            for _ in range(repeats):
+                marks.append(self._step())
+            self._backend.wait(marks[-1][-1][1])
+            anchor = self._backend.anchor()
+        found = []
+        for number, task in enumerate(self._tasks):
+            durations = [
+                self._backend.elapsed_ns(anchor, step[number][1]) - self._backend.elapsed_ns(anchor, step[number][0])
+                for step in marks
+            ]
+            found.append(
+                ComputeCost(
+                    shape=LayerShape.of(self._model, self._model.role(task.unit)),
+                    kind=task.kind,
+                    micro_batch=self._micro_batch,
+                    seq_len=self._seq_len,
+                    duration_ns=spread(durations),
+                    saved_bytes=saved[number],
+                    workspace_bytes=workspace[number],
+                )
+            )
+        return found
+
+    def _step(self) -> list[tuple[Marker, Marker]]:
+        marks = []
+        for task in self._tasks:
+            start = self._backend.mark(Lane.COMPUTE)
+            self._handlers(task, 0)
+            marks.append((start, self._backend.mark(Lane.COMPUTE)))
+        return marks
+
+    def _memory(self) -> tuple[list[int], list[int]]:
+        """For each task, bytes that it leaves behind and its peak beyond them."""
+        saved, workspace = [], []
+        with self._backend.lane(Lane.COMPUTE):
+            self._step()  # lazily made library handles and caches are no task's workspace
+            for task in self._tasks:
+                meter = _cuda_meter if self._backend.name == "cuda" else _cpu_meter
+                left, peak = meter(partial(self._handlers, task, 0))
+                kept = left if task.kind is TaskKind.FORWARD_KEEP else 0
+                saved.append(kept)
+                workspace.append(max(0, peak - kept))
+        return saved, workspace
+
+
+def _cuda_meter(action: Callable[[], object]) -> tuple[int, int]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    action()
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.memory_allocated() - before), max(0, torch.cuda.max_memory_allocated() - before)
+
+
+def _cpu_meter(action: Callable[[], object]) -> tuple[int, int]:
+    """Saved tensors are counted as autograd saves them; the peak is that of the process."""
+    storages: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    reset_peak_resident()
+    before = resident_bytes()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        action()
+    return sum(storages.values()), max(0, peak_resident_bytes() - before)
+
+
+def efficiency(backend: Backend, effort: Effort) -> Efficiency:
+    """Matrix products over sizes, causal attention, and element-wise passes, in bf16."""
+    device = backend.device
+    sides = [128, 256, 512, 1024] if backend.name == "cpu" else [256, 512, 1024, 2048, 4096, 8192]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float32).bfloat16()
+
+    points = []
+    for side in sides:
+        a, b = random(side, side), random(side, side)
+        out = torch.empty_like(a)
+        durations = timed(backend, Lane.COMPUTE, partial(torch.mm, a, b, out=out), effort.repeats)
+        points.append(RatePoint(size=2 * side**3, rate=rate_spread(2 * side**3, durations)))
+    batch, heads, seq_len, width = (1, 4, 256, 64) if backend.name == "cpu" else (8, 32, 1024, 128)
+    query, key, value = (random(batch, heads, seq_len, width) for _ in range(3))
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    flops = 2 * batch * seq_len * (seq_len + 1) * heads * width
+    attention = rate_spread(flops, timed(backend, Lane.COMPUTE, attend, effort.repeats)).p50
+    side = 1024 if backend.name == "cpu" else 8192
+    left, right = random(side, side), random(side, side)
+    out = torch.empty_like(left)
+    passes = timed(backend, Lane.COMPUTE, lambda: torch.mul(left, right, out=out), effort.repeats)
+    return Efficiency(
+        gemm=Curve(points=tuple(points)),
+        attention_flops_per_s=attention,
+        elementwise_bytes_per_s=rate_spread(3 * left.nbytes, passes).p50,
+    )

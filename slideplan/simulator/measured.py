@@ -1,0 +1,22 @@
+"""Looking up what a machine profile measured."""
+
+from __future__ import annotations
+
+from math import log
+
+from slideplan.plan.graph import TaskKind
+from slideplan.plan.machine import ComputeCost, LayerShape, MachineProfile
+
+
+def nearest(machine: MachineProfile, shape: LayerShape, kind: TaskKind, micro_batch: int, seq_len: int) -> ComputeCost | None:
+    """The measurement of this shape and kind at the nearest size; None where there is none at all.
+
+    Distance: |log ratio of tokens| + |log ratio of sequence lengths|, so an exact match is nearest.
+    """
+    tokens = micro_batch * seq_len
+
+    def distance(cost: ComputeCost) -> tuple[float, int, int]:
+        apart = abs(log(cost.micro_batch * cost.seq_len / tokens)) + abs(log(cost.seq_len / seq_len))
+        return apart, cost.micro_batch, cost.seq_len
+
+    return min((cost for cost in machine.costs if cost.kind is kind and cost.shape == shape), key=distance, default=None)

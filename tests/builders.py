@@ -1,0 +1,113 @@
+"""Small models, machines and policies for tests. All figures are round, so that tests can compute with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from slideplan.plan.machine import (
+    Curve,
+    Efficiency,
+    GpuProfile,
+    HostProfile,
+    LinkProfile,
+    MachineProfile,
+    OptimizerProfile,
+    Provenance,
+    RatePoint,
+    Spread,
+)
+from slideplan.plan.model import ModelSpec
+from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.plan.quantities import GIB
+
+GB_PER_S = 10**9
+
+
+def tiny_model(**changes: Any) -> ModelSpec:
+    """Four layers, hidden 64, untied; any field can be given another value."""
+    fields: dict[str, Any] = {
+        "name": "tiny", "architecture": "llama", "hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 16,
+        "ffn": 128, "vocabulary": 256, "tied_embeddings": False, "max_positions": 512,
+    }  # fmt: skip
+    return ModelSpec(**fields | changes)
+
+
+def tiny_workload(seq_len: int = 32, global_batch: int = 4) -> Workload:
+    """Matches `tiny_policy` as it is by default."""
+    return Workload(seq_len=seq_len, global_batch=global_batch)
+
+
+def tiny_policy(
+    model: ModelSpec,
+    *,
+    micro_batch: int = 2,
+    micro_batches: int = 2,
+    window: int = 2,
+    gradient_dtype: str = "fp32",
+    resident_weights: tuple[int, ...] = (),
+    resident_state: tuple[int, ...] = (),
+    keep: tuple[int, ...] = (),
+    offload_boundaries: bool = False,
+    **changes: Any,
+) -> Policy:
+    """Everything on the host, weights streamed, updates in backward order; legal as it stands.
+
+    resident_weights, resident_state, keep: units with weights, with weights and state, and with inner
+    activations on the GPU. offload_boundaries: outputs of all layers but the last wait on the host,
+    where nothing that is kept forbids it. `changes` replaces fields of the policy.
+    """
+    on_gpu = {*resident_weights, *resident_state}
+    units = tuple(
+        UnitPolicy(
+            weights=Tier.GPU if unit in on_gpu else Tier.HOST,
+            state=Tier.GPU if unit in resident_state else Tier.HOST,
+            boundary=Tier.HOST if offload_boundaries and unit < model.layers and unit + 1 not in keep else Tier.GPU,
+            inner="keep" if unit in keep else "recompute",
+        )
+        for unit in range(model.units)
+    )
+    layers = range(1, model.head_unit)
+    streams = any(unit not in on_gpu for unit in layers)
+    host_layers = sum(unit not in resident_state for unit in layers)
+    order = tuple(unit for unit in reversed(range(model.units)) if unit not in resident_state)
+    fields: dict[str, Any] = {
+        "micro_batch": micro_batch,
+        "micro_batches": micro_batches,
+        "window": window if streams else 0,
+        "prefetch_depth": window - 1 if streams else 0,
+        "gradient_slots": 2,
+        # Updates in another than backward order keep gradients waiting: then every layer gets a slot.
+        "host_gradient_slots": host_layers if "update_order" in changes else min(2, host_layers),
+        "boundary_slots": micro_batches + 2 if any(unit.boundary is Tier.HOST for unit in units) else 0,
+        "gradient_dtype": gradient_dtype,
+        "update_order": order,
+        "units": units,
+    }
+    return Policy(**fields | changes)
+
+
+def flat_curve(rate_per_s: int, latency_size: int = 1) -> Curve:
+    """The same rate at every size from `latency_size` on; below it, the time of `latency_size`."""
+    return Curve(points=(RatePoint(size=latency_size, rate=Spread.exact(rate_per_s)),))
+
+
+def tiny_machine(**changes: Any) -> MachineProfile:
+    """Links of 10 GB/s alone and 16 GB/s together, 40 GB/s of DRAM, an optimizer of 30 GB/s; no measured units."""
+    machine = MachineProfile(
+        name="tiny",
+        gpu=GpuProfile(name="test gpu", backend="cuda", memory_bytes=GIB, context_bytes=0, memory_bytes_per_s=1000 * GB_PER_S),
+        host=HostProfile(cpu="test cpu", cores=4, memory_bytes=4 * GIB, process_bytes=0, dram_bytes_per_s=40 * GB_PER_S),
+        link=LinkProfile(h2d=flat_curve(10 * GB_PER_S), d2h=flat_curve(10 * GB_PER_S), duplex_bytes_per_s=16 * GB_PER_S),
+        optimizer=OptimizerProfile(
+            threads=4, host_bytes_per_s=Spread.exact(30 * GB_PER_S), gpu_bytes_per_s=Spread.exact(800 * GB_PER_S)
+        ),
+        ssd=None,
+        efficiency=Efficiency(
+            gemm=flat_curve(100 * 10**12), attention_flops_per_s=50 * 10**12, elementwise_bytes_per_s=500 * GB_PER_S
+        ),
+        costs=(),
+        provenance=Provenance(source="measured", date="2026-01-01", command="test", versions={}),
+    )
+    return msgspec.structs.replace(machine, **changes)

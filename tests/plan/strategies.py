@@ -1,0 +1,61 @@
+"""Random legal schedules of tiny models."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from builders import tiny_model
+from hypothesis import strategies as st
+
+from slideplan.plan.graph import TaskGraph
+from slideplan.plan.lowering import lower
+from slideplan.plan.model import ModelSpec
+from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.plan.slots import Footprint
+
+FOOTPRINT = Footprint(inner_bytes=4096, workspace_bytes=8192)
+
+
+class Case(NamedTuple):
+    model: ModelSpec
+    policy: Policy
+    workload: Workload
+
+    def graph(self) -> TaskGraph:
+        return lower(self.model, self.policy, self.workload, FOOTPRINT)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any policy that `Policy.check` accepts and whose host gradients have room for its update order."""
+    model = tiny_model(layers=draw(st.integers(1, 6)), tied_embeddings=draw(st.booleans()))
+    micro_batch, micro_batches = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    units: list[UnitPolicy] = []
+    for unit in range(model.units):
+        is_layer = 0 < unit < model.head_unit
+        state = draw(st.sampled_from([Tier.HOST, Tier.HOST, Tier.GPU]))
+        weights = state if not is_layer or state is Tier.GPU else draw(st.sampled_from([Tier.HOST, Tier.GPU]))
+        boundary = draw(st.sampled_from([Tier.HOST, Tier.GPU])) if unit < model.layers else Tier.GPU
+        may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
+        inner = draw(st.sampled_from(["recompute", "keep"])) if may_keep else "recompute"
+        units.append(UnitPolicy(weights=weights, state=state, boundary=boundary, inner=inner))
+    streams = any(units[unit].weights is Tier.HOST for unit in range(1, model.head_unit))
+    window = draw(st.integers(2, model.layers + 2)) if streams else 0
+    arrival = [unit for unit in reversed(range(model.units)) if units[unit].state is Tier.HOST]
+    order = draw(st.permutations(arrival))
+    host_layers = sum(0 < unit < model.head_unit for unit in arrival)
+    in_order = list(order) == arrival and host_layers > 0
+    offloads = any(unit.boundary is Tier.HOST for unit in units)
+    policy = Policy(
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        window=window,
+        prefetch_depth=draw(st.integers(1, window - 1)) if streams else 0,
+        gradient_slots=draw(st.integers(1, 3)),
+        host_gradient_slots=draw(st.integers(1, host_layers)) if in_order else host_layers,
+        boundary_slots=micro_batches + draw(st.integers(1, 4)) if offloads else 0,
+        gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
+        update_order=tuple(order),
+        units=tuple(units),
+    )
+    return Case(model, policy, Workload(seq_len=32, global_batch=micro_batch * micro_batches))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import msgspec
+from builders import tiny_machine
+from hypothesis import given
+from plan.strategies import Case, cases
+
+from slideplan.plan.graph import SlotPool, TaskGraph, TensorClass, tier_bytes
+from slideplan.plan.ledger import ledger, slot_capacity
+from slideplan.plan.policy import Tier
+from slideplan.plan.quantities import GIB
+
+
+def machine_with(gpu_bytes: int, context_bytes: int = 0):
+    gpu = msgspec.structs.replace(tiny_machine().gpu, memory_bytes=gpu_bytes, context_bytes=context_bytes)
+    return tiny_machine(gpu=gpu)
+
+
+def pool(name: str, tensor_class: TensorClass, slot_bytes: int, count: int, tier: Tier = Tier.GPU) -> SlotPool:
+    return SlotPool(name=name, tier=tier, tensor_class=tensor_class, slot_bytes=slot_bytes, count=count)
+
+
+GRAPH = TaskGraph(
+    pools=(
+        pool("a", TensorClass.WEIGHTS, 100, 3),
+        pool("b", TensorClass.WEIGHTS, 50, 1),
+        pool("c", TensorClass.GRADIENT, 20, 2),
+        pool("d", TensorClass.MOMENTS, 1000, 4, Tier.HOST),
+    ),
+    tasks=(),
+)
+
+
+def test_sums_per_tensor_class_and_tier():
+    found = ledger(GRAPH, machine_with(1000, context_bytes=7))
+    gpu = found.tiers[Tier.GPU]
+    assert gpu.items == {TensorClass.WEIGHTS: 350, TensorClass.GRADIENT: 40}
+    assert (gpu.used_bytes, gpu.reserve_bytes, gpu.headroom_bytes) == (397, 30, 573)
+    assert found.tiers[Tier.HOST].items == {TensorClass.MOMENTS: 4000}
+    assert found.peak_bytes() == {Tier.GPU: 397, Tier.HOST: 4000}
+    assert found.fits
+    assert found.lacking() == []
+
+
+def test_a_tier_too_small_is_named_with_what_it_lacks():
+    found = ledger(GRAPH, machine_with(400, context_bytes=7))
+    assert not found.fits
+    assert found.lacking() == ["lacks 9 B of GPU memory (needs 409 B, has 400 B)"]
+
+
+def test_slot_capacity_is_what_headroom_leaves():
+    machine = machine_with(1000, context_bytes=100)
+    assert slot_capacity(machine, Tier.GPU) == 870
+    assert slot_capacity(machine_with(50, context_bytes=100), Tier.GPU) == 0
+
+
+@given(cases())
+def test_ledger_adds_up_to_the_pools(case: Case):
+    graph = case.graph()
+    found = ledger(graph, machine_with(GIB))
+    for tier in (Tier.GPU, Tier.HOST):
+        assert sum(found.tiers[tier].items.values()) == tier_bytes(graph.pools, tier)
+        fits = tier_bytes(graph.pools, tier) <= slot_capacity(machine_with(GIB), tier)
+        assert fits == (found.tiers[tier].headroom_bytes >= 0)
+
+
+@given(cases())
+def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
+    """Remainder and moments 10, and 2 of bf16 weights on the tier that updates them."""
+    model, policy = case.model, case.policy
+    items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in (Tier.GPU, Tier.HOST)}
+    elements = {
+        tier: sum(model.flat_elements(model.role(u)) for u in range(model.units) if policy.units[u].state is tier)
+        for tier in items
+    }
+    for tier, pools in items.items():
+        state = sum(size for name, size in pools.items() if ".moments." in name or ".remainder." in name)
+        assert state == 10 * elements[tier]
+    weights = sum(size for name, size in items[Tier.HOST].items() if ".weights." in name)
+    assert weights == 2 * elements[Tier.HOST]

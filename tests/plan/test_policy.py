@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+from builders import tiny_model, tiny_policy, tiny_workload
+
+from slideplan.plan.policy import Policy, Tier, Workload
+
+
+def changed_unit(policy: Policy, unit: int, **fields) -> Policy:
+    units = list(policy.units)
+    units[unit] = msgspec.structs.replace(units[unit], **fields)
+    return msgspec.structs.replace(policy, units=tuple(units))
+
+
+def with_knobs(**knobs) -> Policy:
+    return msgspec.structs.replace(tiny_policy(tiny_model()), **knobs)
+
+
+def refusal(policy: Policy, workload: Workload | None = None, **model) -> str:
+    with pytest.raises(ValueError) as raised:
+        policy.check(tiny_model(**model), workload or tiny_workload())
+    return str(raised.value)
+
+
+def test_the_builders_policy_is_legal():
+    tiny_policy(tiny_model()).check(tiny_model(), tiny_workload())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"units": ()}, "policy.units has 0 entries, tiny has 6 units"),
+        ({"micro_batch": 3}, "policy.micro_batch x policy.micro_batches is 3 x 2, the global batch is 4"),
+        ({"micro_batch": 0}, "policy.micro_batch x policy.micro_batches is 0 x 2"),
+        ({"window": 1}, "policy.window is 1, streaming weights need at least 2 slots"),
+        ({"prefetch_depth": 0}, "policy.prefetch_depth is 0, must be in 1..1 (window - 1)"),
+        ({"prefetch_depth": 2}, "policy.prefetch_depth is 2, must be in 1..1 (window - 1)"),
+        ({"gradient_slots": 0}, "policy.gradient_slots is 0, must be at least 1"),
+        ({"host_gradient_slots": 0}, "policy.host_gradient_slots is 0 with 4 layers updated on the host"),
+        ({"host_gradient_slots": -1}, "policy.host_gradient_slots is -1"),
+        ({"boundary_slots": 3}, "policy.boundary_slots must be 0 where no boundary activation waits on the host"),
+        ({"update_order": (5, 4, 3, 2, 1)}, "those are [0, 1, 2, 3, 4, 5], it names [5, 4, 3, 2, 1]"),
+        ({"update_order": (5, 4, 3, 2, 1, 0, 0)}, "policy.update_order must name every unit"),
+    ],
+)
+def test_refusals_name_the_knob(knobs: dict, message: str):
+    assert message in refusal(with_knobs(**knobs))
+
+
+@pytest.mark.parametrize(
+    ("unit", "fields", "message"),
+    [
+        (2, {"state": Tier.GPU}, "policy.units[2] (layer001): state on the gpu needs weights on the gpu"),
+        (0, {"weights": Tier.GPU}, "policy.units[0] (embedding): weights must lie where state does"),
+        (5, {"inner": "keep"}, "policy.units[5] (head): has no inner activations to keep"),
+        (3, {"state": Tier.SSD}, "policy.units[3] (layer002): the SSD tier cannot be scheduled yet"),
+        (3, {"boundary": Tier.SSD}, "policy.units[3] (layer002): the SSD tier cannot be scheduled yet"),
+        (4, {"boundary": Tier.HOST}, "policy.units[4].boundary must be gpu: the head consumes it at once"),
+        (5, {"boundary": Tier.HOST}, "policy.units[5].boundary must be gpu"),
+        (2, {"boundary": Tier.HOST}, "policy.boundary_slots is 0, must be at least micro_batches + 1 = 3"),
+    ],
+)
+def test_refusals_name_the_unit(unit: int, fields: dict, message: str):
+    assert message in refusal(changed_unit(tiny_policy(tiny_model()), unit, **fields))
+
+
+def test_kept_activations_need_their_input_on_the_gpu():
+    policy = changed_unit(changed_unit(with_knobs(boundary_slots=3), 1, boundary=Tier.HOST), 2, inner="keep")
+    assert "set policy.units[1].boundary to gpu" in refusal(policy)
+
+
+def test_no_window_where_nothing_streams():
+    policy = tiny_policy(tiny_model(), resident_weights=(1, 2, 3, 4))
+    policy.check(tiny_model(), tiny_workload())
+    message = refusal(msgspec.structs.replace(policy, window=2))
+    assert message == "policy.window and prefetch_depth must be 0 where no weights stream"
+
+
+def test_sequences_longer_than_the_model_allows():
+    policy = tiny_policy(tiny_model())
+    assert "seq_len 600 exceeds the 512 positions of tiny" in refusal(policy, tiny_workload(seq_len=600))
+    assert "exceeds the sliding attention window 16" in refusal(policy, sliding_window=16)
+
+
+@pytest.mark.parametrize("fields", [{"seq_len": 0, "global_batch": 1}, {"seq_len": 1, "global_batch": -1}])
+def test_workload_must_be_positive(fields: dict):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Workload(**fields)

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import pytest
+from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
+
+from slideplan.plan.graph import TaskGraph, TaskKind
+from slideplan.plan.lowering import lower
+from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LayerShape, RatePoint, Spread
+from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.quantities import MIB
+from slideplan.plan.slots import LOSS_CHUNK_BYTES, Footprint
+from slideplan.simulator import Resource, TaskCost, capacities, footprint, price
+from slideplan.simulator.formulas import compute_ns
+
+LLAMA_8B = tiny_model(
+    name="llama-8b",
+    hidden=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    ffn=14336,
+    vocabulary=128256,
+    max_positions=8192,
+)
+# Rates of one H100: products of a layer at its sustained clock, eager element-wise passes.
+H100 = Efficiency(gemm=flat_curve(740 * 10**12), attention_flops_per_s=400 * 10**12, elementwise_bytes_per_s=2400 * GB_PER_S)
+
+
+def lowered(model: ModelSpec, **knobs: object) -> TaskGraph:
+    return lower(model, tiny_policy(model, **knobs), tiny_workload(), Footprint(inner_bytes=MIB, workspace_bytes=MIB))
+
+
+def costs_by_name(graph: TaskGraph, costs: tuple[TaskCost, ...]) -> dict[str, TaskCost]:
+    return {task.name: cost for task, cost in zip(graph.tasks, costs, strict=True)}
+
+
+def measured(model: ModelSpec, kind: TaskKind, micro_batch: int, seq_len: int, ns: int, saved: int = 0, workspace: int = 0):
+    role = UnitRole.HEAD if kind is TaskKind.LOSS else UnitRole.LAYER
+    return ComputeCost(
+        shape=LayerShape.of(model, role), kind=kind, micro_batch=micro_batch, seq_len=seq_len,
+        duration_ns=Spread(p10=ns - 1, p50=ns, p90=ns + 1), saved_bytes=saved, workspace_bytes=workspace,
+    )  # fmt: skip
+
+
+class TestCopiesAndUpdates:
+    def test_durations_and_demands_come_from_the_profile(self) -> None:
+        model, machine = tiny_model(), tiny_machine()
+        graph = lowered(model, resident_state=(4,))
+        for task, cost in zip(graph.tasks, price(graph, model, 2, 32, machine), strict=True):
+            size = task.bytes_moved
+            match task.lane:
+                case "h2d" | "d2h":
+                    assert cost.duration_ns == -(-size // 10)
+                    assert cost.demand == dict.fromkeys((Resource.PCIE, Resource.HOST_DRAM), size * 10**9 // cost.duration_ns)
+                case "host_update":
+                    assert cost == TaskCost(
+                        duration_ns=-(-size // 30), demand={Resource.HOST_DRAM: 30 * GB_PER_S}, source="measured"
+                    )
+                case "gpu_update":
+                    assert cost == TaskCost(duration_ns=-(-size // 800), demand={}, source="measured")
+                case "compute":
+                    assert cost.demand == {}
+                    assert cost.source == "derived"
+
+    def test_on_the_cpu_backend_a_copy_reads_and_writes_dram(self) -> None:
+        model, machine = tiny_model(), tiny_machine()
+        machine = msgspec.structs.replace(machine, gpu=msgspec.structs.replace(machine.gpu, backend="cpu"))
+        graph = lowered(model)
+        for task, cost in zip(graph.tasks, price(graph, model, 2, 32, machine), strict=True):
+            if Resource.PCIE in cost.demand:
+                assert task.lane in ("h2d", "d2h")
+                assert cost.demand[Resource.HOST_DRAM] == 2 * cost.demand[Resource.PCIE]
+
+    def test_the_curve_has_a_latency_and_a_last_rate(self) -> None:
+        model, machine = tiny_model(), tiny_machine()
+        graph = lowered(model)
+        sizes = sorted({task.bytes_moved for task in graph.tasks if task.lane == "d2h"})
+        small, large = sizes[0], sizes[-1]
+        assert small < large
+        curve = Curve(
+            points=(
+                RatePoint(size=small + 1, rate=Spread.exact(1 * GB_PER_S)),
+                RatePoint(size=large - 1, rate=Spread.exact(8 * GB_PER_S)),
+            )
+        )
+        machine = msgspec.structs.replace(machine, link=msgspec.structs.replace(machine.link, d2h=curve))
+        for task, cost in zip(graph.tasks, price(graph, model, 2, 32, machine), strict=True):
+            if task.lane == "d2h" and task.bytes_moved == small:
+                assert cost.duration_ns == small + 1  # the time of the smallest size measured
+                assert cost.demand[Resource.PCIE] == small * 10**9 // (small + 1)
+            if task.lane == "d2h" and task.bytes_moved == large:
+                assert cost.duration_ns == -(-large // 8)
+
+    def test_a_datasheet_measures_nothing(self) -> None:
+        model, machine = tiny_model(), tiny_machine()
+        machine = msgspec.structs.replace(machine, provenance=msgspec.structs.replace(machine.provenance, source="datasheet"))
+        assert {cost.source for cost in price(lowered(model), model, 2, 32, machine)} == {"derived"}
+
+    def test_capacities(self) -> None:
+        assert capacities(tiny_machine()) == {Resource.PCIE: 16 * GB_PER_S, Resource.HOST_DRAM: 40 * GB_PER_S}
+
+
+class TestCompute:
+    def test_an_exact_measurement_is_taken_as_it_is(self) -> None:
+        model = tiny_model()
+        machine = tiny_machine(
+            costs=(measured(model, TaskKind.FORWARD, 2, 32, 12_345), measured(model, TaskKind.FORWARD, 2, 64, 99_999))
+        )
+        graph = lowered(model)
+        named = costs_by_name(graph, price(graph, model, 2, 32, machine))
+        layers = [c for t, c in zip(graph.tasks, named.values(), strict=True) if t.kind is TaskKind.FORWARD and t.unit > 0]
+        assert layers
+        assert set(map(repr, layers)) == {repr(TaskCost(duration_ns=12_345, demand={}, source="measured"))}
+
+    def test_another_model_of_the_same_shape_shares_it_and_another_shape_does_not(self) -> None:
+        machine = tiny_machine(costs=(measured(tiny_model(layers=9, name="deep"), TaskKind.FORWARD, 2, 32, 12_345),))
+        for model, expected in ((tiny_model(), "measured"), (tiny_model(ffn=192), "derived")):
+            graph = lowered(model)
+            priced = zip(graph.tasks, price(graph, model, 2, 32, machine), strict=True)
+            assert {c.source for t, c in priced if t.kind is TaskKind.FORWARD and t.unit > 0} == {expected}
+
+    def test_scaling_passes_through_the_measurement_and_grows_with_size(self) -> None:
+        model = tiny_model(hidden=1024, ffn=4096, heads=16, head_dim=64)
+        anchor = 40 * compute_ns(model, UnitRole.LAYER, TaskKind.BACKWARD_RECOMPUTE, 8, 128, tiny_machine().efficiency)
+        machine = tiny_machine(costs=(measured(model, TaskKind.BACKWARD_RECOMPUTE, 8, 128, anchor),))
+        graph = lowered(model)
+        number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.BACKWARD_RECOMPUTE)
+        found = [price(graph, model, 8, seq_len, machine)[number] for seq_len in (126, 127, 128, 129, 130)]
+        assert [cost.source for cost in found] == ["scaled", "scaled", "measured", "scaled", "scaled"]
+        durations = [cost.duration_ns for cost in found]
+        assert durations[2] == anchor
+        assert durations == sorted(durations)
+        for low, high in itertools.pairwise(durations):
+            assert high - low < anchor / 64  # one token of 128, and no jump
+
+    def test_the_nearest_measurement_is_scaled(self) -> None:
+        model = tiny_model()
+        near = measured(model, TaskKind.FORWARD, 4, 32, 10**6)
+        machine = tiny_machine(costs=(measured(model, TaskKind.FORWARD, 64, 32, 10**9), near))
+        graph = lowered(model)
+        number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.FORWARD and t.unit > 0)
+        rates = machine.efficiency
+        here, there = (compute_ns(model, UnitRole.LAYER, TaskKind.FORWARD, micro, 32, rates) for micro in (2, 4))
+        assert price(graph, model, 2, 32, machine)[number] == TaskCost(
+            duration_ns=10**6 * here // there, demand={}, source="scaled"
+        )
+
+    def test_an_8b_layer_costs_about_what_was_measured(self) -> None:
+        """Eager layer, 16 x 1024 tokens, one H100: forward 13.5 ms, forward and backward 42.7 ms."""
+        forward = compute_ns(LLAMA_8B, UnitRole.LAYER, TaskKind.FORWARD, 16, 1024, H100)
+        both = compute_ns(LLAMA_8B, UnitRole.LAYER, TaskKind.BACKWARD, 16, 1024, H100) + forward
+        assert forward == pytest.approx(13.5e6, rel=0.08)
+        assert both == pytest.approx(42.7e6, rel=0.08)
+        assert compute_ns(LLAMA_8B, UnitRole.LAYER, TaskKind.BACKWARD_RECOMPUTE, 16, 1024, H100) == pytest.approx(both, abs=2)
+        assert compute_ns(LLAMA_8B, UnitRole.LAYER, TaskKind.FORWARD_KEEP, 16, 1024, H100) == forward
+
+    def test_the_loss_is_three_products_in_chunks_and_passes_over_logits(self) -> None:
+        tokens = 16 * 1024
+        products = 3 * LLAMA_8B.matmul_flops(UnitRole.HEAD, tokens) / 740e12
+        passes = 24 * tokens * 128256 / 2400e9
+        loss = compute_ns(LLAMA_8B, UnitRole.HEAD, TaskKind.LOSS, 16, 1024, H100)
+        assert loss == pytest.approx((products + passes) * 1e9, rel=1e-4)
+        # Where small products are slow, so are the chunks of a large batch.
+        points = tuple(RatePoint(size=size, rate=Spread.exact(rate * 10**12)) for size, rate in ((10**12, 200), (10**14, 740)))
+        slow = compute_ns(
+            LLAMA_8B, UnitRole.HEAD, TaskKind.LOSS, 16, 1024, msgspec.structs.replace(H100, gemm=Curve(points=points))
+        )
+        assert slow > 2 * loss
+
+    def test_the_embedding_moves_rows_forward_and_clears_its_matrix_backward(self) -> None:
+        forward = compute_ns(LLAMA_8B, UnitRole.EMBEDDING, TaskKind.FORWARD, 16, 1024, H100)
+        backward = compute_ns(LLAMA_8B, UnitRole.EMBEDDING, TaskKind.BACKWARD, 16, 1024, H100)
+        assert forward == pytest.approx(4 * 16384 * 4096 / 2400, abs=1)
+        assert backward == pytest.approx((2 * 128256 + 6 * 16384) * 4096 / 2400, abs=1)
+
+
+class TestFootprint:
+    def test_formulas_where_nothing_was_measured(self) -> None:
+        model = tiny_model()
+        found = footprint(model, 2, 32, tiny_machine())
+        recompute = model.saved_bytes(64) + 8 * (128 + 64) * 64 + 2 * 128 * 64
+        loss = 3 * 4 * 256 * 64
+        assert found == Footprint(inner_bytes=model.saved_bytes(64), workspace_bytes=max(recompute, loss))
+
+    def test_logits_are_never_whole(self) -> None:
+        wide = tiny_model(vocabulary=10**6)
+        assert footprint(wide, 8, 512, tiny_machine()).workspace_bytes <= 3 * LOSS_CHUNK_BYTES
+        assert footprint(wide, 8, 512, tiny_machine()).workspace_bytes > 2.9 * LOSS_CHUNK_BYTES
+
+    def test_measurements_replace_formulas(self) -> None:
+        model = tiny_model()
+        machine = tiny_machine(
+            costs=(
+                measured(model, TaskKind.FORWARD_KEEP, 2, 32, 1, saved=111, workspace=40_000),
+                measured(model, TaskKind.BACKWARD_RECOMPUTE, 2, 32, 1, workspace=50_000),
+                measured(model, TaskKind.LOSS, 2, 32, 1, workspace=60_000),
+            )
+        )
+        assert footprint(model, 2, 32, machine) == Footprint(inner_bytes=111, workspace_bytes=60_000)
+        assert footprint(model, 3, 32, machine) == Footprint(inner_bytes=-(-111 * 3 // 2), workspace_bytes=90_000)
+
+    def test_what_was_not_measured_keeps_its_formula(self) -> None:
+        model = tiny_model()
+        machine = tiny_machine(costs=(measured(model, TaskKind.LOSS, 2, 32, 1, workspace=1),))
+        recompute = model.saved_bytes(64) + 8 * (128 + 64) * 64 + 2 * 128 * 64
+        assert footprint(model, 2, 32, machine).workspace_bytes == recompute

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 
+from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan.plan.lowering import lower
 from slideplan.simulator import capacities, footprint, price, trace
 

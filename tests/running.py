@@ -23,6 +23,7 @@ from slideplan.runtime.backend import Backend, identity
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.optimizer import AdamW
 from slideplan.runtime.run import Session
+from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
@@ -59,7 +60,7 @@ def token_windows(model: ModelSpec, workload: Workload, seed: int = 0) -> TokenW
 
 def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Session:
     source = RandomWeights(plan.model, seed=1, device=backend.device)
-    return Session(plan, backend, source, token_windows(plan.model, plan.workload), settings)
+    return Session(plan, backend, source, token_windows(plan.model, plan.workload), settings, ThreadBudget.of(backend))
 
 
 def masters(session: Session) -> dict[str, torch.Tensor]:
@@ -94,9 +95,7 @@ def plain_training(
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).train()
     parameters = dict(network.named_parameters())
     source = RandomWeights(model, seed=1, device=device)
-    master = {
-        model.unit_prefix(unit) + name: value.float() for unit in range(model.units) for name, value in source.unit(unit)
-    }
+    master = {model.unit_prefix(unit) + name: value.float() for unit in range(model.units) for name, value in source.unit(unit)}
     assert master.keys() | {"lm_head.weight"} == parameters.keys()
     first = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
     second = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}

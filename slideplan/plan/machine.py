@@ -146,6 +146,7 @@ class ComputeCost(Spec, frozen=True):
 
     saved_bytes:     what the task leaves on the GPU beyond its slots (inner activations, if kept)
     workspace_bytes: peak beyond slots and saved_bytes while it runs
+    Both are None where the backend cannot tell; formulas stand in.
     """
 
     shape: LayerShape
@@ -153,8 +154,8 @@ class ComputeCost(Spec, frozen=True):
     micro_batch: int
     seq_len: int
     duration_ns: Spread
-    saved_bytes: int
-    workspace_bytes: int
+    saved_bytes: int | None
+    workspace_bytes: int | None
 
 
 class Efficiency(Spec, frozen=True):

@@ -129,6 +129,7 @@ class BoundModel:
         hosted = _HostUnits(self.model, candidate)
         deferred, every = candidate.deferred_updates, hosted.count
         if every:
+            assert 1 <= deferred <= every, "the first host-state unit is updated last but for deferred ones"
             late, all_updates = self._updates(hosted, deferred), self._updates(hosted, every)
             opening = every - 1 if deferred < every else 0  # which gradient starts the updates
             yield self._cycle(candidate, hosted[opening], all_updates, hosted[deferred - 1])

@@ -234,8 +234,9 @@ def machines_table(machines: dict[str, MachineProfile]) -> Table:
     for name, machine in machines.items():
         h2d, d2h = (curve.points[-1].rate.p50 / 1e9 for curve in (machine.link.h2d, machine.link.d2h))
         table.add_row(
-            name, machine.gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce "), format_bytes(machine.gpu.memory_bytes), format_bytes(machine.host.memory_bytes),
-            str(machine.host.cores), f"{h2d:.1f}/{d2h:.1f}", machine.provenance.source,
+            name, machine.gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce "),
+            format_bytes(machine.gpu.memory_bytes), format_bytes(machine.host.memory_bytes), str(machine.host.cores),
+            f"{h2d:.1f}/{d2h:.1f}", machine.provenance.source,
         )  # fmt: skip
     return table
 

@@ -56,7 +56,8 @@ class Candidate(Spec, frozen=True):
     offloaded_outputs: first units whose boundary activation waits on the host
     kept_layers:       last layers that keep their inner activations
     deferred_updates:  how many host-state units, from the first on, are updated in order of next need
-                       after all others, which are updated as their gradients arrive
+                       after all others, which are updated as their gradients arrive; from 1 (order of
+                       arrival: the first unit's gradient is the last anyway) to all of them
     """
 
     micro_batch: int
@@ -83,6 +84,10 @@ class Candidate(Spec, frozen=True):
         if unit == 0:
             return self.embedding_on_gpu
         return self.head_on_gpu if unit == model.head_unit else unit <= self.state_layers
+
+    def host_units(self, model: ModelSpec) -> int:
+        """How many units have their state on the host."""
+        return model.units - self.state_layers - self.embedding_on_gpu - self.head_on_gpu
 
     def update_order(self, model: ModelSpec) -> tuple[int, ...]:
         """Host-state units: the later ones as their gradients arrive, then the deferred, first unit first."""
@@ -188,14 +193,13 @@ class SpaceBuilder:
             for embedding, head in _ENDS if free else _ENDS[:1]:
                 for state in range(layers + 1 if free else 1):
                     for offloaded in evenly(0, layers, 3):
-                        yield self._with_slots(
-                            msgspec.structs.replace(
-                                base, embedding_on_gpu=embedding, head_on_gpu=head, state_layers=state, weight_layers=state,
-                                window=2 if state < layers else 0, prefetch_depth=1 if state < layers else 0,
-                                offloaded_outputs=offloaded,
-                            ),
-                            lean=True,
+                        placed = msgspec.structs.replace(
+                            base, embedding_on_gpu=embedding, head_on_gpu=head, state_layers=state, weight_layers=state,
+                            window=2 if state < layers else 0, prefetch_depth=1 if state < layers else 0,
+                            offloaded_outputs=offloaded,
                         )  # fmt: skip
+                        deferred = min(1, placed.host_units(self.model))
+                        yield self._with_slots(msgspec.structs.replace(placed, deferred_updates=deferred), lean=True)
 
     def neighbours(self, candidate: Candidate) -> Iterator[Candidate]:
         """Candidates that differ from this one in one choice, and fit."""
@@ -219,8 +223,7 @@ class SpaceBuilder:
                 continue
             window = min(moved.window or 2, max(2, streaming)) if streaming else 0
             depth = min(moved.prefetch_depth or 1, window - 1) if streaming else 0
-            hosted = sum(not moved.state_on_gpu(model, unit) for unit in range(model.units))
-            deferred = min(hosted, max(1, moved.deferred_updates))
+            deferred = min(moved.host_units(model), max(1, moved.deferred_updates))
             found = self._keeping(
                 msgspec.structs.replace(moved, window=window, prefetch_depth=depth, deferred_updates=deferred)
             )
@@ -278,7 +281,7 @@ class SpaceBuilder:
             most = min(layers - window, base.state_layers + max(0, spare) // (WEIGHT_BYTES * self._layer))
             for weights in evenly(base.state_layers, max(base.state_layers, most), GRID) if free else (0,):
                 placed = msgspec.structs.replace(windowed, weight_layers=weights)
-                hosted = sum(not placed.state_on_gpu(self.model, unit) for unit in range(self.model.units))
+                hosted = placed.host_units(self.model)
                 for deferred in evenly(min(1, hosted), hosted, DEFERRALS):
                     candidate = self._keeping(msgspec.structs.replace(placed, deferred_updates=deferred))
                     if candidate is None:

@@ -60,8 +60,8 @@ class Backend(Protocol):
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
         """A zeroed uint8 buffer of exactly this size; `copied` host buffers are page-locked."""
 
-    def peak_gpu_bytes(self) -> int:
-        """Most device memory taken so far, driver and libraries included."""
+    def peak_gpu_bytes(self) -> int | None:
+        """Most device memory taken so far, driver and libraries included; None where nobody counts it."""
 
     def close(self) -> None:
         """Release page locks. Everything issued must be over."""
@@ -83,8 +83,6 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self._gpu_bytes = 0
-        self._start_bytes = 0
 
     @contextlib.contextmanager
     def lane(self, lane: Lane) -> Iterator[None]:
@@ -106,15 +104,10 @@ class CpuBackend:
         return marker.host_ns - anchor.host_ns
 
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
-        if tier is Tier.GPU:
-            self._gpu_bytes += size_bytes
-        buffer = host_buffer(size_bytes)
-        self._start_bytes = resident_bytes()
-        return buffer
+        return host_buffer(size_bytes)
 
-    def peak_gpu_bytes(self) -> int:
-        """Slots, and what the process took beyond all its slots: the tensors of compute tasks."""
-        return self._gpu_bytes + max(0, peak_resident_bytes() - self._start_bytes)
+    def peak_gpu_bytes(self) -> int | None:
+        return None
 
     def close(self) -> None:
         pass

@@ -28,7 +28,7 @@ class ComputeHandlers:
     ) -> None:
         self._model = model
         self._buffers = buffers
-        self._device = device
+        self.device = device
         self._windows = windows
         self._shape = (micro_batch, seq_len, model.hidden)
         self._scale = 1.0 / (micro_batch * micro_batches * seq_len)
@@ -67,7 +67,7 @@ class ComputeHandlers:
 
     def _embed(self, task: Task, step: int) -> None:
         assert task.micro is not None
-        batch = _DeviceBatch.upload(self._windows.micro_batch(step, task.micro, self._shape[0]), self._device)
+        batch = _DeviceBatch.upload(self._windows.micro_batch(step, task.micro, self._shape[0]), self.device)
         self._inputs[task.micro] = batch
         table = parameter_views(self._weights(task), self._model.parameters(UnitRole.EMBEDDING))
         left = self._boundary(task, Role.OUTPUT).view(-1, self._model.hidden)

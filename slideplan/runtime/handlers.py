@@ -9,7 +9,7 @@ import torch
 from slideplan.plan.graph import Role, Task, TaskKind
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
-from slideplan.runtime.optimizer import AdamW, update_host
+from slideplan.runtime.optimizer import AdamW, HostUpdate
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AdamW, int], None]
 
@@ -30,11 +30,14 @@ UPDATES = {
 class Handlers:
     """Runs any task of a graph on its slots, on the lane that calls."""
 
-    def __init__(self, buffers: Buffers, compute: ComputeHandlers, settings: AdamW, device: torch.device) -> None:
+    def __init__(self, buffers: Buffers, compute: ComputeHandlers, settings: AdamW, host_update: HostUpdate) -> None:
         self._buffers = buffers
         self._compute = compute
         self._settings = settings
-        self._update: dict[TaskKind, Update] = {TaskKind.UPDATE_HOST: update_host, TaskKind.UPDATE_GPU: gpu_update(device)}
+        self._update: dict[TaskKind, Update] = {
+            TaskKind.UPDATE_HOST: host_update,
+            TaskKind.UPDATE_GPU: gpu_update(compute.device, host_update),
+        }
 
     def __call__(self, task: Task, step: int) -> None:
         """Issue one task."""
@@ -49,10 +52,10 @@ class Handlers:
             self._compute(task, step)
 
 
-def gpu_update(device: torch.device) -> Update:
+def gpu_update(device: torch.device, host_update: HostUpdate) -> Update:
     """The update of units whose state is on the device: the Triton kernel, or on a CPU device the host's."""
     if device.type == "cpu":
-        return update_host
+        return host_update
     from slideplan.runtime.kernels.adamw import update_gpu
 
     return update_gpu

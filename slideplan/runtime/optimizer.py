@@ -113,28 +113,37 @@ def _adamw_fp32(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, ep
         _update(i, high, remainder, m, v, gradient[i], decay, w1, beta2, w2, root2, eps, step_size)
 
 
-def update_host(
-    weights: torch.Tensor,
-    remainder: torch.Tensor,
-    moments: torch.Tensor,
-    gradient: torch.Tensor,
-    settings: AdamW,
-    step: int,
-) -> None:
-    """One AdamW step in place on host tensors of n elements, on as many threads as numba is set to.
+class HostUpdate:
+    """The host's AdamW on a fixed number of threads."""
 
-    weights: bf16 [n]; remainder: int16 [n]; moments: fp32 [2, n]; gradient: bf16 or fp32 [n].
-    Every operation is an IEEE fp32 operation in the order that `AdamW.scalars` writes down.
-    """
-    kernel, bits = (_adamw_fp32, gradient) if gradient.dtype is torch.float32 else (_adamw_bf16, gradient.view(torch.int16))
-    raw_gradient = bits.numpy() if gradient.dtype is torch.float32 else bits.numpy().view(np.uint16)
-    scalars = (np.float32(value) for value in settings.scalars(step))
-    high = weights.view(torch.int16).numpy().view(np.uint16)
-    kernel(high, remainder.numpy(), moments[0].numpy(), moments[1].numpy(), raw_gradient, *scalars)
+    def __init__(self, threads: int) -> None:
+        self.threads = min(threads, int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
+    def __call__(
+        self,
+        weights: torch.Tensor,
+        remainder: torch.Tensor,
+        moments: torch.Tensor,
+        gradient: torch.Tensor,
+        settings: AdamW,
+        step: int,
+    ) -> None:
+        """One AdamW step in place on host tensors of n elements.
 
-def compile_host_update() -> None:
-    """Compile both variants now, so that no measured task pays for it."""
-    weights, remainder = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int16)
-    for dtype in (torch.bfloat16, torch.float32):
-        update_host(weights, remainder, torch.zeros(2, 64), torch.zeros(64, dtype=dtype), AdamW(), step=0)
+        weights: bf16 [n]; remainder: int16 [n]; moments: fp32 [2, n]; gradient: bf16 or fp32 [n].
+        Every operation is an IEEE fp32 operation in the order that `AdamW.scalars` writes down.
+        """
+        numba.set_num_threads(self.threads)  # numba keeps this per calling thread
+        scalars = (np.float32(value) for value in settings.scalars(step))
+        high = weights.view(torch.int16).numpy().view(np.uint16)
+        state = (high, remainder.numpy(), moments[0].numpy(), moments[1].numpy())
+        if gradient.dtype is torch.float32:
+            _adamw_fp32(*state, gradient.numpy(), *scalars)
+        else:
+            _adamw_bf16(*state, gradient.view(torch.int16).numpy().view(np.uint16), *scalars)
+
+    def compile(self) -> None:
+        """Compile for both gradient dtypes now, so that no measured task pays for it."""
+        weights, remainder = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int16)
+        for dtype in (torch.bfloat16, torch.float32):
+            self(weights, remainder, torch.zeros(2, 64), torch.zeros(64, dtype=dtype), AdamW(), step=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -15,7 +14,7 @@ from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LayerShape, R
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
 from slideplan.plan.slots import Footprint
-from slideplan.runtime.backend import Backend, Marker, peak_resident_bytes, reset_peak_resident, resident_bytes
+from slideplan.runtime.backend import Backend, Marker
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
@@ -93,42 +92,24 @@ class UnitProbe:
             marks.append((start, self._backend.mark(Lane.COMPUTE)))
         return marks
 
-    def _memory(self) -> tuple[list[int], list[int]]:
-        """For each task, bytes that it leaves behind and its peak beyond them."""
-        saved, workspace = [], []
+    def _memory(self) -> tuple[list[int | None], list[int | None]]:
+        """For each task, bytes that it leaves behind and its peak beyond them; None without a GPU to ask."""
+        if self._backend.name == "cpu":
+            return [None] * len(self._tasks), [None] * len(self._tasks)
+        saved: list[int | None] = []
+        workspace: list[int | None] = []
         with self._backend.lane(Lane.COMPUTE):
             self._step()  # lazily made library handles and caches are no task's workspace
             for task in self._tasks:
-                meter = _cuda_meter if self._backend.name == "cuda" else _cpu_meter
-                left, peak = meter(partial(self._handlers, task, 0))
-                kept = left if task.kind is TaskKind.FORWARD_KEEP else 0
-                saved.append(kept)
-                workspace.append(max(0, peak - kept))
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                self._handlers(task, 0)
+                torch.cuda.synchronize()
+                left = max(0, torch.cuda.memory_allocated() - before) if task.kind is TaskKind.FORWARD_KEEP else 0
+                saved.append(left)
+                workspace.append(max(0, torch.cuda.max_memory_allocated() - before - left))
         return saved, workspace
-
-
-def _cuda_meter(action: Callable[[], object]) -> tuple[int, int]:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    action()
-    torch.cuda.synchronize()
-    return max(0, torch.cuda.memory_allocated() - before), max(0, torch.cuda.max_memory_allocated() - before)
-
-
-def _cpu_meter(action: Callable[[], object]) -> tuple[int, int]:
-    """Saved tensors are counted as autograd saves them; the peak is that of the process."""
-    storages: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    reset_peak_resident()
-    before = resident_bytes()
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        action()
-    return sum(storages.values()), max(0, peak_resident_bytes() - before)
 
 
 def efficiency(backend: Backend, effort: Effort) -> Efficiency:

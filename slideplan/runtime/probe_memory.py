@@ -19,7 +19,7 @@ from slideplan.plan.policy import Tier
 from slideplan.plan.slots import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
-from slideplan.runtime.optimizer import AdamW, update_host
+from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.probing import Effort, rate_spread, timed, together
 
 TOGETHER_NS = 1_000_000_000
@@ -30,7 +30,8 @@ SSD_BLOCK_BYTES = 16 << 20
 class MemoryProbes:
     """Buffers once, then curves and rates over them."""
 
-    def __init__(self, backend: Backend, effort: Effort) -> None:
+    def __init__(self, backend: Backend, effort: Effort, threads: int) -> None:
+        self._host_update = HostUpdate(threads)
         self._backend = backend
         self._effort = effort
         size = effort.largest_copy_bytes
@@ -64,20 +65,20 @@ class MemoryProbes:
     def _update(self, tier: Tier) -> Callable[[], object]:
         elements = self._effort.optimizer_elements
         device = self._backend.device if tier is Tier.GPU else torch.device("cpu")
-        update = gpu_update(device) if tier is Tier.GPU else update_host
+        update = gpu_update(device, self._host_update) if tier is Tier.GPU else self._host_update
         weights = torch.randn(elements, device=device).bfloat16()
         gradient = torch.randn(elements, device=device).bfloat16()
         remainder = torch.zeros(elements, dtype=torch.int16, device=device)
         moments = torch.zeros(2, elements, device=device)
         return lambda: update(weights, remainder, moments, gradient, AdamW(), 0)
 
-    def optimizer(self, threads: int) -> OptimizerProfile:
+    def optimizer(self) -> OptimizerProfile:
         """AdamW on either side, alone."""
         size = self._effort.optimizer_elements * BF16_UPDATE_BYTES
         host = timed(self._backend, Lane.HOST_UPDATE, self._update(Tier.HOST), self._effort.repeats)
         gpu = timed(self._backend, Lane.GPU_UPDATE, self._update(Tier.GPU), self._effort.repeats)
         return OptimizerProfile(
-            threads=threads, host_bytes_per_s=rate_spread(size, host), gpu_bytes_per_s=rate_spread(size, gpu)
+            threads=self._host_update.threads, host_bytes_per_s=rate_spread(size, host), gpu_bytes_per_s=rate_spread(size, gpu)
         )
 
     def host_dram_bytes_per_s(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numba
 import psutil
 import torch
@@ -18,11 +19,11 @@ from slideplan import __version__
 from slideplan.plan.machine import ComputeCost, GpuProfile, HostProfile, MachineProfile, Provenance
 from slideplan.plan.model import ModelSpec
 from slideplan.runtime.backend import Backend, identity, make_backend, resident_bytes
-from slideplan.runtime.optimizer import compile_host_update
+from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_memory import MemoryProbes, ssd
 from slideplan.runtime.probing import Effort
-from slideplan.runtime.run import configure_threads
+from slideplan.runtime.threads import ThreadBudget
 
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -63,15 +64,18 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
 
     try:
         report("threads and kernels")
-        threads = configure_threads(backend)
-        compile_host_update()
+        threads = ThreadBudget.of(backend)
+        threads.apply()
+        HostUpdate(threads.optimizer).compile()
+        # One small step of a model first: libraries load what they need when it is first used.
+        UnitProbe(backend, _small(request.models[0]), 1, 16).costs(1)
         context_bytes = _context_bytes(backend)
         process_bytes = resident_bytes()
-        probes = MemoryProbes(backend, effort)
+        probes = MemoryProbes(backend, effort, threads.optimizer)
         report("links")
         link = probes.link()
         report("optimizer")
-        optimizer = probes.optimizer(threads)
+        optimizer = probes.optimizer()
         report("memory shared by copies and optimizer")
         dram = probes.host_dram_bytes_per_s()
         device_rate = probes.device_bytes_per_s()
@@ -133,6 +137,13 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     )
 
 
+def _small(model: ModelSpec) -> ModelSpec:
+    """A few megabytes of the same architecture."""
+    return msgspec.structs.replace(
+        model, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocabulary=256, max_positions=max(16, model.max_positions)
+    )
+
+
 def _release(backend: Backend) -> None:
     gc.collect()
     if backend.name == "cuda":
@@ -140,14 +151,12 @@ def _release(backend: Backend) -> None:
 
 
 def _context_bytes(backend: Backend) -> int:
-    """Device memory taken before the first slot: driver, kernels and the workspaces of matrix products.
+    """Device memory outside torch's allocator: driver, kernels, libraries.
 
     What other programs hold on the device counts too, for a plan cannot have it either.
     """
     if backend.name == "cpu":
         return 0
-    a = torch.ones(1024, 1024, dtype=torch.bfloat16, device=backend.device)
-    (a @ a).sum().item()
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info(backend.device)
     return total - free - torch.cuda.memory_reserved(backend.device)

@@ -33,15 +33,15 @@ from slideplan.runtime.backend import (
     peak_resident_bytes,
     reset_peak_resident,
     resident_bytes,
-    usable_cores,
 )
 from slideplan.runtime.buffers import Buffers, parameter_views
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows, default_text, tokenize
 from slideplan.runtime.executor import Executor
 from slideplan.runtime.handlers import UPDATES, Handlers
-from slideplan.runtime.optimizer import AdamW, compile_host_update
+from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.split_master import join, split
+from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, SafetensorsWeights, WeightSource
 
 
@@ -82,6 +82,7 @@ class Session:
         source: WeightSource,
         windows: TokenWindows,
         settings: AdamW,
+        threads: ThreadBudget,
         progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.plan = plan
@@ -111,8 +112,9 @@ class Session:
             policy.micro_batches,
             plan.workload.seq_len,
         )
-        self.handlers = Handlers(self.buffers, self.compute, settings, backend.device)
-        self._warm_up()
+        host_update = HostUpdate(threads.optimizer)
+        self.handlers = Handlers(self.buffers, self.compute, settings, host_update)
+        self._warm_up(host_update)
 
     def _update_task(self, unit: int) -> Task:
         return next(task for task in self.plan.graph.tasks if task.kind in UPDATES and task.unit == unit)
@@ -134,9 +136,9 @@ class Session:
         high, remainder = self._halves(unit)
         return {name: join(high[name], remainder[name]).view(high[name].shape) for name in high}
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, host_update: HostUpdate) -> None:
         """Compile kernels before the clock starts; no slot is touched."""
-        compile_host_update()
+        host_update.compile()
         if any(task.kind is TaskKind.UPDATE_GPU for task in self.plan.graph.tasks) and self.backend.name == "cuda":
             from slideplan.runtime.kernels.adamw import compile_gpu_update
 
@@ -204,20 +206,6 @@ def _free_host_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def configure_threads(backend: Backend) -> int:
-    """Divide the cores between lanes; returns the optimizer's threads.
-
-    With a GPU nearly all belong to the optimizer: one is left for the threads that feed the streams.
-    Without one, compute and optimizer share them half and half, so that neither lane starves the other.
-    """
-    cores = usable_cores()
-    optimizer = max(1, cores - 1) if backend.name == "cuda" else max(1, cores // 2)
-    numba.set_num_threads(min(optimizer, numba.get_num_threads()))
-    if backend.name == "cpu":
-        torch.set_num_threads(max(1, cores - optimizer))
-    return optimizer
-
-
 def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measurement:
     """Run the plan and write plan, metrics and measurement into the run folder.
 
@@ -237,10 +225,11 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
         request.data or default_text(), request.weights, plan.model.vocabulary, request.steps * workload.tokens + 1
     )
     windows = TokenWindows(tokens, workload.seq_len, workload.global_batch, request.seed)
-    configure_threads(backend)
+    threads = ThreadBudget.of(backend)
+    threads.apply()
     request.out.mkdir(parents=True, exist_ok=True)
     save(request.out / "plan.json", plan)
-    session = Session(plan, backend, source, windows, request.settings, progress)
+    session = Session(plan, backend, source, windows, request.settings, threads, progress)
     try:
         measurement = _measure(session, request, progress)
     finally:
@@ -274,11 +263,19 @@ def _measure(session: Session, request: RunRequest, progress: Callable[[Progress
                 harvest(step - 2)
     for step in range(len(spans), request.steps):
         harvest(step)
-    peak_host = peak_resident_bytes()
-    peak_gpu = backend.peak_gpu_bytes()
-    if backend.name == "cpu":  # the device's slots and tensors lie in this process too: count them there only
-        peak_host = before - tier_bytes(session.buffers.reserved(), Tier.GPU)
-    return _measurement(request, backend, origins, spans, losses, {Tier.GPU: peak_gpu, Tier.HOST: peak_host})
+    return _measurement(request, backend, origins, spans, losses, _peaks(session, before))
+
+
+def _peaks(session: Session, before_bytes: int) -> dict[Tier, int]:
+    """Peak bytes per tier, as far as the backend can tell.
+
+    Without a GPU the device's tensors lie in this process and cannot be told from its own: what the
+    process held before the first step, less the device's slots, stands for the host.
+    """
+    peak_gpu = session.backend.peak_gpu_bytes()
+    if peak_gpu is None:
+        return {Tier.HOST: before_bytes - tier_bytes(session.buffers.reserved(), Tier.GPU)}
+    return {Tier.GPU: peak_gpu, Tier.HOST: peak_resident_bytes()}
 
 
 def _measurement(

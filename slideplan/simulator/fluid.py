@@ -101,7 +101,8 @@ class FluidPool:
         now = self._since
         for flow, speed in zip(flows, speeds, strict=True):
             flow.speed = speed
-            flow.end_ns = now - (-flow.left // speed)
+            # Rounding up lets a flow overshoot; slowed in the very instant of its end, it still ends now.
+            flow.end_ns = now + max(0, -(-flow.left // speed))
         self._timer = self._env.timeout(min([flow.end_ns for flow in flows]) - now)
         self._timer.callbacks.append(self._finish)
 

@@ -29,9 +29,9 @@ def footprint(model: ModelSpec, micro_batch: int, seq_len: int, machine: Machine
 
     def scaled(role: UnitRole, kind: TaskKind, field: str) -> int | None:
         cost = nearest(machine, LayerShape.of(model, role), kind, micro_batch, seq_len)
-        if cost is None:
+        measured: int | None = getattr(cost, field, None)
+        if cost is None or measured is None:
             return None
-        measured: int = getattr(cost, field)
         return -(-measured * tokens // (cost.micro_batch * cost.seq_len))
 
     inner = scaled(UnitRole.LAYER, TaskKind.FORWARD_KEEP, "saved_bytes")

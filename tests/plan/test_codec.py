@@ -5,8 +5,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from builders import tiny_machine
 
+from builders import tiny_machine
 from slideplan.plan import codec
 from slideplan.plan.machine import MachineProfile
 

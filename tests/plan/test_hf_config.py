@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from builders import tiny_model
 
+from builders import tiny_model
 from slideplan.plan.hf_config import config_of, model_from_config
 
 LLAMA: dict[str, Any] = {

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import msgspec
-from builders import tiny_machine
 from hypothesis import given
 from plan.strategies import Case, cases
 
+from builders import tiny_machine
 from slideplan.plan.graph import SlotPool, TaskGraph, TensorClass, tier_bytes
 from slideplan.plan.ledger import ledger, slot_capacity
 from slideplan.plan.policy import Tier

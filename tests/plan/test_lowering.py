@@ -6,12 +6,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from builders import tiny_model, tiny_policy, tiny_workload
 from hypothesis import given
 from hypothesis import strategies as st
 from plan.contents import Contents, run_lanes
 from plan.strategies import FOOTPRINT, Case, cases
 
+from builders import tiny_model, tiny_policy, tiny_workload
 from slideplan.plan.edges import clocks, knows
 from slideplan.plan.graph import Lane, Role, TaskGraph, TaskKind, TensorClass
 from slideplan.plan.lowering import lower

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from builders import flat_curve, tiny_machine, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import flat_curve, tiny_machine, tiny_model
 from slideplan.plan.machine import Curve, LayerShape, RatePoint, Spread
 from slideplan.plan.model import UnitRole
 

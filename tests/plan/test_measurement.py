@@ -5,9 +5,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from plan.strategies import FOOTPRINT
 
+from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan.plan import codec
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from builders import tiny_model
 
+from builders import tiny_model
 from slideplan.plan.hf_config import config_of
 from slideplan.plan.model import ALIGN_ELEMENTS, UnitRole
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from builders import tiny_model, tiny_policy, tiny_workload
 
+from builders import tiny_model, tiny_policy, tiny_workload
 from slideplan.plan.policy import Policy, Tier, Workload
 
 

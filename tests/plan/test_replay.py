@@ -4,11 +4,11 @@ import random
 from itertools import pairwise
 
 import pytest
-from builders import tiny_workload
 from hypothesis import given
 from hypothesis import strategies as st
 from plan.strategies import Case, cases
 
+from builders import tiny_workload
 from slideplan.plan.graph import Dependency, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.replay import replay, unroll
 from slideplan.plan.timeline import Span, step_record

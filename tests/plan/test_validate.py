@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from builders import tiny_model, tiny_policy, tiny_workload
 from plan.contents import Contents, run_lanes
 from plan.strategies import FOOTPRINT
 
+from builders import tiny_model, tiny_policy, tiny_workload
 from slideplan.plan.graph import Dependency, Task, TaskGraph, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.policy import Tier

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handmade import KIND, cost, graph
 from hypothesis import strategies as st
 
+from handmade import KIND, cost, graph
 from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.simulator import Resource, TaskCost
 

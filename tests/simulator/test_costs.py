@@ -4,8 +4,8 @@ import itertools
 
 import msgspec
 import pytest
-from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
 
+from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan.plan.graph import TaskGraph, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LayerShape, RatePoint, Spread
@@ -208,3 +208,8 @@ class TestFootprint:
         machine = tiny_machine(costs=(measured(model, TaskKind.LOSS, 2, 32, 1, workspace=1),))
         recompute = model.saved_bytes(64) + 8 * (128 + 64) * 64 + 2 * 128 * 64
         assert footprint(model, 2, 32, machine).workspace_bytes == recompute
+
+    def test_a_backend_that_cannot_tell_leaves_the_formulas(self) -> None:
+        model = tiny_model()
+        cost = msgspec.structs.replace(measured(model, TaskKind.FORWARD_KEEP, 2, 32, 1), saved_bytes=None, workspace_bytes=None)
+        assert footprint(model, 2, 32, tiny_machine(costs=(cost,))) == footprint(model, 2, 32, tiny_machine())

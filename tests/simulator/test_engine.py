@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
-from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
-from handmade import cost, graph, times
 from hypothesis import given
 from hypothesis import strategies as st
-from random_graphs import CAPACITIES, priced_graphs
 
+from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
+from handmade import cost, graph, times
+from random_graphs import CAPACITIES, priced_graphs
 from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.lowering import lower
 from slideplan.plan.replay import replay, unroll
@@ -66,6 +66,13 @@ class TestSpanLogs:
         assert times(log[39])[1:] == [(39 * 30, 40 * 30)] * 3
         sevenths = [cost(30), cost(10, {Resource.PCIE: 90}), cost(10, {Resource.PCIE: 50}), cost(0)]
         assert times(trace(thirds, sevenths, LINK, steps=1)[0])[1:3] == [(0, 14), (0, 14)]
+
+    def test_a_flow_that_starts_in_the_instant_of_anothers_end(self) -> None:
+        # t2 and t3 end at 11, rounded up from 10.1. t1 joins at 11, before they are taken out, and halves their
+        # speed: what they overshot is more than a nanosecond at that speed, yet they end at 11.
+        late = graph((COMPUTE, (), ()), (H2D, (0,), ()), (D2H, (), ()), (UPDATE, (), ()))
+        costs = [cost(11), cost(10, {Resource.PCIE: 100}), cost(10, {Resource.PCIE: 100}), cost(10, {Resource.PCIE: 1})]
+        assert times(trace(late, costs, LINK, steps=1)[0]) == [(0, 11), (11, 21), (0, 11), (0, 11)]
 
     def test_a_flow_alone_takes_its_duration_even_if_it_wants_more_than_there_is(self) -> None:
         log = trace(graph((COMPUTE, (), ()), (H2D, (), ())), [cost(1), cost(123_456_789, {Resource.PCIE: 170})], LINK, steps=1)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_graphs import CAPACITIES, demands
 
+from random_graphs import CAPACITIES, demands
 from slideplan.simulator import Resource, fair_speeds
 
 PCIE, DRAM = Resource.PCIE, Resource.HOST_DRAM

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import assume, given
+
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from handmade import cost, graph, times
-from hypothesis import assume, given
 from random_graphs import CAPACITIES, priced_graphs, tied
-
 from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower

@@ -45,7 +45,7 @@ def update_gpu(
     settings: AdamW,
     step: int,
 ) -> None:
-    """One AdamW step in place, on the current stream. Shapes and dtypes as in `optimizer.update_host`."""
+    """One AdamW step in place, on the current stream. Shapes and dtypes as in `optimizer.HostUpdate`."""
     n = weights.numel()
     # Fused multiply-adds round once where the host rounds twice: off, so that where a unit is updated
     # never shows in its weights.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from builders import tiny_model
 from hypothesis import strategies as st
 
+from builders import tiny_model
 from slideplan.plan.graph import TaskGraph
 from slideplan.plan.lowering import lower
 from slideplan.plan.model import ModelSpec

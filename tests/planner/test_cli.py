@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from builders import tiny_machine
+from slideplan.plan import codec
+from slideplan.plan.machine import MachineProfile
+from slideplan.plan.plan import Plan
+from slideplan.planner import cli
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def planner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Runs `planner ...` in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["planner", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def test_simulate_prints_verdict_and_names_the_profile_taken(planner: Any) -> None:
+    outcome = planner("simulate", "--model", "tiny")
+    assert outcome.code == 0
+    assert outcome.out.startswith("tiny: fits on the GPU without offloading, ")
+    assert "tokens/s predicted, bound by" in outcome.out
+    assert "taking the shipped rtx4090-2tib" in outcome.err
+    assert "planner profile" in outcome.err
+    assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+def test_simulate_writes_a_plan_that_loads_and_repeats(planner: Any) -> None:
+    for name in ("a.json", "b.json"):
+        assert planner("simulate", "--model", "tiny", "--placement", "host", "-o", name).code == 0
+    assert Path("a.json").read_bytes() == Path("b.json").read_bytes()
+    plan = codec.load("a.json", Plan)
+    plan.check("a.json")
+    assert plan.offloads
+    assert plan.workload.seq_len == 512  # the default, cut to what the model takes
+
+
+def test_simulate_json_is_all_that_stdout_holds(planner: Any) -> None:
+    outcome = planner("simulate", "--model", "tiny", "--json", "--machine", "rtx4090-128gib")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert json.loads(outcome.out)["document"] == "plan"
+
+
+def test_a_model_that_does_not_fit_is_exit_code_3(planner: Any) -> None:
+    outcome = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "-o", "plan.json")
+    assert outcome.code == 3
+    assert "does not fit: lacks 1," in outcome.out.splitlines()[0]
+    assert "GiB of HOST memory" in outcome.out.splitlines()[0]
+    assert "rtx4090-2tib would do" in outcome.out
+    assert not Path("plan.json").exists()
+    assert "not written" in outcome.err
+    as_json = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "--json")
+    assert as_json.code == 3
+    assert json.loads(as_json.out)["document"] == "does_not_fit"
+
+
+def test_budgets_change_the_answer(planner: Any) -> None:
+    model = ("simulate", "--model", "llama-3.2-1b", "--machine", "rtx4090-128gib", "--effort", "0.01")
+    assert planner(*model, "--host-memory", "1GiB", "--gpu-memory", "12GiB").code == 3
+    assert "fits, " in planner(*model, "--gpu-memory", "12GiB").out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--model", "tinny"), "model 'tinny' is neither in the catalogue"),
+        (("--model", "tiny", "--machine", "nowhere"), "machine 'nowhere' is neither a known profile nor a file"),
+        (("--model", "tiny", "--machine", "broken.json"), "broken.json: not valid JSON"),
+        (("--model", "tiny", "--seq-len", "513"), "seq_len 513 exceeds the 512 positions of tiny"),
+        (("--model", "tiny", "--seq-len", "0"), "seq_len is 0, must be at least 1"),
+        (("--model", "tiny", "--global-batch", "-1"), "global_batch is -1, must be at least 1"),
+        (("--model", "tiny", "--micro-batch", "3"), "micro-batch 3 does not divide the global batch 8"),
+        (("--model", "tiny", "--gpu-memory", "lots"), "--gpu-memory: size 'lots' is not understood"),
+        (("--model", "tiny", "--host-memory", "0"), "--host-memory is 0, must be positive"),
+        (("--model", "tiny", "--effort", "0"), "--effort is 0.0, must be above 0"),
+        (("--model", "tiny", "-o", "broken.json/plan.json"), "broken.json/plan.json: cannot be written"),
+        (("--model", "tiny", "-o", "."), ".: is a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(planner: Any, arguments: tuple[str, ...], message: str) -> None:
+    Path("broken.json").write_text("{")
+    outcome = planner("simulate", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("planner: ")
+    assert message in outcome.err
+
+
+def test_unknown_options_are_exit_code_2(planner: Any) -> None:
+    assert planner("simulate", "--model", "tiny", "--fast").code == 2
+    assert planner("simulate").code == 2
+
+
+def test_help_has_examples_and_exit_codes(planner: Any) -> None:
+    for command in ("profile", "simulate", "models", "machines"):
+        assert "Examples:" in planner(command, "--help").out
+    assert "3 the model does not fit" in planner("simulate", "--help").out
+
+
+def test_catalogues_are_listed(planner: Any) -> None:
+    models, known = planner("models"), planner("machines")
+    assert "mistral-large-123b   122.610 G" in models.out
+    assert "rtx4090-2tib" in known.out
+    assert max(map(len, (models.out + known.out).splitlines())) <= 100
+    shapes = {model["name"]: model for model in json.loads(planner("models", "--json").out)}
+    assert shapes["mistral-large-123b"]["parameters"] == 122_610_069_504
+    assert "h200-503gib" in {machine["name"] for machine in json.loads(planner("machines", "--json").out)}
+
+
+def test_a_broken_local_profile_does_not_hide_the_others(planner: Any) -> None:
+    Path("profiles").mkdir()
+    Path("profiles/mine.json").write_text("{")
+    outcome = planner("machines")
+    assert outcome.code == 0
+    assert "rtx4090-2tib" in outcome.out
+    assert "mine.json" in outcome.err
+
+
+# -- profile -----------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeRequest:
+    name: str
+    models: tuple[Any, ...]
+    shapes: tuple[tuple[int, int], ...]
+    quick: bool
+    device: str
+    gpu_memory_bytes: int | None
+    host_memory_bytes: int | None
+    command: str
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[FakeRequest]:
+    """Probes that measure nothing, and what they were asked for."""
+    seen: list[FakeRequest] = []
+
+    def profile_machine(request: FakeRequest, progress: Any) -> MachineProfile:
+        seen.append(request)
+        progress("links", 1, 2)
+        return tiny_machine(name=request.name)
+
+    probes = types.ModuleType("slideplan.runtime.probes")
+    probes.ProfileRequest, probes.profile_machine = FakeRequest, profile_machine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slideplan.runtime.probes", probes)
+    return seen
+
+
+def test_profile_writes_where_simulate_looks(planner: Any, requests: list[FakeRequest]) -> None:
+    outcome = planner(
+        "profile", "--device", "cpu", "--name", "here", "--micro-batch", "1", "--micro-batch", "2", "--seq-len", "64",
+        "--gpu-memory", "1GiB",
+    )  # fmt: skip
+    assert outcome.code == 0
+    (request,) = requests
+    assert [model.name for model in request.models] == ["demo"]
+    assert request.shapes == ((1, 64), (2, 64))
+    assert (request.device, request.gpu_memory_bytes, request.host_memory_bytes) == ("cpu", 1 << 30, None)
+    assert codec.load("profiles/here.json", MachineProfile) == tiny_machine(name="here")
+    assert "p10" in outcome.out
+    after = planner("simulate", "--model", "tiny", "--json")
+    assert json.loads(after.out)["machine"]["name"] == "here"
+    assert "taking the shipped" not in after.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--model", "nope"), "model 'nope'"),
+        (("--seq-len", "0"), "at least 1"),
+        (("--seq-len", "100000"), "exceeds the 1024 positions of demo"),
+        (("--name", "a/b"), "--name 'a/b'"),
+        (("-o", "."), ".: is a folder"),
+    ],
+)
+def test_profile_refuses_bad_input(planner: Any, requests: list[FakeRequest], arguments: tuple[str, ...], message: str) -> None:
+    outcome = planner("profile", "--device", "cpu", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not requests
+
+
+WITHOUT_TORCH = """
+import importlib.abc, pkgutil, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "numba", "transformers"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import slideplan.plan, slideplan.simulator
+for module in pkgutil.iter_modules(slideplan.plan.__path__, "slideplan.plan."):
+    __import__(module.name)
+from slideplan.planner.cli import main
+sys.argv = ["planner", *sys.argv[1:]]
+main()
+"""
+
+
+def _without_torch(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+
+
+def test_simulates_where_torch_is_absent(tmp_path: Path) -> None:
+    run = _without_torch(tmp_path, "simulate", "--model", "tiny")
+    assert run.returncode == 0, run.stderr
+    assert "tokens/s predicted" in run.stdout
+
+
+def test_profile_without_the_runtime_says_what_to_install(tmp_path: Path) -> None:
+    run = _without_torch(tmp_path, "profile")
+    assert run.returncode == 2
+    assert "install slideplan[runtime]" in run.stderr
+    assert len(run.stderr.splitlines()) == 1

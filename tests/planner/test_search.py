@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model
+from slideplan.plan import codec
+from slideplan.plan.ledger import ledger
+from slideplan.plan.lowering import lower
+from slideplan.plan.machine import LinkProfile, MachineProfile, OptimizerProfile, Spread
+from slideplan.plan.model import ModelSpec
+from slideplan.plan.plan import Plan
+from slideplan.plan.policy import Tier, Workload
+from slideplan.plan.quantities import GIB, KIB, MIB
+from slideplan.plan.replay import replay
+from slideplan.plan.validate import validate
+from slideplan.planner.bounds import BoundModel, durations
+from slideplan.planner.search import Searcher, search
+from slideplan.planner.shortfall import DoesNotFit
+from slideplan.planner.space import Candidate, SearchOptions, SpaceBuilder, evenly
+from slideplan.simulator import predict, price
+
+PLENTY = 10**12
+
+
+def machine(gpu_bytes: int = GIB, host_bytes: int = 4 * GIB, link: int = 10**9, optimizer: int = 10**9) -> MachineProfile:
+    """`tiny_machine` with other capacities in bytes and other rates in bytes/s."""
+    base = tiny_machine()
+    return msgspec.structs.replace(
+        base,
+        gpu=msgspec.structs.replace(base.gpu, memory_bytes=gpu_bytes),
+        host=msgspec.structs.replace(base.host, memory_bytes=host_bytes),
+        link=LinkProfile(h2d=flat_curve(link), d2h=flat_curve(link), duplex_bytes_per_s=link * 3 // 2),
+        optimizer=OptimizerProfile(
+            threads=4, host_bytes_per_s=Spread.exact(optimizer), gpu_bytes_per_s=Spread.exact(800 * GB_PER_S)
+        ),
+    )
+
+
+def builder(model: ModelSpec, at: MachineProfile, workload: Workload, **options: object) -> SpaceBuilder:
+    return SpaceBuilder.on(at, model, workload, SearchOptions(**options))  # type: ignore[arg-type]
+
+
+def predicted_ns(space: SpaceBuilder, at: MachineProfile, candidate: Candidate) -> int:
+    graph = lower(space.model, candidate.policy(space.model), space.workload, space.footprints[candidate.micro_batch])
+    prediction = predict(graph, space.model, candidate.micro_batch, space.workload, at, ledger(graph, at))
+    return prediction.record.step_ns
+
+
+@st.composite
+def candidates(draw: st.DrawFn) -> tuple[SpaceBuilder, MachineProfile, Candidate]:
+    """Any candidate that a search may meet, be it of the grid, around it, or of the least demanding."""
+    model = tiny_model(layers=draw(st.integers(1, 6)), tied_embeddings=draw(st.booleans()))
+    at = machine(
+        gpu_bytes=draw(st.integers(500, 6000)) * KIB,
+        host_bytes=draw(st.integers(500, 12000)) * KIB,
+        link=draw(st.sampled_from([10**8, 10**10])),
+        optimizer=draw(st.sampled_from([10**8, 10**10])),
+    )
+    space = builder(
+        model, at, Workload(seq_len=32, global_batch=draw(st.sampled_from([1, 2, 4]))),
+        placement=draw(st.sampled_from(["auto", "host"])), gradient_dtype=draw(st.sampled_from(["auto", "bf16", "fp32"])),
+    )  # fmt: skip
+    fitting = space.build().fitting
+    if not fitting:
+        return space, at, draw(st.sampled_from(list(space.least_demanding())))
+    candidate = draw(st.sampled_from(fitting))
+    around = list(space.neighbours(candidate))
+    return space, at, draw(st.sampled_from(around)) if around and draw(st.booleans()) else candidate
+
+
+@settings(max_examples=100, deadline=None)
+@given(candidates())
+def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuilder, MachineProfile, Candidate]) -> None:
+    space, at, candidate = case
+    model, seq_len, footprint = space.model, space.workload.seq_len, space.footprints[candidate.micro_batch]
+    graph = lower(model, candidate.policy(model), space.workload, footprint)
+    validate(graph)
+    memory = ledger(graph, at)
+    counted = candidate.slot_bytes(model, seq_len, footprint)
+    assert {tier: sum(part.items.values()) for tier, part in memory.tiers.items()} == counted
+    assert memory.fits == (min(space.spare(candidate).values()) >= 0)
+
+    times = durations(model, candidate.micro_batch, candidate.gradient_dtype, seq_len, at, footprint)
+    bounds = BoundModel(model, times)
+    costs = [cost.duration_ns for cost in price(graph, model, candidate.micro_batch, seq_len, at)]
+    counted_lanes = {lane: busy for lane, busy in bounds.lanes(candidate).items() if busy}
+    assert counted_lanes == {lane: sum(costs[number] for number in queue) for lane, queue in graph.lanes.items()}
+    longest_path, _ = replay(graph, costs)
+    assert bounds.bound(candidate).step_ns <= longest_path <= predicted_ns(space, at, candidate)
+
+
+@pytest.mark.parametrize("link, optimizer", [(10**8, 10**10), (10**10, 10**9), (10**9, 10**9)])
+def test_search_agrees_with_brute_force(link: int, optimizer: int) -> None:
+    at = machine(gpu_bytes=1600 * KIB, host_bytes=8 * MIB, link=link, optimizer=optimizer)
+    options = {"tolerance": 0.0, "lowered_tasks": PLENTY, "simulated_tasks": PLENTY}
+    space_of = builder(tiny_model(layers=3), at, Workload(seq_len=32, global_batch=2), **options)
+    space = space_of.build()
+    assert space.offloads
+    assert 20 < len(space.fitting) < 1000
+    searcher = Searcher(space_of, at)
+    searcher.explore(space.fitting, PLENTY, PLENTY)
+    assert searcher.best is not None
+    assert searcher.best.step_ns == min(predicted_ns(space_of, at, candidate) for candidate in space.fitting)
+    record = searcher.record(space)
+    assert (record.unpriced, record.bound_ns) == (0, searcher.best.step_ns)
+    assert record.pruned_by_bound > 0
+    assert searcher.run(space).step_ns <= searcher.best.step_ns  # around the best there may be better
+
+
+def test_declines_to_offload_what_fits() -> None:
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), machine())
+    assert isinstance(plan, Plan)
+    assert not plan.offloads
+    assert all(unit.state is Tier.GPU and unit.weights is Tier.GPU for unit in plan.policy.units)
+    assert plan.ledger.tiers[Tier.HOST].items == {}
+
+
+def test_forced_offload_streams_everything() -> None:
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), machine(), SearchOptions(placement="host"))
+    assert isinstance(plan, Plan)
+    assert plan.offloads
+    assert all(unit.state is Tier.HOST and unit.weights is Tier.HOST for unit in plan.policy.units)
+
+
+def test_spends_spare_gpu_memory() -> None:
+    """With a slow link and a slow CPU, what fits on the GPU goes there: more memory, shorter steps."""
+    steps = []
+    for gpu in (900 * KIB, 1500 * KIB, 2200 * KIB):
+        plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), machine(gpu_bytes=gpu, link=10**8, optimizer=10**8))
+        assert isinstance(plan, Plan)
+        steps.append(plan.prediction.record.step_ns)
+    assert steps[0] > steps[1] > steps[2]
+
+
+@settings(max_examples=15, deadline=None)
+@given(gpu=st.integers(500, 4000), host=st.integers(500, 6000), batch=st.sampled_from([1, 2, 6]))
+def test_answers_are_sound(gpu: int, host: int, batch: int) -> None:
+    """A plan fits and passes its own checks; where there is none, some tier lacks memory."""
+    at = machine(gpu_bytes=gpu * KIB, host_bytes=host * KIB)
+    answer = search(tiny_model(layers=3), Workload(seq_len=32, global_batch=batch), at, SearchOptions(simulated_tasks=1000))
+    assert answer.ledger.fits == isinstance(answer, Plan)
+    if isinstance(answer, Plan):
+        answer.check("plan.json")
+        found = answer.search
+        assert found.candidates == found.pruned_by_capacity + found.pruned_by_bound + found.simulated + found.unpriced
+        assert 0 < found.bound_ns <= answer.prediction.record.step_ns
+    else:
+        assert answer.ledger.lacking()
+
+
+def test_a_small_budget_says_what_it_left_unpriced() -> None:
+    at = machine(gpu_bytes=1200 * KIB, link=10**8, optimizer=10**8)
+    options = SearchOptions(tolerance=0.0, lowered_tasks=1, simulated_tasks=1)
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), at, options)
+    assert isinstance(plan, Plan)
+    assert plan.search.unpriced > 0
+    assert plan.search.bound_ns < plan.prediction.record.step_ns
+
+
+def test_same_inputs_same_bytes() -> None:
+    at = machine(gpu_bytes=1200 * KIB)
+    first, second = (search(tiny_model(), Workload(seq_len=32, global_batch=4), at) for _ in range(2))
+    assert msgspec.json.encode(first) == msgspec.json.encode(second)
+
+
+def test_fixed_knobs_are_kept() -> None:
+    at = machine(gpu_bytes=1200 * KIB)
+    options = SearchOptions(micro_batch=2, gradient_dtype="bf16")
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), at, options)
+    assert isinstance(plan, Plan)
+    assert (plan.policy.micro_batch, plan.policy.micro_batches, plan.policy.gradient_dtype) == (2, 2, "bf16")
+    with pytest.raises(ValueError, match="micro-batch 3 does not divide the global batch 4"):
+        search(tiny_model(), Workload(seq_len=32, global_batch=4), at, SearchOptions(micro_batch=3))
+
+
+def test_gradients_of_several_micro_batches_are_summed_in_fp32() -> None:
+    for micro_batch, dtype in ((4, "bf16"), (1, "fp32")):
+        plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), machine(), SearchOptions(micro_batch=micro_batch))
+        assert isinstance(plan, Plan)
+        assert plan.policy.gradient_dtype == dtype
+
+
+# -- does not fit ------------------------------------------------------------------------------
+
+
+def test_names_the_tier_that_lacks_and_by_how_much() -> None:
+    model, capacity = tiny_model(), 1_000_000
+    at = machine(host_bytes=capacity)
+    answer = search(model, Workload(seq_len=32, global_batch=1), at, SearchOptions(placement="host"))
+    assert isinstance(answer, DoesNotFit)
+    # fp32 master and moments of all units, bf16 gradients of embedding and head and of one layer slot.
+    embedding, layer, head = 256 * 64, 64 * (64 + 2 * 32 + 64 + 3 * 128 + 2), 256 * 64 + 64
+    need = 12 * (embedding + 4 * layer + head) + 2 * (embedding + layer + head)
+    assert -answer.ledger.tiers[Tier.HOST].headroom_bytes == need - (capacity - capacity * 3 // 100)
+    assert [phrase.split(" (")[0] for phrase in answer.ledger.lacking()] == ["lacks 1.3 MiB of HOST memory"]
+    assert answer.gpu_bytes_needed is None  # forced to the host, no GPU would help
+
+
+@pytest.mark.parametrize("placement", ["auto", "host"])
+def test_the_memory_asked_for_is_what_it_takes(placement: str) -> None:
+    model, workload, options = tiny_model(), Workload(seq_len=32, global_batch=2), SearchOptions(placement=placement)  # type: ignore[arg-type]
+    gpu = 900 * KIB
+    answer = search(model, workload, machine(gpu_bytes=gpu, host_bytes=MIB), options)
+    assert isinstance(answer, DoesNotFit)
+    needed = answer.host_bytes_needed
+    assert needed is not None
+    assert isinstance(search(model, workload, machine(gpu_bytes=gpu, host_bytes=needed), options), Plan)
+    assert isinstance(search(model, workload, machine(gpu_bytes=gpu, host_bytes=needed - 3), options), DoesNotFit)
+
+
+def test_a_gpu_too_small_for_one_layer_says_so() -> None:
+    model, workload = tiny_model(), Workload(seq_len=32, global_batch=2)
+    answer = search(model, workload, machine(gpu_bytes=100 * KIB))
+    assert isinstance(answer, DoesNotFit)
+    assert answer.ledger.tiers[Tier.GPU].headroom_bytes < 0
+    assert answer.host_bytes_needed is None
+    assert answer.gpu_bytes_needed is not None
+    assert isinstance(search(model, workload, machine(gpu_bytes=answer.gpu_bytes_needed)), Plan)
+    assert "rtx4090-128gib" in answer.machines
+
+
+def test_a_smaller_batch_is_offered_where_it_fits() -> None:
+    options = SearchOptions(placement="host")
+    fits = search(tiny_model(), Workload(seq_len=32, global_batch=2), machine(gpu_bytes=900 * KIB), options)
+    assert isinstance(fits, Plan)
+    answer = search(tiny_model(), Workload(seq_len=32, global_batch=256), machine(gpu_bytes=900 * KIB), options)
+    assert isinstance(answer, DoesNotFit)
+    assert answer.global_batch is not None
+    assert 2 <= answer.global_batch < 256
+    smaller = Workload(seq_len=32, global_batch=answer.global_batch)
+    assert isinstance(search(tiny_model(), smaller, machine(gpu_bytes=900 * KIB), options), Plan)
+
+
+def test_answers_survive_the_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    answer = search(tiny_model(), Workload(seq_len=32, global_batch=2), machine(gpu_bytes=100 * KIB))
+    assert isinstance(answer, DoesNotFit)
+    codec.save(tmp_path / "answer.json", answer)
+    assert codec.load(tmp_path / "answer.json", DoesNotFit) == answer
+
+
+def test_evenly() -> None:
+    assert evenly(0, 10, 3) == [0, 5, 10]
+    assert evenly(2, 3, 4) == [2, 3]
+    assert evenly(7, 7, 5) == [7]

@@ -176,5 +176,3 @@ class ProgressBars:
         self._bars.update(bar, completed=progress.done, detail=detail)
 
 
-if __name__ == "__main__":
-    main()

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import msgspec
 from hypothesis import given
-from plan.strategies import Case, cases
 
 from builders import tiny_machine
 from slideplan.plan.graph import SlotPool, TaskGraph, TensorClass, tier_bytes
 from slideplan.plan.ledger import ledger, slot_capacity
 from slideplan.plan.policy import Tier
 from slideplan.plan.quantities import GIB
+from strategies import Case, cases
 
 
 def machine_with(gpu_bytes: int, context_bytes: int = 0):

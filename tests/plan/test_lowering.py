@@ -8,15 +8,15 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan.contents import Contents, run_lanes
-from plan.strategies import FOOTPRINT, Case, cases
 
 from builders import tiny_model, tiny_policy, tiny_workload
+from contents import Contents, run_lanes
 from slideplan.plan.edges import clocks, knows
 from slideplan.plan.graph import Lane, Role, TaskGraph, TaskKind, TensorClass
 from slideplan.plan.lowering import lower
 from slideplan.plan.policy import Tier
 from slideplan.plan.validate import validate
+from strategies import FOOTPRINT, Case, cases
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from plan.strategies import FOOTPRINT
 
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan.plan import codec
@@ -17,6 +16,7 @@ from slideplan.plan.policy import Tier
 from slideplan.plan.replay import replay
 from slideplan.plan.timeline import StepRecord, step_record
 from slideplan.plan.trace import write_trace
+from strategies import FOOTPRINT
 
 
 def record(graph, task_ns, peak: int = 1000, scale: float = 1.0) -> StepRecord:

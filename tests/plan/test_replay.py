@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan.strategies import Case, cases
 
 from builders import tiny_workload
 from slideplan.plan.graph import Dependency, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.replay import replay, unroll
 from slideplan.plan.timeline import Span, step_record
+from strategies import Case, cases
 
 H2D, COMPUTE, D2H, HOST = (
     TaskKind.LOAD_WEIGHTS, TaskKind.FORWARD, TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST,

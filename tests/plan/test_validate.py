@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from plan.contents import Contents, run_lanes
-from plan.strategies import FOOTPRINT
 
 from builders import tiny_model, tiny_policy, tiny_workload
+from contents import Contents, run_lanes
 from slideplan.plan.graph import Dependency, Task, TaskGraph, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.policy import Tier
 from slideplan.plan.validate import validate
+from strategies import FOOTPRINT
 
 
 def graph_of(*, layers: int = 3, tied: bool = False, **knobs) -> TaskGraph:

@@ -94,7 +94,11 @@ def compare(plan: Plan, measurement: Measurement) -> Comparison:
             _row(lane, use.busy_ns, replayed.lanes[lane].busy_ns, measured.lanes[lane].busy_ns)
             for lane, use in predicted.lanes.items()
         ),
-        memory=tuple(_row(tier, predicted.peak_bytes[tier], None, measured.peak_bytes[tier]) for tier in (Tier.GPU, Tier.HOST)),
+        memory=tuple(
+            _row(tier, predicted.peak_bytes[tier], None, measured.peak_bytes[tier])
+            for tier in (Tier.GPU, Tier.HOST)
+            if tier in measured.peak_bytes  # without a GPU the device's memory cannot be told from the process's
+        ),
         cost_model_error=predicted.step_ns / replayed_ns - 1,
         structure_error=replayed_ns / measured.step_ns - 1,
         step_spread=(steady[len(steady) * 9 // 10] - steady[len(steady) // 10]) / middle,

@@ -157,15 +157,16 @@ class ProgressBars:
         self._ids: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressBars:
-        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._ids:
+            self._bars.stop()
 
     def show(self, progress: run.Progress) -> None:
         """Move the bar of the phase."""
         if progress.phase not in self._ids:
+            self._bars.start()  # not before there is something to show: refused input gets its one line alone
             self._ids[progress.phase] = self._bars.add_task(progress.phase, total=progress.total, detail="")
         bar = self._ids[progress.phase]
         detail = f"{100 * progress.done // max(1, progress.total)}%"
@@ -174,5 +175,3 @@ class ProgressBars:
             rate = f"  {speed * self._tokens:,.0f} tokens/s" if speed else ""
             detail = f"{progress.done}/{progress.total}  loss {progress.loss:.3f}{rate}"
         self._bars.update(bar, completed=progress.done, detail=detail)
-
-

@@ -67,27 +67,6 @@ def test_trains_as_in_memory(name: str, tied: bool) -> None:
     assert losses == expected_losses
 
 
-def test_update_kernel_equals_the_hosts_bit_for_bit() -> None:
-    from slideplan.runtime.kernels.adamw import update_gpu
-    from slideplan.runtime.optimizer import AdamW, HostUpdate
-    from slideplan.runtime.split_master import split
-
-    torch.manual_seed(0)
-    settings = AdamW(lr=1e-3, weight_decay=0.1)
-    for elements in (1, 1023, 1024, 70_001):
-        for dtype in (torch.bfloat16, torch.float32):
-            weights, remainder = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=torch.int16)
-            split(torch.randn(elements), weights, remainder)
-            host = [weights, remainder, torch.zeros(2, elements)]
-            gpu = [tensor.cuda() for tensor in host]
-            for step in range(4):
-                gradient = (torch.randn(elements) * 10.0 ** (step - 3)).to(dtype)
-                HostUpdate(2)(*host, gradient, settings, step)
-                update_gpu(*gpu, gradient.cuda(), settings, step)
-            for left, right in zip(host, gpu, strict=True):
-                assert torch.equal(left, right.cpu())
-
-
 def test_lane_failure_on_the_gpu_stops_the_run() -> None:
     from slideplan.runtime.backend import CudaBackend
     from slideplan.runtime.executor import Executor

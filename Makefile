@@ -1,0 +1,34 @@
+# The main job and the tests; both make the environment they need.
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test check clean
+
+$(BIN)/.installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[runtime,dev]'
+	touch $@
+
+# Profile this machine, plan a small decoder for a "GPU" too small for it, run the plan on real text, compare.
+demo: $(BIN)/.installed
+	$(BIN)/planner profile --quick --device cpu --model demo --seq-len 128 --micro-batch 2 --micro-batch 4 --micro-batch 8 \
+	    --name demo-machine -o $(DEMO)/machine.json
+	$(BIN)/planner simulate --model demo --machine $(DEMO)/machine.json --seq-len 128 --global-batch 8 \
+	    --gpu-memory 40MiB -o $(DEMO)/plan.json
+	$(BIN)/runtime execute $(DEMO)/plan.json --device cpu --steps 40 --lr 2e-3 -o $(DEMO)/run
+	$(BIN)/planner simulate --model 123b
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+# What CI checks beside the tests.
+check: $(BIN)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,218 @@
+"""`runtime execute` and `runtime compare` as a user types them."""
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+import torch
+
+from builders import tiny_model, tiny_policy, tiny_workload
+from checkpoints import write_checkpoint
+from running import plan_for
+from slideplan.plan.codec import digest, save
+from slideplan.plan.plan import Plan
+from slideplan.runtime.backend import CpuBackend
+from slideplan.runtime.cli import main
+
+MODEL = tiny_model()
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def runtime(*arguments: object, cwd: Path) -> Done:
+    """Run the command in this process, which spares loading torch every time."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["runtime", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_for(MODEL, tiny_policy(MODEL), tiny_workload(), CpuBackend())
+
+
+@pytest.fixture(scope="module")
+def run_folder(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save(folder / "plan.json", plan)
+    done = runtime("execute", "plan.json", "--steps", 12, "--lr", 3e-3, "--device", "cpu", "-o", "out", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads(done.stdout)
+    assert comparison["document"] == "comparison"
+    assert "loss" in done.stderr
+    return folder / "out"
+
+
+def test_run_folder_holds_everything(run_folder: Path) -> None:
+    names = {"plan.json", "metrics.jsonl", "measurement.json", "comparison.json", "comparison.txt", "trace.json", "lanes.png"}
+    assert names <= {file.name for file in run_folder.iterdir()}
+    losses = [json.loads(line)["loss"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+    measurement = json.loads((run_folder / "measurement.json").read_text())
+    assert measurement["losses"] == pytest.approx(losses)
+    assert len(measurement["step_ns"]) == 12
+    assert measurement["steady_steps"] == list(range(2, 11))
+    assert all(start <= end for start, end in measurement["record"]["spans"])
+
+
+def test_trace_has_both_tracks_under_the_same_names(run_folder: Path) -> None:
+    events = json.loads((run_folder / "trace.json").read_text())["traceEvents"]
+    names = [{event["name"] for event in events if event["ph"] == "X" and event["pid"] == process} for process in (1, 2)]
+    assert names[0] == names[1]
+    assert "update_host/layer002" in names[0]
+    assert all(event.get("ts", 0) >= 0 for event in events)
+
+
+def test_compare_again_from_the_files(run_folder: Path) -> None:
+    before = (run_folder / "comparison.json").read_bytes()
+    done = runtime("compare", run_folder, cwd=run_folder)
+    assert done.returncode == 0, done.stderr
+    assert "predicted" in done.stdout
+    assert "step time error" in done.stdout
+    assert (run_folder / "comparison.json").read_bytes() == before
+
+
+def test_compare_refuses_another_plans_run(run_folder: Path, plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "measurement.json").write_bytes((run_folder / "measurement.json").read_bytes())
+    save(tmp_path / "plan.json", msgspec.structs.replace(plan, version="other"))
+    done = runtime("compare", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the measurement is of plan" in done.stderr
+    assert runtime("compare", tmp_path / "nothing", cwd=tmp_path).returncode == 2
+
+
+def test_checkpoint_with_its_config(plan: Plan, tmp_path: Path) -> None:
+    save(tmp_path / "plan.json", plan)
+    write_checkpoint(tmp_path / "weights", MODEL)
+    done = runtime("execute", "plan.json", "--steps", 2, "--weights", "weights", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    write_checkpoint(tmp_path / "other", tiny_model(ffn=192))
+    done = runtime("execute", "plan.json", "--steps", 2, "--weights", "other", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "ffn is 192, planned 128" in done.stderr
+
+
+def changed(plan: Plan, **fields: object) -> bytes:
+    return msgspec.json.encode(msgspec.structs.replace(plan, **fields))
+
+
+BAD = {
+    "truncated": (lambda plan: msgspec.json.encode(plan)[:-100], "not valid JSON"),
+    "other version": (lambda plan: changed(plan, format_version=99), "`format_version` is 99"),
+    "unknown field": (lambda plan: msgspec.json.encode(plan)[:-1] + b',"speed":9}', "unknown field `speed`"),
+    "another document": (lambda plan: b'{"document":"machine_profile"}', "expected a 'plan' document"),
+    "another machine": (
+        lambda plan: changed(
+            plan,
+            machine=msgspec.structs.replace(
+                plan.machine, identity=msgspec.structs.replace(plan.machine.identity, gpu="RTX 9090")
+            ),
+        ),
+        "gpu: RTX 9090",
+    ),
+    "another model": (
+        lambda plan: changed(plan, model=msgspec.structs.replace(plan.model, hidden=128)),
+        "`model` was changed after planning",
+    ),
+    "unsafe graph": (
+        lambda plan: changed(
+            plan,
+            graph=msgspec.structs.replace(
+                plan.graph, tasks=tuple(msgspec.structs.replace(task, dependencies=()) for task in plan.graph.tasks)
+            ),
+        ),
+        "without waiting for",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_plans_are_refused_in_one_line(name: str, plan: Plan, tmp_path: Path) -> None:
+    make, message = BAD[name]
+    (tmp_path / "plan.json").write_bytes(make(plan))
+    done = runtime("execute", "plan.json", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("runtime: plan.json: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nothing"], "--data nothing: does not exist"),
+        (["--weights", "nothing"], "nothing"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--lr", "-1"], "lr is -1"),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: list[str], message: str, plan: Plan, tmp_path: Path) -> None:
+    save(tmp_path / "plan.json", plan)
+    done = runtime("execute", "plan.json", "--device", "cpu", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_missing_plan(tmp_path: Path) -> None:
+    done = runtime("execute", "plan.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "plan.json: cannot be read: No such file" in done.stderr
+
+
+def test_plan_that_needs_more_memory_than_is_free(plan: Plan, tmp_path: Path) -> None:
+    pools = tuple(
+        msgspec.structs.replace(pool, slot_bytes=1 << 50) if pool.name == "host.moments.layer" else pool
+        for pool in plan.graph.pools
+    )
+    graph = msgspec.structs.replace(plan.graph, pools=pools)
+    huge = msgspec.structs.replace(plan, graph=graph)
+    assert digest(huge) != digest(plan)
+    save(tmp_path / "plan.json", huge)
+    done = runtime("execute", "plan.json", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "of host memory" in done.stderr
+    assert "lacks" in done.stderr
+
+
+def test_failure_in_a_lane_is_exit_code_1(tmp_path: Path, plan: Plan) -> None:
+    save(tmp_path / "plan.json", plan)
+    broken = (
+        "import sys\n"
+        "from slideplan.runtime import handlers, cli\n"
+        "def fail(*_): raise RuntimeError('memory chip missing')\n"
+        "handlers.HostUpdate.__call__, handlers.HostUpdate.compile = fail, lambda self: None\n"
+        "sys.argv = ['runtime', 'execute', 'plan.json', '--device', 'cpu']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", broken], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1
+    assert "all lanes stopped: lane host_update, step 0, task update_host/head, unit 5: RuntimeError: memory chip missing" in (
+        done.stderr.replace("\n", " ").replace("  ", " ")
+    )

@@ -60,6 +60,9 @@ class Backend(Protocol):
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
         """A zeroed uint8 buffer of exactly this size; `copied` host buffers are page-locked."""
 
+    def release_unused(self) -> None:
+        """Give back what torch's allocator keeps for reuse, and count peaks from here."""
+
     def peak_gpu_bytes(self) -> int | None:
         """Most device memory taken so far, driver and libraries included; None where nobody counts it."""
 
@@ -105,6 +108,9 @@ class CpuBackend:
 
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
         return host_buffer(size_bytes)
+
+    def release_unused(self) -> None:
+        pass
 
     def peak_gpu_bytes(self) -> int | None:
         return None
@@ -179,6 +185,12 @@ class CudaBackend:
                 raise MemoryError(f"{format_bytes(size_bytes)} of host memory could not be page-locked: {status}")
             self._registered.append(buffer)
         return buffer
+
+    def release_unused(self) -> None:
+        # The allocator keeps blocks per stream: what one stream has freed is lost to the others.
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_gpu_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)

@@ -90,7 +90,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             for micro_batch, seq_len in request.shapes:
                 shape = f"{model.name} {micro_batch}x{seq_len}"
                 report(shape)
-                _release(backend)
+                gc.collect()
+                backend.release_unused()
                 try:
                     costs += UnitProbe(backend, model, micro_batch, seq_len).costs(effort.repeats)
                 except torch.OutOfMemoryError:
@@ -142,12 +143,6 @@ def _small(model: ModelSpec) -> ModelSpec:
     return msgspec.structs.replace(
         model, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocabulary=256, max_positions=max(16, model.max_positions)
     )
-
-
-def _release(backend: Backend) -> None:
-    gc.collect()
-    if backend.name == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _context_bytes(backend: Backend) -> int:

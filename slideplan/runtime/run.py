@@ -102,6 +102,7 @@ class Session:
         for unit in range(plan.model.units):
             self._place(unit, source)
             progress(Progress("placing weights", unit + 1, plan.model.units))
+        backend.release_unused()
         self.compute = ComputeHandlers(
             plan.model,
             graph,
@@ -129,7 +130,7 @@ class Session:
     def _place(self, unit: int, source: WeightSource) -> None:
         high, remainder = self._halves(unit)
         for name, value in source.unit(unit):
-            split(value.float(), high[name], remainder[name])
+            split(value, high[name], remainder[name])
 
     def master_weights(self, unit: int) -> dict[str, torch.Tensor]:
         """fp32 master weights of a unit, by name within the unit. Nothing may be running."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-
 # Elements converted at a time: a vocabulary matrix in one piece would need five times its size on the way.
 CHUNK_ELEMENTS = 1 << 24
 

@@ -19,10 +19,11 @@ from slideplan.plan.policy import Policy, Workload
 from slideplan.plan.replay import replay
 from slideplan.plan.slots import Footprint
 from slideplan.plan.timeline import step_record
-from slideplan.runtime.backend import Backend, identity
+from slideplan.runtime.backend import Backend
 from slideplan.runtime.data import TokenWindows
+from slideplan.runtime.machine import identity
 from slideplan.runtime.optimizer import AdamW
-from slideplan.runtime.run import Session
+from slideplan.runtime.session import Session
 from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights
 

@@ -78,18 +78,26 @@ def _capacity(machine: MachineProfile) -> dict[Tier, tuple[int, int]]:
     }
 
 
+def ledger_items(graph: TaskGraph) -> dict[Tier, dict[str, int]]:
+    """Bytes that the graph's pools reserve, by tier and tensor class; GPU and host always have an entry."""
+    items: dict[Tier, dict[str, int]] = {Tier.GPU: {}, Tier.HOST: {}}
+    for pool in graph.pools:
+        of_tier = items.setdefault(pool.tier, {})
+        of_tier[pool.tensor_class] = of_tier.get(pool.tensor_class, 0) + pool.total_bytes
+    return items
+
+
 def ledger(graph: TaskGraph, machine: MachineProfile) -> Ledger:
     """Sum the graph's pools on the machine's tiers."""
-    tiers = {}
-    for tier, (capacity, fixed) in _capacity(machine).items():
-        items: dict[str, int] = {}
-        for pool in graph.pools:
-            if pool.tier is tier:
-                items[pool.tensor_class] = items.get(pool.tensor_class, 0) + pool.total_bytes
-        tiers[tier] = TierLedger(
-            capacity_bytes=capacity,
-            items=items,
-            fixed_bytes=fixed,
-            reserve_bytes=capacity * RESERVE_PERCENT[tier] // 100,
-        )
-    return Ledger(tiers=tiers)
+    items = ledger_items(graph)
+    return Ledger(
+        tiers={
+            tier: TierLedger(
+                capacity_bytes=capacity,
+                items=items[tier],
+                fixed_bytes=fixed,
+                reserve_bytes=capacity * RESERVE_PERCENT[tier] // 100,
+            )
+            for tier, (capacity, fixed) in _capacity(machine).items()
+        }
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from slideplan import __version__
 from slideplan.plan.codec import Document, Spec, digest
 from slideplan.plan.graph import TaskGraph
-from slideplan.plan.ledger import Ledger
+from slideplan.plan.ledger import Ledger, ledger_items
+from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineIdentity, MachineProfile
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.policy import Policy, Workload
+from slideplan.plan.slots import Footprint
 from slideplan.plan.timeline import StepRecord
 from slideplan.plan.validate import validate
 
@@ -72,11 +75,27 @@ class Plan(Document, frozen=True, tag="plan"):
     offloads: bool  # False: everything fits on the GPU and stays there
 
     def check(self, where: str) -> None:
-        """Raise ValueError where the parts of the plan contradict each other. `where`: the file's name."""
+        """Raise ValueError where the plan is of another version or its parts contradict each other.
+
+        `where`: the file's name. The graph must be the one that its policy lowers to: a graph that is
+        merely free of races may still leave out an update.
+        """
+        if self.version != __version__:
+            raise ValueError(f"{where}: was made by slideplan {self.version}, this is {__version__}; plan again")
         if digest(self.model) != self.model_digest:
             raise ValueError(f"{where}: `model` was changed after planning (digest differs from `model_digest`); plan again")
         try:
-            self.policy.check(self.model, self.workload)
             validate(self.graph)
+            lowered = lower(self.model, self.policy, self.workload, self._footprint())
         except ValueError as error:
             raise ValueError(f"{where}: {error}; plan again") from None
+        if lowered != self.graph:
+            raise ValueError(f"{where}: `graph` is not what `policy` lowers to; one of them was changed; plan again")
+        if ledger_items(self.graph) != {tier: part.items for tier, part in self.ledger.tiers.items()}:
+            raise ValueError(f"{where}: `ledger` does not sum up the pools of `graph`; plan again")
+
+    def _footprint(self) -> Footprint:
+        """Sizes that came from the machine profile, as the pools have them."""
+        pools = self.graph.pool
+        sizes = [pools[name].slot_bytes if name in pools else 0 for name in ("gpu.inner", "gpu.workspace")]
+        return Footprint(inner_bytes=sizes[0], workspace_bytes=sizes[1])

@@ -23,9 +23,15 @@ WEIGHT_BYTES = 2  # bf16 high half
 UPDATE_STATE_TRAFFIC_BYTES = 2 * (WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES)
 
 
-# The head computes its loss in chunks of tokens whose fp32 logits stay within this (one token's at least),
-# so that logits are never whole. Runtime and footprint must agree on it.
+# The head computes its loss in chunks of tokens whose fp32 logits stay within this, so that logits are
+# never whole, and the gradient of the projection in blocks of rows whose bf16 product stays within that.
 LOSS_CHUNK_BYTES = 256 * MIB
+PRODUCT_BYTES = 128 * MIB
+
+
+def loss_chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose fp32 logits fit in LOSS_CHUNK_BYTES; at least one."""
+    return max(1, LOSS_CHUNK_BYTES // (4 * vocabulary))
 
 
 class Footprint(Spec, frozen=True):

@@ -7,15 +7,12 @@ import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import psutil
 import torch
 
 from slideplan.plan.graph import Lane
-from slideplan.plan.machine import MachineIdentity
 from slideplan.plan.policy import Tier
 from slideplan.plan.quantities import format_bytes
 
@@ -60,8 +57,11 @@ class Backend(Protocol):
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
         """A zeroed uint8 buffer of exactly this size; `copied` host buffers are page-locked."""
 
+    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+        """Fail rather than take more device memory than this, driver and libraries included."""
+
     def release_unused(self) -> None:
-        """Give back what torch's allocator keeps for reuse, and count peaks from here."""
+        """Wait for all that was issued, give back what torch's allocator keeps, and count peaks from here."""
 
     def peak_gpu_bytes(self) -> int | None:
         """Most device memory taken so far, driver and libraries included; None where nobody counts it."""
@@ -72,7 +72,10 @@ class Backend(Protocol):
 
 def host_buffer(size_bytes: int) -> torch.Tensor:
     """Zeroed anonymous memory of exactly this size, touched once, in huge pages where the system has them."""
-    region = mmap.mmap(-1, max(1, size_bytes))
+    try:
+        region = mmap.mmap(-1, max(1, size_bytes))
+    except OSError as error:
+        raise MemoryError(f"{format_bytes(size_bytes)} of host memory could not be mapped: {error.strerror}") from None
     with contextlib.suppress(AttributeError, OSError):
         region.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the array alive, and the array the mapping.
@@ -109,6 +112,9 @@ class CpuBackend:
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
         return host_buffer(size_bytes)
 
+    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+        pass
+
     def release_unused(self) -> None:
         pass
 
@@ -128,7 +134,6 @@ class CudaBackend:
         if not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no GPU; use --device cpu")
         self.device = torch.device("cuda", torch.cuda.current_device())
-        # Copies and updates first: they are what compute waits for, and they are short on the GPU.
         self._streams = {lane: torch.cuda.Stream(self.device) for lane in STREAM_LANES}
         self._clock = torch.cuda.Stream(self.device)
         self._registered: list[torch.Tensor] = []
@@ -186,6 +191,12 @@ class CudaBackend:
             self._registered.append(buffer)
         return buffer
 
+    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+        free, total = torch.cuda.mem_get_info(self.device)
+        outside_torch = total - free - torch.cuda.memory_reserved(self.device)
+        fraction = min(1.0, max(0, capacity_bytes - outside_torch) / total)
+        torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+
     def release_unused(self) -> None:
         # The allocator keeps blocks per stream: what one stream has freed is lost to the others.
         torch.cuda.synchronize(self.device)
@@ -210,43 +221,3 @@ def make_backend(device: str) -> Backend:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} is unknown; use auto, cpu or cuda")
     return CudaBackend() if device == "cuda" else CpuBackend()
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else "unknown CPU"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(psutil.Process().cpu_affinity() or [0])
-
-
-def identity(backend: Backend) -> MachineIdentity:
-    """The machine that this process runs on, as plans name it."""
-    gpu = torch.cuda.get_device_name(backend.device) if backend.name == "cuda" else cpu_name()
-    return MachineIdentity(gpu=gpu, backend=backend.name, cpu=cpu_name(), cores=usable_cores())
-
-
-def resident_bytes() -> int:
-    """Resident set of this process now."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident set since the process started or `reset_peak_resident` was called."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resident_bytes()
-
-
-def reset_peak_resident() -> None:
-    """Forget earlier peaks, where the system lets a process do so."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from slideplan.plan.codec import load
 from slideplan.plan.measurement import Comparison
 from slideplan.plan.plan import Plan
-from slideplan.runtime import report, run
-from slideplan.runtime.lanes import LaneError
+from slideplan.runtime import report, run, session
+from slideplan.runtime.lanes import LaneError, RunError
 from slideplan.runtime.optimizer import AdamW
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -52,10 +53,11 @@ def main() -> None:
     except ValueError as error:
         print(f"runtime: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except LaneError as error:
-        print(f"runtime: all lanes stopped: {error}", file=sys.stderr)
+    except RunError as error:
+        stopped = "all lanes stopped: " if isinstance(error, LaneError) else ""
+        print(f"runtime: {stopped}{error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    except MemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"runtime: out of memory: {error}; plan with a smaller --gpu-memory or --host-memory", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
@@ -70,6 +72,9 @@ def execute(
         Path | None,
         typer.Option(help="Hugging Face directory (safetensors, tokenizer.json); default: random weights and bytes as tokens."),
     ] = None,
+    byte_tokens: Annotated[
+        bool, typer.Option("--byte-tokens", help="Bytes are tokens even with --weights that have no tokenizer.json.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 10,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/MODEL-DATE.")] = None,
@@ -105,6 +110,7 @@ def execute(
         device=device,
         data=data,
         weights=weights,
+        byte_tokens=byte_tokens,
         settings=AdamW(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay),
         seed=seed,
         warmup_steps=warmup,
@@ -163,7 +169,7 @@ class ProgressBars:
         if self._ids:
             self._bars.stop()
 
-    def show(self, progress: run.Progress) -> None:
+    def show(self, progress: session.Progress) -> None:
         """Move the bar of the phase."""
         if progress.phase not in self._ids:
             self._bars.start()  # not before there is something to show: refused input gets its one line alone

@@ -6,7 +6,7 @@ import torch
 
 from slideplan.plan.graph import Role, Task, TaskGraph, TaskKind
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.slots import LOSS_CHUNK_BYTES
+from slideplan.plan.slots import loss_chunk_tokens
 from slideplan.runtime.buffers import Buffers, parameter_views
 from slideplan.runtime.data import MicroBatch, TokenWindows
 from slideplan.runtime.units import BoundHead, BoundLayer, GradientSink, Kept, rotary_positions, skeleton
@@ -32,7 +32,7 @@ class ComputeHandlers:
         self._windows = windows
         self._shape = (micro_batch, seq_len, model.hidden)
         self._scale = 1.0 / (micro_batch * micro_batches * seq_len)
-        self._chunk_tokens = max(1, LOSS_CHUNK_BYTES // (4 * model.vocabulary))
+        self._chunk_tokens = loss_chunk_tokens(model.vocabulary)
         parts = skeleton(model)
         positions = rotary_positions(parts, seq_len, model.hidden, device)
         layer_slots = {
@@ -42,7 +42,7 @@ class ComputeHandlers:
         }
         layout = model.parameters(UnitRole.LAYER)
         self._layers = {key: BoundLayer(parts.layer, buffers[key], layout, positions) for key in layer_slots}
-        head_slot = ("gpu.weights.head", 0)
+        head_slot = next(task.slot(Role.WEIGHTS) for task in graph.tasks if task.kind is TaskKind.LOSS)
         self._head = BoundHead(parts.norm, buffers[head_slot], model.parameters(UnitRole.HEAD))
         self._embedding_sink = GradientSink(model.parameters(UnitRole.EMBEDDING))
         self._kept: dict[tuple[str, int], Kept] = {}

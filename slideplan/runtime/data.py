@@ -11,6 +11,8 @@ import torch
 
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst", ".json", ".jsonl", ".csv", ".html", ".c", ".h", ".cpp", ".java", ".js", ".tex"}
 DOCUMENT_SEPARATOR = b"\n\n"
+# Text beyond this many tokens is not read: it keeps memory and start-up time bounded, whatever the number of steps.
+MAX_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -82,54 +84,59 @@ def text_files(path: Path) -> list[Path]:
     found = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix in TEXT_SUFFIXES and file.is_file() and "site-packages" not in file.parts
+        if file.suffix in TEXT_SUFFIXES and file.is_file() and "site-packages" not in file.relative_to(path).parts
     )
     if not found:
         raise ValueError(f"--data {path}: holds no text files (looked for {', '.join(sorted(TEXT_SUFFIXES))})")
     return found
 
 
-def tokenize(path: Path, weights: Path | None, vocabulary: int, limit_tokens: int) -> np.ndarray:
-    """Tokens of the text at `path`, at most `limit_tokens`, as uint32.
+def tokenize(path: Path, weights: Path | None, vocabulary: int, byte_tokens: bool = False) -> np.ndarray:
+    """Tokens of the text at `path`, at most MAX_TOKENS, in the smallest dtype that holds the vocabulary.
 
-    With a `tokenizer.json` in the weights directory that tokenizer is used, else bytes are tokens.
-    Raises ValueError for missing or empty text, or a vocabulary too small for the tokenizer.
+    With a `tokenizer.json` in the weights directory that tokenizer is used, without weights bytes are
+    tokens. Raises ValueError for missing or empty text, weights without a tokenizer (unless
+    `byte_tokens`), or a vocabulary too small.
     """
     files = text_files(path)
-    tokenizer = _tokenizer(weights, vocabulary)
+    tokenizer = None if byte_tokens else _tokenizer(weights)
     if tokenizer is None and vocabulary < 256:
         raise ValueError(
             f"byte-level tokens need a vocabulary of 256, the model has {vocabulary}; put a tokenizer.json in --weights"
         )
+    dtype = np.uint8 if tokenizer is None else np.min_scalar_type(vocabulary - 1)
     parts: list[np.ndarray] = []
     count = 0
     for file in files:
         try:
-            raw = file.read_bytes()
+            raw = file.read_bytes()[: 16 * MAX_TOKENS] + DOCUMENT_SEPARATOR
         except OSError as error:
             raise ValueError(f"--data {file}: cannot be read: {error.strerror}") from None
-        raw += DOCUMENT_SEPARATOR
         if tokenizer is None:
-            part = np.frombuffer(raw, dtype=np.uint8).astype(np.uint32)
+            part = np.frombuffer(raw, dtype=np.uint8)
         else:
-            part = np.array(tokenizer.encode(raw.decode("utf-8", errors="replace")).ids, dtype=np.uint32)
-        parts.append(part)
+            part = np.array(tokenizer.encode(raw.decode("utf-8", errors="replace")).ids, dtype=np.int64)
+            if len(part) and int(part.max()) >= vocabulary:
+                raise ValueError(f"the tokenizer gives token {int(part.max())}, the model's vocabulary has {vocabulary}")
+        parts.append(part.astype(dtype))
         count += len(part)
-        if count >= limit_tokens:
+        if count >= MAX_TOKENS:
             break
-    tokens = np.concatenate(parts)[:limit_tokens]
-    if len(tokens) and int(tokens.max()) >= vocabulary:
-        raise ValueError(f"the tokenizer gives token {int(tokens.max())}, the model's vocabulary has {vocabulary}")
-    return tokens
+    return np.concatenate(parts)[:MAX_TOKENS]
 
 
-def _tokenizer(weights: Path | None, vocabulary: int):  # type: ignore[no-untyped-def]
-    if weights is None or not (weights / "tokenizer.json").is_file():
+def _tokenizer(weights: Path | None):  # type: ignore[no-untyped-def]
+    if weights is None:
         return None
+    file = weights / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(
+            f"--weights {weights}: has no tokenizer.json, and other tokens than those it learned would ruin it; "
+            "add the file, or pass --byte-tokens for a model that has learned bytes"
+        )
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(weights / "tokenizer.json"))
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{weights / 'tokenizer.json'}: not a tokenizer: {error}") from None
-    return tokenizer
+        raise ValueError(f"{file}: not a tokenizer: {error}") from None

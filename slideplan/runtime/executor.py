@@ -25,14 +25,15 @@ class Executor:
     still run. The first failure of any lane stops all lanes and is raised as LaneError.
     """
 
-    def __init__(self, graph: TaskGraph, backend: Backend, handler: Handler, steps: int) -> None:
+    def __init__(self, graph: TaskGraph, backend: Backend, handler: Handler, steps: int, first_step: int = 0) -> None:
         self.graph = graph
         self.backend = backend
         self.steps = steps
+        self._first_step = first_step  # what handlers are told: optimizer and data count on from earlier runs
         self._handler = handler
         self._signal = StopSignal()
         self._clocks = {lane: LaneClock(self._signal) for lane in graph.lanes}
-        self._anchors: list[Marker] = []
+        self._anchors: dict[int, Marker] = {}
         self._threads = [
             threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True) for lane in graph.lanes
         ]
@@ -42,7 +43,7 @@ class Executor:
             thread.start()
         try:
             for step in range(self.steps):
-                self._anchors.append(self.backend.anchor())
+                self._anchors[step] = self.backend.anchor()
                 last = len(self.graph.lanes[Lane.COMPUTE]) - 1
                 self.backend.wait(self._wait(Lane.COMPUTE, step, last)[1])
                 yield step
@@ -67,7 +68,7 @@ class Executor:
         """
         for lane, queue in self.graph.lanes.items():
             self._wait(lane, min(step + 1, self.steps - 1), len(queue) - 1)
-        graph, anchor = self.graph, self._anchors[step]
+        graph, anchor = self.graph, self._anchors.pop(step)
         absolute = []
         for number, task in enumerate(graph.tasks):
             start, end = self._wait(task.lane, step, graph.lane_position[number])
@@ -111,5 +112,5 @@ class Executor:
         if self._signal.error is not None:
             raise Stopped
         start = self.backend.mark(task.lane)
-        self._handler(task, step)
+        self._handler(task, self._first_step + step)
         self._clocks[task.lane].advance(start, self.backend.mark(task.lane))

@@ -7,7 +7,11 @@ import threading
 from slideplan.runtime.backend import Marker
 
 
-class LaneError(RuntimeError):
+class RunError(RuntimeError):
+    """A run cannot go on."""
+
+
+class LaneError(RunError):
     """A task failed. Names lane, step, task and unit; the cause is chained."""
 
 

@@ -94,7 +94,9 @@ def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_
     m[i] = m_new
     v[i] = v_new
     bits = _as_bits(p)
-    rounded = (bits + np.uint32(0x8000)) >> np.uint32(16)
+    # In a NaN the carry would run into the sign and leave a zero weight: see `split_master.split`.
+    half = np.uint32(0x8000) if p == p else np.uint32(0)  # noqa: PLR0124 - false for NaN alone
+    rounded = (bits + half) >> np.uint32(16)
     high[i] = np.uint16(rounded)
     remainder[i] = np.int16(np.int32(bits - (rounded << np.uint32(16))))
 

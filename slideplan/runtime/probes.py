@@ -11,14 +11,14 @@ from pathlib import Path
 
 import msgspec
 import numba
-import psutil
 import torch
 import transformers
 
 from slideplan import __version__
 from slideplan.plan.machine import ComputeCost, GpuProfile, HostProfile, MachineProfile, Provenance
 from slideplan.plan.model import ModelSpec
-from slideplan.runtime.backend import Backend, identity, make_backend, resident_bytes
+from slideplan.runtime.backend import Backend, make_backend
+from slideplan.runtime.machine import identity, resident_bytes, total_host_bytes
 from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_memory import MemoryProbes, ssd
@@ -161,9 +161,9 @@ def _device_memory_bytes(backend: Backend) -> int:
     """All of the GPU; without one, a quarter of RAM stands for it."""
     if backend.name == "cuda":
         return torch.cuda.mem_get_info(backend.device)[1]
-    return int(psutil.virtual_memory().total) // 4
+    return total_host_bytes() // 4
 
 
 def _host_memory_bytes(backend: Backend, gpu_memory_bytes: int) -> int:
-    total = int(psutil.virtual_memory().total)
+    total = total_host_bytes()
     return total - gpu_memory_bytes if backend.name == "cpu" else total

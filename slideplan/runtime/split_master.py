@@ -19,7 +19,9 @@ def split(master: torch.Tensor, high: torch.Tensor, remainder: torch.Tensor) -> 
     for part, high_part, remainder_part in zip(*sources, strict=True):
         bits = part.float().view(torch.int32)
         # Adding half of the dropped unit rounds the magnitude up on ties: the sign is a bit of its own.
-        rounded = torch.bitwise_right_shift(bits + 0x8000, 16)
+        # In a NaN the carry would run into the sign and leave a zero: there the half stays off.
+        half = torch.bitwise_left_shift((~part.isnan()).to(torch.int32), 15)
+        rounded = torch.bitwise_right_shift(bits + half, 16)
         high_part.copy_(rounded.to(torch.int16))
         remainder_part.copy_((bits - torch.bitwise_left_shift(rounded, 16)).to(torch.int16))
 

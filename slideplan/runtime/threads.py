@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from slideplan.runtime.backend import Backend, usable_cores
+from slideplan.runtime.backend import Backend
+from slideplan.runtime.machine import usable_cores
 
 
 @dataclass(frozen=True)

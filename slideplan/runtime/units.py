@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from slideplan.plan.hf_config import config_of
 from slideplan.plan.model import ModelSpec, Parameter, UnitRole
+from slideplan.plan.slots import PRODUCT_BYTES
 from slideplan.runtime.buffers import padding_views, parameter_views
 
 
@@ -173,7 +174,7 @@ class BoundHead:
         The loss is the sum over tokens of the cross-entropy times `scale`. Logits are bf16 products with
         fp32 softmax, as in Hugging Face models, and exist for `chunk_tokens` tokens at a time. With one
         chunk every value is that of the unchunked computation; with several, the projection's gradient
-        is the sum of the chunks' in the gradient's own precision.
+        is their sum in fp32, rounded once where the slot is bf16.
         """
         with torch.enable_grad():
             leaf = entered.detach().requires_grad_()
@@ -181,18 +182,35 @@ class BoundHead:
         hidden = normed.detach()
         hidden_gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=entered.device)
+        several = hidden.shape[0] > chunk_tokens
+        rounds = several and projection_gradient.dtype is not torch.float32
+        sums = torch.zeros_like(projection_gradient, dtype=torch.float32) if rounds else projection_gradient
         for first in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(first, first + chunk_tokens)
             chunk_loss, logits_gradient = _cross_entropy(nn.functional.linear(hidden[rows], projection), labels[rows], scale)
             total += chunk_loss
             torch.mm(logits_gradient, projection, out=hidden_gradient[rows])
-            if accumulate or first:
-                projection_gradient.add_(torch.mm(logits_gradient.t(), hidden[rows]))
+            _add_product(sums, logits_gradient, hidden[rows], accumulate or first > 0)
+        if rounds:
+            if accumulate:
+                projection_gradient.add_(sums.to(projection_gradient.dtype))
             else:
-                projection_gradient.copy_(torch.mm(logits_gradient.t(), hidden[rows]))
+                projection_gradient.copy_(sums)
         torch.autograd.backward(normed, hidden_gradient)
         assert leaf.grad is not None
         return total, leaf.grad
+
+
+def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, accumulate: bool) -> None:
+    """Sums (+)= left^T right, a block of rows at a time, so that the product never exists whole."""
+    block = max(1, PRODUCT_BYTES // (right.element_size() * right.shape[1]))
+    for first in range(0, sums.shape[0], block):
+        rows = slice(first, first + block)
+        product = torch.mm(left[:, rows].t(), right)
+        if accumulate:
+            sums[rows].add_(product)
+        else:
+            sums[rows].copy_(product)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slideplan.plan.graph import TaskKind
 from slideplan.plan.machine import Efficiency
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.slots import LOSS_CHUNK_BYTES
+from slideplan.plan.slots import loss_chunk_tokens
 
 # Memory traffic of an eager layer beside its matrix products, in units of the activations it saves:
 # every saved tensor is written once and read by the next operation, and half of them pass through
@@ -69,11 +69,6 @@ def _loss_ns(model: ModelSpec, tokens: int, rates: Efficiency) -> float:
     The products run in chunks of tokens whose fp32 logits stay within LOSS_CHUNK_BYTES, so each is
     priced at its chunk's size. The final norm is left out: one part in vocabulary / 8 of the rest.
     """
-    chunk = min(tokens, loss_chunk_tokens(model))
+    chunk = min(tokens, loss_chunk_tokens(model.vocabulary))
     product = rates.gemm.duration_ns(model.matmul_flops(UnitRole.HEAD, chunk)) * tokens / chunk
     return 3 * product + LOGIT_TRAFFIC_BYTES * tokens * model.vocabulary * 1e9 / rates.elementwise_bytes_per_s
-
-
-def loss_chunk_tokens(model: ModelSpec) -> int:
-    """Tokens whose fp32 logits fit in LOSS_CHUNK_BYTES; at least one."""
-    return max(1, LOSS_CHUNK_BYTES // (4 * model.vocabulary))

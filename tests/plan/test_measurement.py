@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
+from slideplan import __version__
 from slideplan.plan import codec
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
@@ -31,7 +32,7 @@ def plan() -> Plan:
     graph = lower(model, policy, tiny_workload(), FOOTPRINT)
     predicted = record(graph, [1000] * len(graph.tasks))
     return Plan(
-        version="test",
+        version=__version__,
         model=model,
         model_digest=codec.digest(model),
         machine=MachineReference.of(machine),
@@ -49,7 +50,8 @@ def measurement_of(plan: Plan, task_ns: int, scale: float) -> Measurement:
     durations = [task_ns] * len(plan.graph.tasks)
     measured = record(plan.graph, durations, peak=1100, scale=scale)
     return Measurement(
-        version="test", plan_digest=codec.digest(plan), machine=tiny_machine().identity(), versions={}, date="", command="",
+        version=__version__, plan_digest=codec.digest(plan), machine=tiny_machine().identity(), versions={}, date="",
+        command="",
         steady_steps=(1, 2, 3, 4), step_ns=(10**9, *[measured.step_ns] * 4), losses=(1.0,) * 5,
         task_ns=tuple(durations), record=measured,
     )  # fmt: skip

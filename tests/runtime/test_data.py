@@ -42,11 +42,12 @@ def test_too_little_text_is_an_error() -> None:
         TokenWindows(np.arange(10, dtype=np.uint32), 10, 1)
 
 
-def test_bytes_are_tokens_without_a_tokenizer(tmp_path: Path) -> None:
+def test_bytes_are_tokens_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b.txt").write_text("xyz")
     (tmp_path / "a.txt").write_text("hello")
-    assert bytes(tokenize(tmp_path, None, 256, 1000).astype(np.uint8)) == b"hello\n\nxyz\n\n"
-    assert len(tokenize(tmp_path, None, 256, 4)) == 4
+    assert bytes(tokenize(tmp_path, None, 256).astype(np.uint8)) == b"hello\n\nxyz\n\n"
+    monkeypatch.setattr("slideplan.runtime.data.MAX_TOKENS", 4)
+    assert bytes(tokenize(tmp_path, None, 256)) == b"hell"
 
 
 def test_tokenizer_of_the_weights_is_used(tmp_path: Path) -> None:
@@ -54,12 +55,13 @@ def test_tokenizer_of_the_weights_is_used(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text.txt").write_text("hello big world")
-    assert tokenize(tmp_path / "text.txt", tmp_path, 3, 1000).tolist() == [0, 2, 1]
+    assert tokenize(tmp_path / "text.txt", tmp_path, 3).tolist() == [0, 2, 1]
     with pytest.raises(ValueError, match="gives token 2, the model's vocabulary has 2"):
-        tokenize(tmp_path / "text.txt", tmp_path, 2, 1000)
+        tokenize(tmp_path / "text.txt", tmp_path, 2)
+    assert tokenize(tmp_path / "text.txt", tmp_path, 256, byte_tokens=True).tolist() == [*b"hello big world", 10, 10]
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
-        tokenize(tmp_path / "text.txt", tmp_path, 3, 1000)
+        tokenize(tmp_path / "text.txt", tmp_path, 3)
 
 
 def test_missing_and_empty_data(tmp_path: Path) -> None:
@@ -70,8 +72,17 @@ def test_missing_and_empty_data(tmp_path: Path) -> None:
         text_files(tmp_path)
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(ValueError, match="byte-level tokens need a vocabulary of 256"):
-        tokenize(tmp_path, None, 100, 10)
+        tokenize(tmp_path, None, 100)
 
 
 def test_default_text_is_there() -> None:
-    assert len(tokenize(default_text(), None, 256, 100_000)) == 100_000
+    assert len(tokenize(default_text(), None, 256)) > 1_000_000
+
+
+def test_folder_below_installed_packages_is_data_too(tmp_path: Path) -> None:
+    folder = tmp_path / "site-packages" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("abc")
+    assert text_files(folder) == [folder / "a.txt"]
+    (tmp_path / "b.txt").write_text("abc")
+    assert text_files(tmp_path) == [tmp_path / "b.txt"]

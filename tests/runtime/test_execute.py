@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from checkpoints import write_checkpoint
+from checkpoints import state_dict, write_checkpoint
 from running import plan_for
-from slideplan.plan.codec import digest, save
+from slideplan.plan.codec import save
 from slideplan.plan.plan import Plan
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.cli import main
@@ -92,7 +92,7 @@ def test_compare_again_from_the_files(run_folder: Path) -> None:
 
 def test_compare_refuses_another_plans_run(run_folder: Path, plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "measurement.json").write_bytes((run_folder / "measurement.json").read_bytes())
-    save(tmp_path / "plan.json", msgspec.structs.replace(plan, version="other"))
+    save(tmp_path / "plan.json", msgspec.structs.replace(plan, offloads=False))
     done = runtime("compare", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     assert "the measurement is of plan" in done.stderr
@@ -102,12 +102,38 @@ def test_compare_refuses_another_plans_run(run_folder: Path, plan: Plan, tmp_pat
 def test_checkpoint_with_its_config(plan: Plan, tmp_path: Path) -> None:
     save(tmp_path / "plan.json", plan)
     write_checkpoint(tmp_path / "weights", MODEL)
-    done = runtime("execute", "plan.json", "--steps", 2, "--weights", "weights", "--device", "cpu", cwd=tmp_path)
+    arguments = ("execute", "plan.json", "--steps", 2, "--weights", "weights", "--device", "cpu")
+    done = runtime(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has no tokenizer.json" in done.stderr
+    done = runtime(*arguments, "--byte-tokens", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     write_checkpoint(tmp_path / "other", tiny_model(ffn=192))
     done = runtime("execute", "plan.json", "--steps", 2, "--weights", "other", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2
     assert "ffn is 192, planned 128" in done.stderr
+
+
+def test_run_folder_is_not_written_twice(run_folder: Path) -> None:
+    before = {file: file.read_bytes() for file in run_folder.iterdir()}
+    done = runtime("execute", run_folder / "plan.json", "--device", "cpu", "-o", run_folder, cwd=run_folder)
+    assert done.returncode == 2
+    assert "of an earlier run" in done.stderr
+    assert {file: file.read_bytes() for file in run_folder.iterdir()} == before
+
+
+def test_loss_that_is_not_finite_ends_the_run(plan: Plan, tmp_path: Path) -> None:
+    save(tmp_path / "plan.json", plan)
+    tensors = state_dict(MODEL)
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 5] = float("nan")
+    write_checkpoint(tmp_path / "weights", MODEL, tensors)
+    done = runtime(
+        "execute", "plan.json", "--weights", "weights", "--byte-tokens", "--device", "cpu", "-o", "run", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "runtime: step 0: the loss is nan" in done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 0, "loss": None}
+    assert not (tmp_path / "run" / "measurement.json").exists()
 
 
 def changed(plan: Plan, **fields: object) -> bytes:
@@ -131,6 +157,24 @@ BAD = {
     "another model": (
         lambda plan: changed(plan, model=msgspec.structs.replace(plan.model, hidden=128)),
         "`model` was changed after planning",
+    ),
+    "other release": (lambda plan: changed(plan, version="0.0.1"), "was made by slideplan 0.0.1"),
+    "another policy": (
+        lambda plan: changed(plan, policy=msgspec.structs.replace(plan.policy, gradient_slots=1)),
+        "is not what `policy` lowers to",
+    ),
+    "smaller slots": (
+        lambda plan: changed(
+            plan,
+            graph=msgspec.structs.replace(
+                plan.graph, pools=tuple(msgspec.structs.replace(pool, slot_bytes=128) for pool in plan.graph.pools)
+            ),
+        ),
+        "is not what `policy` lowers to",
+    ),
+    "another ledger": (
+        lambda plan: changed(plan, ledger=msgspec.structs.replace(plan.ledger, tiers={})),
+        "`ledger` does not sum up",
     ),
     "unsafe graph": (
         lambda plan: changed(
@@ -184,15 +228,9 @@ def test_missing_plan(tmp_path: Path) -> None:
     assert "plan.json: cannot be read: No such file" in done.stderr
 
 
-def test_plan_that_needs_more_memory_than_is_free(plan: Plan, tmp_path: Path) -> None:
-    pools = tuple(
-        msgspec.structs.replace(pool, slot_bytes=1 << 50) if pool.name == "host.moments.layer" else pool
-        for pool in plan.graph.pools
-    )
-    graph = msgspec.structs.replace(plan.graph, pools=pools)
-    huge = msgspec.structs.replace(plan, graph=graph)
-    assert digest(huge) != digest(plan)
-    save(tmp_path / "plan.json", huge)
+def test_plan_that_needs_more_memory_than_is_free(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slideplan.runtime.run.available_host_bytes", lambda: 1 << 20)
+    save(tmp_path / "plan.json", plan)
     done = runtime("execute", "plan.json", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "of host memory" in done.stderr

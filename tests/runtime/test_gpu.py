@@ -1,13 +1,18 @@
 """The same exactness on a GPU: streams, pinned arenas, Triton, deterministic kernels."""
 
 import os
+import random
+import threading
 
 import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from running import plain_training, plan_for, session_for, train
+from running import masters, plain_training, plan_for, session_for, train
 from slideplan.plan.model import ModelSpec
+from slideplan.runtime.backend import STREAM_LANES, CudaBackend
+from slideplan.runtime.executor import Executor
+from slideplan.runtime.lanes import LaneError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +51,6 @@ def deterministic():
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_trains_as_in_memory(name: str, tied: bool) -> None:
-    from slideplan.runtime.backend import CudaBackend
 
     model = gpu_model(tied_embeddings=tied)
     workload = tiny_workload(seq_len=128)
@@ -61,16 +65,14 @@ def test_trains_as_in_memory(name: str, tied: bool) -> None:
     unequal = [
         f"{name}: {(weights[name] != value).sum().item()} of {value.numel()}, {(weights[name] - value).abs().max().item():.2e}"
         for name, value in expected.items()
-        if name in weights and not torch.equal(weights[name], value)
+        if not torch.equal(weights[name], value)
     ]
+    assert expected.keys() == weights.keys()
     assert not unequal, "; ".join(unequal)
     assert losses == expected_losses
 
 
 def test_lane_failure_on_the_gpu_stops_the_run() -> None:
-    from slideplan.runtime.backend import CudaBackend
-    from slideplan.runtime.executor import Executor
-    from slideplan.runtime.lanes import LaneError
 
     model = gpu_model()
     backend = CudaBackend()
@@ -84,3 +86,61 @@ def test_lane_failure_on_the_gpu_stops_the_run() -> None:
     with pytest.raises(LaneError, match="step 1, task backward_recompute/layer001"):
         list(Executor(session.plan.graph, backend, failing, 4))
     session.close()
+
+
+class Dawdling:
+    """Keeps streams busy for a random while before tasks, so that a missing wait shows."""
+
+    def __init__(self, handler, seed: int) -> None:
+        self._handler = handler
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def __call__(self, task, step) -> None:
+        with self._lock:
+            cycles = self._random.choice((0, 0, 2_000_000, 6_000_000))
+        if cycles and task.lane in STREAM_LANES:
+            torch.cuda._sleep(cycles)
+        self._handler(task, step)
+
+
+MIXED = {"offload_boundaries": True, "resident_state": (1,), "keep": (4,), "window": 2}
+
+
+def run_dawdling(backend, seed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model = gpu_model()
+    workload = tiny_workload(seq_len=128)
+    session = session_for(plan_for(model, tiny_policy(model, **MIXED), workload, backend), backend)
+    try:
+        executor = Executor(session.plan.graph, backend, Dawdling(session.handlers, seed), STEPS)
+        losses = [session.compute.losses.pop(step).item() for step in executor]
+        return losses, masters(session)
+    finally:
+        session.close()
+
+
+def test_streams_wait_for_each_other_however_slow_they_are() -> None:
+    model = gpu_model()
+    policy = tiny_policy(model, **MIXED)
+    expected_losses, expected = plain_training(model, policy, tiny_workload(seq_len=128), STEPS, torch.device("cuda"))
+    for seed in range(3):
+        losses, weights = run_dawdling(CudaBackend(), seed)
+        assert losses == expected_losses
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_without_waits_between_streams_the_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_dawdling(CudaBackend(), 0)
+    monkeypatch.setattr(CudaBackend, "join", lambda self, marker, lane: None)
+    found = run_dawdling(CudaBackend(), 0)
+    assert found[0] != expected[0]
+
+
+def test_limit_of_device_memory_holds() -> None:
+    backend = CudaBackend()
+    backend.limit_gpu_bytes(backend.peak_gpu_bytes() + (64 << 20))
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1 << 30, dtype=torch.uint8, device=backend.device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, backend.device)

@@ -101,3 +101,21 @@ def test_settings_are_checked() -> None:
     for wrong in ({"lr": -1.0}, {"lr": float("nan")}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"weight_decay": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             AdamW(**wrong)
+
+
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, 0x7F800001 | 0x00010000, -1, -0x00400000])
+def test_nan_stays_nan_in_the_weight_that_computes(pattern: int) -> None:
+    """0x7FFFFFFF is the NaN that GPUs produce; rounded like a number it would become -0.0."""
+    from slideplan.runtime.kernels.adamw import update_gpu
+
+    nan = torch.tensor([pattern], dtype=torch.int64).to(torch.int32).view(torch.float32)
+    high, remainder = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int16)
+    split(nan, high, remainder)
+    assert high.isnan().all()
+    assert join(high, remainder).isnan().all()
+    for update, device in ((HostUpdate(1), "cpu"), (update_gpu, DEVICE)):
+        weights, low = torch.empty(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.int16)
+        split(torch.ones(64), weights, low)
+        state = [weights.to(device), low.to(device), torch.zeros(2, 64, device=device)]
+        update(*state, nan.expand(64).contiguous().to(device), SETTINGS, 0)
+        assert state[0].isnan().all()

@@ -9,7 +9,8 @@ from slideplan.plan.codec import load, save
 from slideplan.plan.graph import TaskKind
 from slideplan.plan.machine import LayerShape, MachineProfile
 from slideplan.plan.model import UnitRole
-from slideplan.runtime.backend import CpuBackend, identity
+from slideplan.runtime.backend import CpuBackend
+from slideplan.runtime.machine import identity
 from slideplan.runtime.probes import ProfileRequest, profile_machine
 
 

@@ -12,7 +12,7 @@ from checkpoints import state_dict, write_checkpoint
 from running import masters, plan_for, token_windows
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.optimizer import AdamW
-from slideplan.runtime.run import Session
+from slideplan.runtime.session import Session
 from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, SafetensorsWeights
 

@@ -30,7 +30,8 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     denominator = tl.div_rn(tl.sqrt_rn(v), root2) + eps
     p = p - tl.div_rn(step_size * m, denominator)
     bits = p.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x8000) >> 16
+    # In a NaN the carry would run into the sign and leave a zero weight: see `split_master.split`.
+    rounded = (bits + tl.where(p == p, 0x8000, 0)) >> 16  # noqa: PLR0124 - false for NaN alone
     tl.store(weights + i, rounded.to(tl.int16), mask=inside)
     tl.store(remainder + i, (bits - (rounded << 16)).to(tl.int16), mask=inside)
     tl.store(moments + i, m, mask=inside)

@@ -1,0 +1,128 @@
+"""Runs a session's steps and records what happened."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import math
+import platform
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numba
+import torch
+import transformers
+
+from slideplan import __version__
+from slideplan.plan.codec import digest
+from slideplan.plan.graph import tier_bytes
+from slideplan.plan.measurement import Measurement
+from slideplan.plan.policy import Tier
+from slideplan.plan.timeline import Span, step_record
+from slideplan.runtime.executor import Executor
+from slideplan.runtime.lanes import RunError
+from slideplan.runtime.machine import identity, peak_resident_bytes, reset_peak_resident, resident_bytes
+from slideplan.runtime.session import Progress, Session
+
+# Steps whose spans are kept: medians do not get better beyond, and long runs must not fill the memory.
+JUDGED_STEPS = 50
+
+
+class _StepSpans(NamedTuple):
+    step: int
+    spans: list[Span]
+
+
+class Recorder:
+    """Losses and origins of all steps, spans of the last ones."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.origins: list[int] = []
+        self.recent: deque[_StepSpans] = deque(maxlen=JUDGED_STEPS + 1)
+
+    def harvest(self, executor: Executor, until: int) -> None:
+        """Take over the steps below `until` that are not recorded yet."""
+        for step in range(len(self.origins), until):
+            origin, spans = executor.spans(step)
+            self.origins.append(origin)
+            self.recent.append(_StepSpans(step, spans))
+
+
+def measure(
+    session: Session, steps: int, warmup_steps: int, out: Path, command: str, progress: Callable[[Progress], None]
+) -> Measurement:
+    """Run `steps` steps, writing metrics.jsonl into `out` as they end, and judge the steady ones.
+
+    Raises LaneError if a lane fails, RunError if the loss is not finite.
+    """
+    gc.collect()
+    reset_peak_resident()
+    before_bytes = resident_bytes()
+    executor = session.executor(steps)
+    recorder = Recorder()
+    with (out / "metrics.jsonl").open("w") as metrics:
+        for step in executor:
+            loss = session.compute.losses.pop(step).item()
+            finite = math.isfinite(loss)
+            metrics.write(json.dumps({"step": step, "loss": loss if finite else None}) + "\n")
+            metrics.flush()
+            if not finite:
+                raise RunError(f"step {step}: the loss is {loss}; lower --lr, or look for NaN in weights and data")
+            recorder.losses.append(loss)
+            progress(Progress("training", step + 1, steps, loss))
+            # Updates of the last step may still run; those of the step before are over or nearly so.
+            recorder.harvest(executor, step - 1)
+    recorder.harvest(executor, steps)
+    return _measurement(session, recorder, warmup_steps, command, _peak_bytes(session, before_bytes))
+
+
+def _peak_bytes(session: Session, before_bytes: int) -> dict[Tier, int]:
+    """Peak bytes per tier, as far as the backend can tell.
+
+    Without a GPU the device's tensors lie in this process and cannot be told from its own: what the
+    process held before the first step, less the device's slots, stands for the host.
+    """
+    peak_gpu = session.backend.peak_gpu_bytes()
+    if peak_gpu is None:
+        return {Tier.HOST: before_bytes - tier_bytes(session.buffers.reserved(), Tier.GPU)}
+    return {Tier.GPU: peak_gpu, Tier.HOST: peak_resident_bytes()}
+
+
+def _measurement(
+    session: Session, recorder: Recorder, warmup_steps: int, command: str, peak_bytes: dict[Tier, int]
+) -> Measurement:
+    plan, origins = session.plan, recorder.origins
+    # A step lasts from its first compute task to that of the next; the last one, to its own last task.
+    last = recorder.recent[-1]
+    ends = [*origins[1:], origins[-1] + max(span.end_ns for span in last.spans)]
+    step_ns = [end - start for start, end in zip(origins, ends, strict=True)]
+    # The last step is left out where others are there: no step follows into which it could overlap.
+    steady = [entry for entry in recorder.recent if warmup_steps <= entry.step < last.step] or [last]
+    middle = sorted(steady, key=lambda entry: step_ns[entry.step])[len(steady) // 2]
+    task_ns = tuple(
+        round(median(entry.spans[number].end_ns - entry.spans[number].start_ns for entry in steady))
+        for number in range(len(plan.graph.tasks))
+    )
+    return Measurement(
+        version=__version__,
+        plan_digest=digest(plan),
+        machine=identity(session.backend),
+        versions={
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "numba": numba.__version__,
+        },
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        steady_steps=tuple(entry.step for entry in steady),
+        step_ns=tuple(step_ns),
+        losses=tuple(recorder.losses),
+        task_ns=task_ns,
+        record=step_record(plan.graph, plan.workload, step_ns[middle.step], middle.spans, peak_bytes),
+    )

@@ -1,0 +1,112 @@
+"""A plan with its memory reserved and its weights in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from slideplan.plan.graph import Role, SlotPool, Task, TaskKind
+from slideplan.plan.plan import Plan
+from slideplan.runtime.backend import Backend
+from slideplan.runtime.buffers import DYNAMIC, Buffers, parameter_views
+from slideplan.runtime.compute import ComputeHandlers
+from slideplan.runtime.data import TokenWindows
+from slideplan.runtime.executor import Executor
+from slideplan.runtime.handlers import UPDATES, Handlers
+from slideplan.runtime.optimizer import AdamW, HostUpdate
+from slideplan.runtime.split_master import join, split
+from slideplan.runtime.threads import ThreadBudget
+from slideplan.runtime.weights import WeightSource
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the caller may show: a phase with its share done, or a finished step with its loss."""
+
+    phase: str
+    done: int
+    total: int
+    loss: float | None = None
+
+
+class Session:
+    """A plan with its memory reserved and its weights in place, ready to run steps."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        source: WeightSource,
+        windows: TokenWindows,
+        settings: AdamW,
+        threads: ThreadBudget,
+        progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.plan = plan
+        self.backend = backend
+        graph, policy = plan.graph, plan.policy
+        total = sum(pool.total_bytes for pool in graph.pools if pool.tensor_class not in DYNAMIC)
+        done = 0
+
+        def reserved(pool: SlotPool) -> None:
+            nonlocal done
+            done += pool.total_bytes
+            progress(Progress("reserving memory", done, total))
+
+        dtype = torch.float32 if policy.gradient_dtype == "fp32" else torch.bfloat16
+        self.buffers = Buffers(graph, backend, dtype, progress=reserved)
+        for unit in range(plan.model.units):
+            self._place(unit, source)
+            progress(Progress("placing weights", unit + 1, plan.model.units))
+        self.compute = ComputeHandlers(
+            plan.model,
+            graph,
+            self.buffers,
+            backend.device,
+            windows,
+            policy.micro_batch,
+            policy.micro_batches,
+            plan.workload.seq_len,
+        )
+        host_update = HostUpdate(threads.optimizer)
+        self.handlers = Handlers(self.buffers, self.compute, settings, host_update)
+        self._warm_up(host_update)
+        self._steps_done = 0
+        # All of the above ran on the default stream, for which no lane waits.
+        backend.release_unused()
+
+    def _update_task(self, unit: int) -> Task:
+        return next(task for task in self.plan.graph.tasks if task.kind in UPDATES and task.unit == unit)
+
+    def _halves(self, unit: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """bf16 weights and remainders of a unit where its update finds them, per parameter."""
+        task = self._update_task(unit)
+        layout = self.plan.model.parameters(self.plan.model.role(unit))
+        high = self.buffers[task.slot(UPDATES[task.kind][1])]
+        return parameter_views(high, layout), parameter_views(self.buffers[task.slot(Role.REMAINDER)], layout)
+
+    def _place(self, unit: int, source: WeightSource) -> None:
+        high, remainder = self._halves(unit)
+        for name, value in source.unit(unit):
+            split(value, high[name], remainder[name])
+
+    def master_weights(self, unit: int) -> dict[str, torch.Tensor]:
+        """fp32 master weights of a unit, by name within the unit. Nothing may be running."""
+        high, remainder = self._halves(unit)
+        return {name: join(high[name], remainder[name]).view(high[name].shape) for name in high}
+
+    def _warm_up(self, host_update: HostUpdate) -> None:
+        """Compile kernels before the clock starts; no slot is touched."""
+        host_update.compile()
+        if any(task.kind is TaskKind.UPDATE_GPU for task in self.plan.graph.tasks) and self.backend.name == "cuda":
+            from slideplan.runtime.kernels.adamw import compile_gpu_update
+
+            compile_gpu_update(self.backend.device)
+
+    def executor(self, steps: int) -> Executor:
+        """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""
+        first = self._steps_done
+        self._steps_done += steps
+        return Executor(self.plan.graph, self.backend, self.handlers, steps, first)

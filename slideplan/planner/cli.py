@@ -211,7 +211,7 @@ def profile(
         bool, typer.Option("--check", help="Measure a few figures of PROFILE again and say whether they hold; write nothing.")
     ] = False,
 ) -> None:
-    r"""Measure this machine.
+    """Measure this machine.
 
     Links, CPU optimizer, SSD, how they slow each other, and the units of chosen models, through the
     runtime's own handlers. A profile that replaces one of the same machine is held against it.
@@ -225,7 +225,7 @@ def profile(
 
     \b
     Exit codes: 0 measured, or all figures checked hold; 2 bad input; 4 a figure checked does not hold.
-    """
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     try:
         from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine  # noqa: PLC0415 - needs torch
     except ImportError as error:

@@ -31,23 +31,21 @@ Rates = dict[Lane, Spread]
 
 
 class TogetherProbe:
-    """Each lane alone, then every combination of the lanes given."""
+    """Lanes alone and together, as far as they were measured."""
 
-    def __init__(self, backend: Backend, work: dict[Lane, Work], window_ns: int) -> None:
-        self._work = work
-        self._run = lambda lanes: together(backend, {lane: work[lane] for lane in lanes}, window_ns)
+    def __init__(self) -> None:
         self.alone: Rates = {}
         self.combined: dict[tuple[Lane, ...], Rates] = {}
 
-    def measure(self) -> Iterator[str]:
-        """Run all of it; yields what comes next before each run, for progress."""
-        for lane in self._work:
+    def measure(self, backend: Backend, work: dict[Lane, Work], window_ns: int) -> Iterator[str]:
+        """Run each lane alone, then every combination of these; yields what comes next, for progress."""
+        for lane, alone in work.items():
             yield str(lane)
-            self.alone |= self._run((lane,))
+            self.alone |= together(backend, {lane: alone}, window_ns)
         for lanes in COMBINATIONS:
-            if set(lanes) <= set(self._work):
+            if set(lanes) <= set(work):
                 yield " with ".join(lanes)
-                self.combined[lanes] = self._run(lanes)
+                self.combined[lanes] = together(backend, {lane: work[lane] for lane in lanes}, window_ns)
 
     def total(self, *lanes: Lane) -> Spread | None:
         """Bytes/s of these lanes added up while they ran together; None where they did not."""

@@ -30,12 +30,13 @@ from slideplan.plan.machine import (
     Spread,
 )
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.quantities import format_bytes
 from slideplan.runtime.backend import Backend, identity, make_backend, resident_bytes, usable_cores
 from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
 from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
-from slideplan.runtime.probing import Effort, Work, together
+from slideplan.runtime.probing import Effort, Work, rate_spread, timed, together
 from slideplan.runtime.threads import ThreadBudget
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -82,8 +83,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         device_rate = probes.device_bytes_per_s()
         with SsdProbe.open(backend, Path.cwd(), effort) as disk:
             work = _layer_work(backend, request) | probes.work() | (disk.work() if disk else {})
-            lanes = TogetherProbe(backend, work, effort.window_ns)
-            for what in lanes.measure():
+            lanes = TogetherProbe()
+            for what in lanes.measure(backend, work, effort.window_ns):
                 steps.next(what)
             steps.next("disk")
             disk_duplex = lanes.total(Lane.SSD_READ, Lane.SSD_WRITE)
@@ -159,7 +160,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
 
 
 def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[str, Spread]:
-    """Measure a few decisive figures again, by the names of `plan.figures`: links, optimizer, all of them together, a layer.
+    """Measure a few decisive figures again, by the names of `plan.figures`: links, optimizer, both together, a layer.
 
     Raises ValueError where this is another machine than the profile's.
     """
@@ -169,17 +170,21 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
         raise ValueError(f"profile {profile.name} is of another machine: {'; '.join(differences)} (profile, here)")
     effort = Effort.of(profile.link.h2d.points[-1].size < Effort.of(False, backend.name).largest_copy_bytes, backend.name)
     combinations = ((Lane.H2D, Lane.D2H), (Lane.HOST_UPDATE, Lane.H2D, Lane.D2H))
-    steps = _Steps(progress, 5 + len(combinations))
+    largest = format_bytes(effort.largest_copy_bytes)
+    names = {Lane.H2D: f"h2d copy, {largest}", Lane.D2H: f"d2h copy, {largest}", Lane.HOST_UPDATE: "AdamW on the host"}
+    steps = _Steps(progress, 2 + len(names) + len(combinations))
     found: dict[str, Spread] = {}
     try:
         cost = _largest_layer(profile)
         steps.next("threads and kernels")
-        threads = _warm_up(backend, layer_model(cost.shape) if cost else None)
+        threads = _warm_up(backend, _layer_model(cost.shape) if cost else None)
         probes = MemoryProbes(backend, effort, threads.optimizer)
         work = probes.work()
-        for lanes in (*((lane,) for lane in combinations[1]), *combinations):
-            if profile.interference is None:
-                break
+        for lane, name in names.items():
+            steps.next(name)
+            size, action = work[lane]
+            found[name] = rate_spread(size, timed(backend, lane, action, effort.repeats))
+        for lanes in combinations:
             steps.next(" with ".join(lanes))
             for lane, rate in together(backend, {lane: work[lane] for lane in lanes}, effort.window_ns).items():
                 found[figure_name(lane, lanes)] = rate
@@ -187,7 +192,7 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
         _release(backend)
         if cost is not None:
             steps.next("a layer")
-            for measured in UnitProbe(backend, layer_model(cost.shape), cost.micro_batch, cost.seq_len).costs(effort.repeats):
+            for measured in UnitProbe(backend, _layer_model(cost.shape), cost.micro_batch, cost.seq_len).costs(effort.repeats):
                 if measured.shape == cost.shape:
                     found[cost_name(measured)] = measured.duration_ns
         steps.finish()
@@ -250,7 +255,7 @@ def _largest_layer(profile: MachineProfile) -> ComputeCost | None:
     return max(layers, key=lambda cost: cost.micro_batch * cost.seq_len, default=None)
 
 
-def layer_model(shape: LayerShape) -> ModelSpec:
+def _layer_model(shape: LayerShape) -> ModelSpec:
     """A model of two such layers, with as little else as can be."""
     fields = {field: getattr(shape, field) for field in shape.__struct_fields__ if field not in ("role", "vocabulary")}
     return ModelSpec(**fields, name="check", layers=2, vocabulary=256, max_positions=1 << 20)

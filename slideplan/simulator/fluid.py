@@ -61,6 +61,7 @@ class FluidPool:
         self._draws = [Draw(within(draw.demand, capacities), draw.weight) for draw in draws]
         self._flows: list[_Flow] = []
         self._timer: Event | None = None
+        self._timer_ns = 0  # when it fires
         self._speeds: dict[tuple[int, ...], list[int]] = {}
 
     def start(self, duration_ns: int, draw: int) -> Event:
@@ -71,10 +72,9 @@ class FluidPool:
         return flow.done
 
     def _reschedule(self) -> None:
-        """Give every flow its speed and set the timer to the first end; timers set before are void."""
+        """Give every flow its speed and see that the timer is set to the first end; one set to another time is void."""
         flows = self._flows
         if not flows:
-            self._timer = None
             return
         key = tuple([flow.draw for flow in flows])
         speeds = self._speeds.get(key)
@@ -87,12 +87,15 @@ class FluidPool:
             if speed != flow.speed:
                 flow.run_at(speed, now)
         end_ns = min([flow.end_ns for flow in flows])
-        self._timer = self._env.timeout(end_ns - now)
-        self._timer.callbacks.append(self._finish)
+        if self._timer is None or end_ns != self._timer_ns:
+            self._timer = self._env.timeout(end_ns - now)
+            self._timer.callbacks.append(self._finish)
+            self._timer_ns = end_ns
 
     def _finish(self, timer: Event) -> None:
         if timer is not self._timer:
             return
+        self._timer = None
         now = int(self._env.now)
         ended = [flow for flow in self._flows if flow.end_ns <= now]
         self._flows = [flow for flow in self._flows if flow.end_ns > now]

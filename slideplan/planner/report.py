@@ -301,6 +301,7 @@ def checks_table(found: list[Change]) -> Table:
 
 def _changes_table(found: list[Change], verdict: bool) -> Table:
     table = _table("figure", "before", "p10-p90", "now", "p10-p90", "unit", "change", *(["holds"] if verdict else []))
+    table.columns[0].no_wrap = False  # names are long; the figures must stay whole
     for each in found:
         scale, unit = _scale(each)
         cells = []

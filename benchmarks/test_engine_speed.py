@@ -1,19 +1,41 @@
-"""Task events per second of the engine on a large streamed graph: run with --benchmark-enable."""
+"""Task events per second of the engine on a large streamed graph: run with --benchmark-enable.
+
+Where compute was measured to slow under copies, every compute task is a flow of the fluid pool too.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
+from builders import GB_PER_S, tiny_machine, tiny_model, tiny_policy, tiny_workload
+from slideplan.plan.graph import Lane
 from slideplan.plan.lowering import lower
-from slideplan.simulator import capacities, footprint, price, trace
+from slideplan.plan.machine import Interference, MachineProfile
+from slideplan.plan.sharing import Resource, Sharing
+from slideplan.simulator import capacities, footprint, price, sharing, trace
 
 STEPS = 3
 
 
+def with_gpu_shared(machine: MachineProfile) -> MachineProfile:
+    """Copies take a twentieth of the GPU at their full rate."""
+    even = sharing(machine)
+    gpu_bytes_per_s = machine.gpu.memory_bytes_per_s
+    part = {Resource.GPU: gpu_bytes_per_s / 20 / (10 * GB_PER_S)}
+    fitted = Sharing(
+        capacities=even.capacities | {Resource.GPU: gpu_bytes_per_s},
+        usage={lane: usage | (part if lane in (Lane.H2D, Lane.D2H) else {}) for lane, usage in even.usage.items()}
+        | {Lane.COMPUTE: {Resource.GPU: 1.0}},
+        weights={Lane.COMPUTE: 0.1},
+    )
+    return tiny_machine(interference=Interference(alone={}, together=(), fitted=fitted))
+
+
+@pytest.mark.parametrize("gpu_shared", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_engine_speed(benchmark, micro_batches: int) -> None:
-    model, machine = tiny_model(layers=88), tiny_machine()
+def test_engine_speed(benchmark, micro_batches: int, gpu_shared: bool) -> None:
+    model = tiny_model(layers=88)
+    machine = with_gpu_shared(tiny_machine()) if gpu_shared else tiny_machine()
     policy = tiny_policy(model, micro_batches=micro_batches, window=4, offload_boundaries=True)
     workload = tiny_workload(global_batch=2 * micro_batches)
     graph = lower(model, policy, workload, footprint(model, 2, workload.seq_len, machine))

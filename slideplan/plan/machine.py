@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Literal
 
+import msgspec
+
 from slideplan.plan.codec import Document, Spec
-from slideplan.plan.graph import TaskKind
+from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.sharing import Sharing
 
 
 class Spread(Spec, frozen=True):
@@ -89,12 +93,23 @@ class LinkProfile(Spec, frozen=True):
     duplex_bytes_per_s: int  # sum of both directions at once
 
 
+class ThreadPoint(Spec, frozen=True):
+    """Rate of the host's optimizer on this many threads."""
+
+    threads: int
+    host_bytes_per_s: Spread
+
+
 class OptimizerProfile(Spec, frozen=True):
-    """AdamW on split master with fp32 moments: memory traffic per second when nothing else runs."""
+    """AdamW on split master with fp32 moments: memory traffic per second when nothing else runs.
+
+    by_threads: the host's rate over thread counts, ascending; empty where it was not measured
+    """
 
     threads: int
     host_bytes_per_s: Spread
     gpu_bytes_per_s: Spread
+    by_threads: tuple[ThreadPoint, ...] = ()
 
 
 class SsdProfile(Spec, frozen=True):
@@ -166,6 +181,64 @@ class Efficiency(Spec, frozen=True):
     elementwise_bytes_per_s: int
 
 
+class LaunchCost(Spec, frozen=True):
+    """Time that a host thread takes to issue one task on its lane, without waiting for the work.
+
+    `role` is None for copies and updates, whose handlers are the same for every unit.
+    """
+
+    kind: TaskKind
+    role: UnitRole | None
+    duration_ns: Spread
+
+
+class LaneSpeed(Spec, frozen=True):
+    """One lane of a combination.
+
+    rate:      bytes/s (compute: FLOP/s) over parts of the time in which all lanes ran
+    speed:     rate relative to the lane alone, measured by the same loop
+    predicted: the same by the fitted model
+    """
+
+    lane: Lane
+    rate: Spread
+    speed: float
+    predicted: float
+
+    @property
+    def residual(self) -> float:
+        """Predicted less measured relative speed."""
+        return self.predicted - self.speed
+
+
+class Interference(Spec, frozen=True):
+    """Lanes alone and together, and the model fitted to them.
+
+    alone:    bytes/s (compute: FLOP/s) of each lane by itself
+    together: combinations of lanes that ran at the same time
+    fitted:   what `simulator` prices contention with
+    """
+
+    alone: dict[Lane, Spread]
+    together: tuple[tuple[LaneSpeed, ...], ...]
+    fitted: Sharing
+
+    @property
+    def residuals(self) -> list[float]:
+        """Of every measurement, in the order of `together`."""
+        return [measured.residual for measured in chain(*self.together)]
+
+    @property
+    def max_residual(self) -> float:
+        """Largest absolute residual."""
+        return max(map(abs, self.residuals), default=0.0)
+
+    @property
+    def mean_residual(self) -> float:
+        """Mean absolute residual."""
+        return sum(map(abs, self.residuals)) / max(1, len(self.residuals))
+
+
 class Provenance(Spec, frozen=True):
     """Where the figures come from."""
 
@@ -177,7 +250,12 @@ class Provenance(Spec, frozen=True):
 
 
 class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
-    """One machine as measured by `planner profile`, or as its datasheets describe it."""
+    """One machine as measured by `planner profile`, or as its datasheets describe it.
+
+    launches:     host time to issue tasks; empty where it was not measured or has no meaning
+    interference: lanes together; None where it was not measured
+    spreads:      of figures that stand elsewhere as one number, by their path, like "link.duplex_bytes_per_s"
+    """
 
     name: str
     gpu: GpuProfile
@@ -188,6 +266,9 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
     efficiency: Efficiency
     costs: tuple[ComputeCost, ...]
     provenance: Provenance
+    launches: tuple[LaunchCost, ...] = ()
+    interference: Interference | None = None
+    spreads: dict[str, Spread] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive = {

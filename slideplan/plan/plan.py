@@ -20,13 +20,16 @@ class Prediction(Spec, frozen=True):
 
     lower_bound_ns: no schedule of this policy is faster (busiest lane)
     critical_ns:    time on the critical path by what holds it: a lane's tasks
-    cost_sources:   where the cost of each kind of task comes from, kind -> "measured" or "derived"
+    cost_sources:   where the cost of each kind of task comes from, kind -> "measured", "interpolated",
+                    "derived" or "datasheet", the worst of its tasks'
+    step_uncertainty_percent: by which the costs' uncertainties may move the step time; None if not stated
     """
 
     record: StepRecord
     lower_bound_ns: int
     critical_ns: dict[str, int]
     cost_sources: dict[str, str]
+    step_uncertainty_percent: float | None = None
 
 
 class SearchRecord(Spec, frozen=True):

@@ -6,7 +6,8 @@ import platform
 import re
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from slideplan.plan import codec
-from slideplan.plan.machine import MachineProfile
+from slideplan.plan.figures import changes, figures
+from slideplan.plan.machine import MachineProfile, Spread
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.plan import Plan
 from slideplan.plan.policy import Workload, check_seq_len
@@ -29,7 +31,7 @@ from slideplan.planner.search import search
 from slideplan.planner.shortfall import DoesNotFit
 from slideplan.planner.space import SearchOptions, micro_batch_sizes
 
-EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT = 2, 3
+EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_DOES_NOT_HOLD = 2, 3, 4
 DEFAULT_SEQ_LEN = 1024
 
 app = typer.Typer(
@@ -191,6 +193,9 @@ def list_machines(as_json: Json = False) -> None:
 
 @app.command()
 def profile(
+    existing: Annotated[
+        str | None, typer.Argument(metavar="PROFILE", help="With --check: a profile's name or file; default: this machine's.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: profiles/NAME.json.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the profile; default: the output's, or the computer's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repetitions: under a minute.")] = False,
@@ -202,21 +207,34 @@ def profile(
     device: Annotated[Device, typer.Option(help="Where compute runs; auto: a GPU if there is one.")] = Device.AUTO,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure a few figures of PROFILE again and say whether they hold; write nothing.")
+    ] = False,
 ) -> None:
-    r"""Measure this machine.
+    """Measure this machine.
 
-    Links, CPU optimizer, SSD, and the units of chosen models, through the runtime's own handlers.
+    Links, CPU optimizer, SSD, how they slow each other, and the units of chosen models, through the
+    runtime's own handlers. A profile that replaces one of the same machine is held against it.
 
     \b
     Examples:
       planner profile --quick
       planner profile --model llama-3.1-8b --micro-batch 4 --micro-batch 16 --seq-len 1024
       planner profile --device cpu --model demo -o profiles/laptop.json
-    """
+      planner profile --check profiles/laptop.json
+
+    \b
+    Exit codes: 0 measured, or all figures checked hold; 2 bad input; 4 a figure checked does not hold.
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     try:
-        from slideplan.runtime.probes import ProfileRequest, profile_machine  # noqa: PLC0415 - the only part that needs torch
+        from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine  # noqa: PLC0415 - needs torch
     except ImportError as error:
         raise ValueError(f"profiling needs the runtime: install slideplan[runtime] ({error})") from None
+    if check:
+        _check(_measured(existing), check_machine)
+        return
+    if existing is not None:
+        raise ValueError(f"{existing}: only --check takes a profile; --output names the file to write")
     on_gpu = device is Device.CUDA or (device is Device.AUTO and _has_gpu())
     models = tuple(find_model(each) for each in model or (["llama-3.1-8b"] if on_gpu else ["demo"]))
     sizes = micro_batch or ([8] if quick else [1, 4, 16])
@@ -242,19 +260,64 @@ def profile(
         host_memory_bytes=_size("--host-memory", host_memory),
         command=" ".join(["planner", *sys.argv[1:]]),
     )
-    err = report.console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=err, transient=True) as bar:
-        running = bar.add_task("starting", total=None)
-        measured = profile_machine(
-            request, lambda what, done, total: bar.update(running, description=what, completed=done, total=total)
-        )
+    with _progress() as show:
+        measured = profile_machine(request, show)
+    before = _replaced(output, measured)
     codec.save(output, measured)
     out = report.console()
     out.print(report.machines_table({measured.name: measured}))
     out.print()
     out.print(report.profile_table(measured))
+    if before is not None:
+        out.print()
+        out.print(
+            report.changes_report(changes(figures(before), {name: each.spread for name, each in figures(measured).items()}))
+        )
     _note(f"profile written to {output}; plan with `planner simulate --model ... --machine {output}`")
+
+
+# -- helpers of profile ------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=report.console(stderr=True), transient=True) as bar:
+        running = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(running, description=what, completed=done, total=total)
+
+
+def _measured(name: str | None) -> MachineProfile:
+    """The profile to check. Raises ValueError for one that nobody measured."""
+    machine = default_machine()[0] if name is None else find_machine(name)
+    if machine.provenance.source != "measured":
+        missing = f"no profile of this machine in {LOCAL_PROFILES}/" if name is None else f"{name}: figures from datasheets"
+        raise ValueError(f"{missing}, there is nothing to check; `planner profile` measures this machine")
+    return machine
+
+
+def _check(
+    machine: MachineProfile, check_machine: Callable[[MachineProfile, Callable[[str, int, int], None]], dict[str, Spread]]
+) -> None:
+    with _progress() as show:
+        now = check_machine(machine, show)
+    found = changes(figures(machine), now)
+    out = report.console()
+    out.print(report.checks_table(found))
+    failed = sum(not each.holds for each in found)
+    if failed:
+        _note(f"{machine.name}: {failed} of {len(found)} figures do not hold; `planner profile` measures anew")
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+    _note(f"{machine.name}: all {len(found)} figures hold")
+
+
+def _replaced(output: Path, measured: MachineProfile) -> MachineProfile | None:
+    """The profile of the same machine that stands where this one goes, if one does."""
+    try:
+        before = codec.load(output, MachineProfile)
+    except ValueError:  # none, or not one that can be read: nothing to hold it against
+        return None
+    return before if before.identity() == measured.identity() else None
 
 
 # -- helpers -----------------------------------------------------------------------------------

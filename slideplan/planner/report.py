@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from slideplan.plan.figures import Change, cost_name, launch_name
 from slideplan.plan.graph import Lane, TensorClass
 from slideplan.plan.ledger import Ledger
-from slideplan.plan.machine import MachineProfile, Spread
+from slideplan.plan.machine import Interference, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan
 from slideplan.plan.policy import Policy, Tier, Workload
@@ -200,7 +201,9 @@ def _sources(plan: Plan) -> list[tuple[str, str]]:
     by_source: dict[str, list[str]] = {}
     for kind, source in plan.prediction.cost_sources.items():
         by_source.setdefault(source, []).append(kind)
-    return [(f"{source} costs", ", ".join(kinds)) for source, kinds in by_source.items()]
+    percent = plan.prediction.step_uncertainty_percent
+    stated = [] if percent is None else [("step time", f"within {percent:.0f} % by the uncertainty of these costs")]
+    return stated + [(f"{source} costs", ", ".join(kinds)) for source, kinds in by_source.items()]
 
 
 def _search(plan: Plan) -> str:
@@ -241,27 +244,78 @@ def machines_table(machines: dict[str, MachineProfile]) -> Table:
     return table
 
 
-def profile_table(machine: MachineProfile) -> Table:
-    """What was measured, with its spread."""
+def profile_table(machine: MachineProfile) -> RenderableType:
+    """What was measured, with its spread; then lanes together, and how well the model of contention explains them."""
     table = _table("measured", "p10", "p50", "p90", "unit")
 
-    def rate(name: str, spread: Spread) -> None:
-        table.add_row(name, *(f"{value / 1e9:,.2f}" for value in (spread.p10, spread.p50, spread.p90)), "GB/s")
+    def row(name: str, spread: Spread, scale: float, unit: str) -> None:
+        digits = 2 if unit == "GB/s" else 3
+        table.add_row(name, *(f"{value / scale:,.{digits}f}" for value in (spread.p10, spread.p50, spread.p90)), unit)
 
     for name, curve in (("h2d", machine.link.h2d), ("d2h", machine.link.d2h)):
-        rate(f"{name}, {format_bytes(curve.points[-1].size)} pieces", curve.points[-1].rate)
-    rate("AdamW on the host", machine.optimizer.host_bytes_per_s)
-    rate("AdamW on the device", machine.optimizer.gpu_bytes_per_s)
+        row(f"{name}, {format_bytes(curve.points[-1].size)} pieces", curve.points[-1].rate, 1e9, "GB/s")
+    row("AdamW on the host", machine.optimizer.host_bytes_per_s, 1e9, "GB/s")
+    for at in machine.optimizer.by_threads:
+        row(f"AdamW on the host, {at.threads} threads", at.host_bytes_per_s, 1e9, "GB/s")
+    row("AdamW on the device", machine.optimizer.gpu_bytes_per_s, 1e9, "GB/s")
     if machine.ssd is not None:
-        rate("SSD read", machine.ssd.read.points[-1].rate)
-        rate("SSD write", machine.ssd.write.points[-1].rate)
+        row("SSD read", machine.ssd.read.points[-1].rate, 1e9, "GB/s")
+        row("SSD write", machine.ssd.write.points[-1].rate, 1e9, "GB/s")
     for cost in machine.costs:
-        spread = cost.duration_ns
-        table.add_row(
-            f"{cost.kind} {cost.shape.role}, hidden {cost.shape.hidden}, {cost.micro_batch}x{cost.seq_len}",
-            *(f"{value / 1e6:,.3f}" for value in (spread.p10, spread.p50, spread.p90)), "ms",
-        )  # fmt: skip
+        row(cost_name(cost), cost.duration_ns, 1e6, "ms")
+    for launch in machine.launches:
+        row(launch_name(launch), launch.duration_ns, 1e6, "ms")
+    return table if machine.interference is None else Group(table, "", _interference_table(machine.interference))
+
+
+def _interference_table(met: Interference) -> Table:
+    table = _table("together", "lane", "GB/s alone", "together", "speed", "fitted", "residual", left=2)
+    for combination in met.together:
+        for place, each in enumerate(combination):
+            rates = (f"{rate.p50 / 1e9:,.2f}" for rate in (met.alone[each.lane], each.rate))
+            # Compute is counted in operations; only its speed compares.
+            shown = ("", "") if each.lane is Lane.COMPUTE else tuple(rates)
+            name = " + ".join(other.lane for other in combination) if place == 0 else ""
+            table.add_row(name, each.lane, *shown, f"{each.speed:.2f}", f"{each.predicted:.2f}", f"{each.residual:+.2f}")
+        table.add_section()
+    table.add_row("largest residual", "", "", "", "", "", f"{met.max_residual:.2f}")
+    table.add_row("mean residual", "", "", "", "", "", f"{met.mean_residual:.2f}")
     return table
+
+
+def changes_report(found: list[Change]) -> RenderableType:
+    """Figures of a profile of the same machine that no longer hold."""
+    changed = [each for each in found if not each.holds]
+    if not changed:
+        return f"all {len(found)} figures agree with the profile that this one replaces"
+    return Group(
+        f"{len(changed)} of {len(found)} figures differ from the former profile by more than their spreads",
+        _changes_table(changed, verdict=False),
+    )
+
+
+def checks_table(found: list[Change]) -> Table:
+    """Every figure measured again, and whether it holds."""
+    return _changes_table(found, verdict=True)
+
+
+def _changes_table(found: list[Change], verdict: bool) -> Table:
+    table = _table("figure", "before", "p10-p90", "now", "p10-p90", "unit", "change", *(["holds"] if verdict else []))
+    table.columns[0].no_wrap = False  # names are long; the figures must stay whole
+    for each in found:
+        scale, unit = _scale(each)
+        cells = []
+        for spread in (each.before, each.now):
+            cells += [f"{spread.p50 / scale:.2f}", f"{spread.p10 / scale:.2f}-{spread.p90 / scale:.2f}"]
+        change = f"{each.now.p50 / max(1, each.before.p50) - 1:+.1%}"
+        table.add_row(each.name, *cells, unit, change, *([("yes" if each.holds else "NO")] if verdict else []))
+    return table
+
+
+def _scale(each: Change) -> tuple[float, str]:
+    """Unit in which a figure is easily read, and how many of its own that is."""
+    scales = ((1e12, "T/s"), (1e9, "G/s"), (1e6, "M/s")) if each.unit == "/s" else ((1e6, "ms"), (1e3, "us"), (1.0, "ns"))
+    return next((scale for scale in scales if each.before.p50 >= scale[0]), scales[-1])
 
 
 # -- helpers -----------------------------------------------------------------------------------

@@ -60,6 +60,9 @@ class Backend(Protocol):
     def limit_gpu_bytes(self, capacity_bytes: int) -> None:
         """Fail rather than take more device memory than this, driver and libraries included."""
 
+    def synchronize(self) -> None:
+        """Wait for everything that was issued, on any stream."""
+
     def release_unused(self) -> None:
         """Wait for all that was issued, give back what torch's allocator keeps, and count peaks from here."""
 
@@ -113,6 +116,9 @@ class CpuBackend:
         return host_buffer(size_bytes)
 
     def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+        pass
+
+    def synchronize(self) -> None:
         pass
 
     def release_unused(self) -> None:
@@ -197,9 +203,12 @@ class CudaBackend:
         fraction = min(1.0, max(0, capacity_bytes - outside_torch) / total)
         torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
     def release_unused(self) -> None:
         # The allocator keeps blocks per stream: what one stream has freed is lost to the others.
-        torch.cuda.synchronize(self.device)
+        self.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import msgspec
@@ -10,15 +11,15 @@ import torch
 
 from slideplan.plan.graph import Lane, TaskKind, TensorClass
 from slideplan.plan.lowering import lower
-from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LayerShape, RatePoint
-from slideplan.plan.model import ModelSpec
+from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
+from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
 from slideplan.plan.slots import Footprint
 from slideplan.runtime.backend import Backend, Marker
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
-from slideplan.runtime.probing import Effort, rate_spread, spread, timed
+from slideplan.runtime.probing import Effort, Work, rate_spread, spread, timed
 
 
 class UnitProbe:
@@ -54,6 +55,7 @@ class UnitProbe:
         tokens = np.random.default_rng(0).integers(0, model.vocabulary, 4 * micro_batch * seq_len + 1)
         windows = TokenWindows(tokens.astype(np.uint32), seq_len, micro_batch)
         self._handlers = ComputeHandlers(self._model, self._graph, buffers, backend.device, windows, micro_batch, 1, seq_len)
+        backend.synchronize()  # the slots were filled on the default stream, for which no lane waits
 
     def costs(self, repeats: int) -> list[ComputeCost]:
         """Every compute task kind of this model at this shape."""
@@ -92,6 +94,34 @@ class UnitProbe:
             marks.append((start, self._backend.mark(Lane.COMPUTE)))
         return marks
 
+    def launches(self, repeats: int) -> list[LaunchCost]:
+        """Host time to issue each compute task; nothing on a CPU, whose handlers return when all is done.
+
+        A task is issued to an idle stream, so that no full queue holds the host up.
+        """
+        if self._backend.name == "cpu":
+            return []
+        taken: dict[tuple[TaskKind, UnitRole], list[int]] = {}
+        with self._backend.lane(Lane.COMPUTE):
+            for _ in range(repeats):
+                for task in self._tasks:
+                    self._backend.wait(self._backend.mark(Lane.COMPUTE))
+                    started = time.perf_counter_ns()
+                    self._handlers(task, 0)
+                    key = task.kind, self._model.role(task.unit)
+                    taken.setdefault(key, []).append(time.perf_counter_ns() - started)
+        return [LaunchCost(kind=kind, role=role, duration_ns=spread(values)) for (kind, role), values in taken.items()]
+
+    def work(self) -> Work:
+        """Forward of one layer, FLOPs and action: its input stays, so it can run again and again."""
+        self._step_once()
+        forward = next(task for task in self._tasks if task.kind is TaskKind.FORWARD and task.unit > 0)
+        return forward.flops, lambda: self._handlers(forward, 0)
+
+    def _step_once(self) -> None:
+        with self._backend.lane(Lane.COMPUTE):
+            self._backend.wait(self._step()[-1][1])
+
     def _memory(self) -> tuple[list[int | None], list[int | None]]:
         """For each task, bytes that it leaves behind and its peak beyond them; None without a GPU to ask."""
         if self._backend.name == "cpu":
@@ -112,8 +142,8 @@ class UnitProbe:
         return saved, workspace
 
 
-def efficiency(backend: Backend, effort: Effort) -> Efficiency:
-    """Matrix products over sizes, causal attention, and element-wise passes, in bf16."""
+def efficiency(backend: Backend, effort: Effort) -> tuple[Efficiency, dict[str, Spread]]:
+    """Matrix products over sizes, causal attention, and element-wise passes, in bf16; with spreads of the last two."""
     device = backend.device
     sides = [128, 256, 512, 1024] if backend.name == "cpu" else [256, 512, 1024, 2048, 4096, 8192]
 
@@ -133,13 +163,13 @@ def efficiency(backend: Backend, effort: Effort) -> Efficiency:
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     flops = 2 * batch * seq_len * (seq_len + 1) * heads * width
-    attention = rate_spread(flops, timed(backend, Lane.COMPUTE, attend, effort.repeats)).p50
+    attention = rate_spread(flops, timed(backend, Lane.COMPUTE, attend, effort.repeats))
     side = 1024 if backend.name == "cpu" else 8192
     left, right = random(side, side), random(side, side)
     out = torch.empty_like(left)
     passes = timed(backend, Lane.COMPUTE, lambda: torch.mul(left, right, out=out), effort.repeats)
-    return Efficiency(
-        gemm=Curve(points=tuple(points)),
-        attention_flops_per_s=attention,
-        elementwise_bytes_per_s=rate_spread(3 * left.nbytes, passes).p50,
+    elementwise = rate_spread(3 * left.nbytes, passes)
+    rates = Efficiency(
+        gemm=Curve(points=tuple(points)), attention_flops_per_s=attention.p50, elementwise_bytes_per_s=elementwise.p50
     )
+    return rates, {"efficiency.attention_flops_per_s": attention, "efficiency.elementwise_bytes_per_s": elementwise}

@@ -6,23 +6,21 @@ import contextlib
 import mmap
 import os
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import torch
 
-from slideplan.plan.graph import Lane
-from slideplan.plan.machine import Curve, LinkProfile, OptimizerProfile, RatePoint, SsdProfile
+from slideplan.plan.graph import Lane, TaskKind
+from slideplan.plan.machine import Curve, LaunchCost, OptimizerProfile, RatePoint, Spread, SsdProfile, ThreadPoint
 from slideplan.plan.policy import Tier
 from slideplan.plan.slots import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
 from slideplan.runtime.optimizer import AdamW, HostUpdate
-from slideplan.runtime.probing import Effort, rate_spread, timed, together
+from slideplan.runtime.probing import Effort, Work, issue_ns, rate_spread, spread, timed
 
-TOGETHER_NS = 1_000_000_000
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
 SSD_BLOCK_BYTES = 16 << 20
 
@@ -31,12 +29,13 @@ class MemoryProbes:
     """Buffers once, then curves and rates over them."""
 
     def __init__(self, backend: Backend, effort: Effort, threads: int) -> None:
-        self._host_update = HostUpdate(threads)
+        self._threads = threads
         self._backend = backend
         self._effort = effort
         size = effort.largest_copy_bytes
         self._host = {lane: backend.allocate(Tier.HOST, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
         self._gpu = {lane: backend.allocate(Tier.GPU, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
+        self._state = {Lane.HOST_UPDATE: self._update_buffers(Tier.HOST), Lane.GPU_UPDATE: self._update_buffers(Tier.GPU)}
 
     def _copy(self, lane: Lane, size: int) -> Callable[[], object]:
         source, destination = (self._host, self._gpu) if lane is Lane.H2D else (self._gpu, self._host)
@@ -49,96 +48,135 @@ class MemoryProbes:
             sizes.append(sizes[-1] * 4)
         return [*sizes, self._effort.largest_copy_bytes]
 
-    def link(self) -> LinkProfile:
-        """Both directions alone over sizes, then at once at the largest size."""
-        curves = {}
-        for lane in (Lane.H2D, Lane.D2H):
-            points = []
-            for size in self._sizes():
-                durations = timed(self._backend, lane, self._copy(lane, size), self._effort.repeats)
-                points.append(RatePoint(size=size, rate=rate_spread(size, durations)))
-            curves[lane] = Curve(points=tuple(points))
-        size = self._effort.largest_copy_bytes
-        rates = together(self._backend, {lane: (size, self._copy(lane, size)) for lane in (Lane.H2D, Lane.D2H)}, TOGETHER_NS)
-        return LinkProfile(h2d=curves[Lane.H2D], d2h=curves[Lane.D2H], duplex_bytes_per_s=round(sum(rates.values())))
+    def work(self) -> dict[Lane, Work]:
+        """Copies of the largest size and updates, as `together` takes them: bytes and action."""
+        size, update = self._effort.largest_copy_bytes, self._effort.optimizer_elements * BF16_UPDATE_BYTES
+        copies = {lane: (size, self._copy(lane, size)) for lane in (Lane.H2D, Lane.D2H)}
+        return copies | {lane: (update, self._update(lane, self._threads)) for lane in self._state}
 
-    def _update(self, tier: Tier) -> Callable[[], object]:
+    def link_curves(self) -> tuple[Curve, Curve]:
+        """Host to device and back, alone, over sizes."""
+        h2d, d2h = (Curve(points=tuple(self._points(lane))) for lane in (Lane.H2D, Lane.D2H))
+        return h2d, d2h
+
+    def _points(self, lane: Lane) -> Iterator[RatePoint]:
+        for size in self._sizes():
+            durations = timed(self._backend, lane, self._copy(lane, size), self._effort.repeats)
+            yield RatePoint(size=size, rate=rate_spread(size, durations))
+
+    def _update_buffers(self, tier: Tier) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights, remainder, moments and gradient, in memory as the executor's slots have it."""
         elements = self._effort.optimizer_elements
-        device = self._backend.device if tier is Tier.GPU else torch.device("cpu")
-        update = gpu_update(device, self._host_update) if tier is Tier.GPU else self._host_update
-        weights = torch.randn(elements, device=device).bfloat16()
-        gradient = torch.randn(elements, device=device).bfloat16()
-        remainder = torch.zeros(elements, dtype=torch.int16, device=device)
-        moments = torch.zeros(2, elements, device=device)
+        weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=True).view(torch.bfloat16) for _ in range(2))
+        weights.normal_()
+        gradient.normal_()
+        remainder = self._backend.allocate(tier, 2 * elements, copied=False).view(torch.int16)
+        moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
+        return weights, remainder, moments, gradient
+
+    def _update(self, lane: Lane, threads: int) -> Callable[[], object]:
+        host = HostUpdate(threads)
+        update = gpu_update(self._backend.device, host) if lane is Lane.GPU_UPDATE else host
+        weights, remainder, moments, gradient = self._state[lane]
         return lambda: update(weights, remainder, moments, gradient, AdamW(), 0)
 
-    def optimizer(self) -> OptimizerProfile:
-        """AdamW on either side, alone."""
+    def optimizer(self, cores: int) -> OptimizerProfile:
+        """AdamW on either side alone, and the host's over thread counts up to all cores."""
         size = self._effort.optimizer_elements * BF16_UPDATE_BYTES
-        host = timed(self._backend, Lane.HOST_UPDATE, self._update(Tier.HOST), self._effort.repeats)
-        gpu = timed(self._backend, Lane.GPU_UPDATE, self._update(Tier.GPU), self._effort.repeats)
+
+        def rate(lane: Lane, threads: int) -> Spread:
+            return rate_spread(size, timed(self._backend, lane, self._update(lane, threads), self._effort.repeats))
+
+        counts = sorted({max(1, count) for count in (cores // 4, cores // 2, cores * 3 // 4, cores - 1, cores)})
         return OptimizerProfile(
-            threads=self._host_update.threads, host_bytes_per_s=rate_spread(size, host), gpu_bytes_per_s=rate_spread(size, gpu)
+            threads=HostUpdate(self._threads).threads,
+            host_bytes_per_s=rate(Lane.HOST_UPDATE, self._threads),
+            gpu_bytes_per_s=rate(Lane.GPU_UPDATE, self._threads),
+            by_threads=tuple(ThreadPoint(threads=count, host_bytes_per_s=rate(Lane.HOST_UPDATE, count)) for count in counts),
         )
 
-    def host_dram_bytes_per_s(self) -> int:
-        """Traffic of optimizer and copies both ways, all at once.
+    def launches(self) -> list[LaunchCost]:
+        """Host time to queue a copy or an update on its stream; nothing where handlers return when all is done."""
+        if self._backend.name == "cpu":
+            return []
+        work = self.work()
+        kinds = {
+            TaskKind.LOAD_WEIGHTS: Lane.H2D,
+            TaskKind.FETCH_BOUNDARY: Lane.H2D,
+            TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
+            TaskKind.OFFLOAD_BOUNDARY: Lane.D2H,
+            TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
+        }
+        measured = {
+            lane: spread(issue_ns(self._backend, lane, work[lane][1], self._effort.repeats)) for lane in set(kinds.values())
+        }
+        return [LaunchCost(kind=kind, role=None, duration_ns=measured[lane]) for kind, lane in kinds.items()]
 
-        This is the capacity they share: alone, none of them saturates it. On a CPU backend a copy reads
-        and writes RAM, with a GPU it does one of the two.
-        """
-        size = self._effort.largest_copy_bytes
-        work = {lane: (size, self._copy(lane, size)) for lane in (Lane.H2D, Lane.D2H)}
-        work[Lane.HOST_UPDATE] = (self._effort.optimizer_elements * BF16_UPDATE_BYTES, self._update(Tier.HOST))
-        rates = together(self._backend, work, TOGETHER_NS)
-        passes = 2 if self._backend.name == "cpu" else 1
-        return round(rates[Lane.HOST_UPDATE] + passes * (rates[Lane.H2D] + rates[Lane.D2H]))
-
-    def device_bytes_per_s(self) -> int:
+    def device_bytes_per_s(self) -> Spread:
         """Copy within device memory, read + write."""
         source, destination = self._gpu[Lane.H2D], self._gpu[Lane.D2H]
         durations = timed(self._backend, Lane.COMPUTE, lambda: destination.copy_(source), self._effort.repeats)
-        return rate_spread(2 * source.nbytes, durations).p50
+        return rate_spread(2 * source.nbytes, durations)
 
 
-def ssd(folder: Path, effort: Effort) -> SsdProfile | None:
-    """Direct sequential I/O on a temporary file in the folder; None where it does not allow direct I/O."""
-    direct = getattr(os, "O_DIRECT", 0)
-    try:
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=".slideplan-probe-")
-    except OSError:
-        return None
-    os.close(descriptor)
-    try:
-        descriptor = os.open(name, os.O_RDWR | direct)
-    except OSError:
-        Path(name).unlink()
-        return None
-    blocks = effort.ssd_bytes // SSD_BLOCK_BYTES
-    block = mmap.mmap(-1, SSD_BLOCK_BYTES)  # page-aligned, as direct I/O wants it
-    block.write(os.urandom(SSD_BLOCK_BYTES))
-    try:
-        writes = [_once(partial(os.pwrite, descriptor, block, at * SSD_BLOCK_BYTES)) for at in range(blocks)]
+class SsdProbe:
+    """Direct sequential I/O on a temporary file: its first half is read, its second half written."""
+
+    def __init__(self, backend: Backend, folder: Path, descriptor: int, effort: Effort) -> None:
+        self._backend = backend
+        self._folder = folder
+        self._descriptor = descriptor
+        self._effort = effort
+        # Page-aligned, as direct I/O wants it; one for each direction.
+        self._blocks = {lane: mmap.mmap(-1, SSD_BLOCK_BYTES) for lane in (Lane.SSD_READ, Lane.SSD_WRITE)}
+        self._blocks[Lane.SSD_WRITE].write(os.urandom(SSD_BLOCK_BYTES))
+        half = effort.ssd_bytes // SSD_BLOCK_BYTES // 2
+        for place in range(2 * half):
+            os.pwrite(descriptor, self._blocks[Lane.SSD_WRITE], place * SSD_BLOCK_BYTES)
         os.fsync(descriptor)
-        reads = [_once(partial(os.preadv, descriptor, [block], at * SSD_BLOCK_BYTES)) for at in range(blocks)]
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-    status = os.statvfs(folder)
-    read, write = (
-        Curve(points=(RatePoint(size=SSD_BLOCK_BYTES, rate=rate_spread(SSD_BLOCK_BYTES, times)),)) for times in (reads, writes)
-    )
-    # One queue in both directions: the disk's own sum is not measured apart here.
-    duplex = max(read.points[0].rate.p50, write.points[0].rate.p50)
-    return SsdProfile(
-        path=str(folder), capacity_bytes=status.f_bavail * status.f_frsize, read=read, write=write, duplex_bytes_per_s=duplex
-    )
+        self._places = {Lane.SSD_READ: cycle(range(half)), Lane.SSD_WRITE: cycle(range(half, 2 * half))}
 
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, backend: Backend, folder: Path, effort: Effort) -> Iterator[SsdProbe | None]:
+        """The probe on a file in this folder, removed afterwards; None where there is no room or no direct I/O."""
+        with contextlib.ExitStack() as stack:
+            try:
+                created, name = tempfile.mkstemp(dir=folder, prefix=".slideplan-probe-")
+                stack.callback(Path(name).unlink, missing_ok=True)
+                os.close(created)
+                descriptor = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+                stack.callback(os.close, descriptor)
+                probe = cls(backend, folder, descriptor, effort)
+            except OSError:
+                yield None
+                return
+            yield probe
 
-def _once(action: Callable[[], int]) -> int:
-    started = time.perf_counter_ns()
-    action()
-    return time.perf_counter_ns() - started
+    def _read(self) -> object:
+        place = next(self._places[Lane.SSD_READ]) * SSD_BLOCK_BYTES
+        return os.preadv(self._descriptor, [self._blocks[Lane.SSD_READ]], place)
+
+    def _write(self) -> object:
+        place = next(self._places[Lane.SSD_WRITE]) * SSD_BLOCK_BYTES
+        return os.pwrite(self._descriptor, self._blocks[Lane.SSD_WRITE], place)
+
+    def work(self) -> dict[Lane, Work]:
+        """Reading and writing, block by block."""
+        return {Lane.SSD_READ: (SSD_BLOCK_BYTES, self._read), Lane.SSD_WRITE: (SSD_BLOCK_BYTES, self._write)}
+
+    def profile(self, duplex_bytes_per_s: int) -> SsdProfile:
+        """Curves of both directions alone, with the sum of both at once as measured elsewhere."""
+        blocks = max(1, self._effort.ssd_bytes // SSD_BLOCK_BYTES // 2)
+        read, write = (
+            Curve(points=(RatePoint(size=units, rate=rate_spread(units, timed(self._backend, lane, action, blocks))),))
+            for lane, (units, action) in self.work().items()
+        )
+        status = os.statvfs(self._folder)
+        return SsdProfile(
+            path=str(self._folder),
+            capacity_bytes=status.f_bavail * status.f_frsize,
+            read=read,
+            write=write,
+            duplex_bytes_per_s=duplex_bytes_per_s,
+        )

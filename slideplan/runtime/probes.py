@@ -7,6 +7,7 @@ import gc
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import msgspec
@@ -15,14 +16,27 @@ import torch
 import transformers
 
 from slideplan import __version__
-from slideplan.plan.machine import ComputeCost, GpuProfile, HostProfile, MachineProfile, Provenance
-from slideplan.plan.model import ModelSpec
+from slideplan.plan.figures import cost_name, figure_name
+from slideplan.plan.graph import Lane
+from slideplan.plan.machine import (
+    ComputeCost,
+    GpuProfile,
+    HostProfile,
+    LayerShape,
+    LinkProfile,
+    MachineProfile,
+    Provenance,
+    Spread,
+)
+from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.quantities import format_bytes
 from slideplan.runtime.backend import Backend, make_backend
-from slideplan.runtime.machine import identity, resident_bytes, total_host_bytes
+from slideplan.runtime.machine import identity, resident_bytes, total_host_bytes, usable_cores
 from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
-from slideplan.runtime.probe_memory import MemoryProbes, ssd
-from slideplan.runtime.probing import Effort
+from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
+from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
+from slideplan.runtime.probing import Effort, Work, rate_spread, timed, together
 from slideplan.runtime.threads import ThreadBudget
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -54,51 +68,56 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     """
     backend = make_backend(request.device)
     effort = Effort.of(request.quick, backend.name)
-    total = 6 + len(request.models) * len(request.shapes)
-    done = 0
-
-    def report(what: str) -> None:
-        nonlocal done
-        progress(what, done, total)
-        done += 1
-
+    steps = _Steps(progress, 5 + len(Lane) + len(COMBINATIONS) + len(request.models) * len(request.shapes))
     try:
-        report("threads and kernels")
-        threads = ThreadBudget.of(backend)
-        threads.apply()
-        HostUpdate(threads.optimizer).compile()
-        # One small step of a model first: libraries load what they need when it is first used.
-        UnitProbe(backend, _small(request.models[0]), 1, 16).costs(1)
+        steps.next("threads and kernels")
+        threads = _warm_up(backend, request.models[0])
         context_bytes = _context_bytes(backend)
         process_bytes = resident_bytes()
         probes = MemoryProbes(backend, effort, threads.optimizer)
-        report("links")
-        link = probes.link()
-        report("optimizer")
-        optimizer = probes.optimizer()
-        report("memory shared by copies and optimizer")
-        dram = probes.host_dram_bytes_per_s()
+        steps.next("links")
+        h2d, d2h = probes.link_curves()
+        steps.next("optimizer")
+        optimizer = probes.optimizer(usable_cores())
+        launches = probes.launches()
         device_rate = probes.device_bytes_per_s()
-        del probes
-        report("matrix products and attention")
-        rates = efficiency(backend, effort)
-        report("disk")
-        disk = ssd(Path.cwd(), effort)
+        with SsdProbe.open(backend, Path.cwd(), effort) as disk:
+            work = _layer_work(backend, request) | probes.work() | (disk.work() if disk else {})
+            lanes = TogetherProbe()
+            for what in lanes.measure(backend, work, effort.window_ns):
+                steps.next(what)
+            steps.next("disk")
+            disk_duplex = lanes.total(Lane.SSD_READ, Lane.SSD_WRITE)
+            ssd = disk.profile(disk_duplex.p50) if disk and disk_duplex else None
+        del probes, work
+        steps.next("matrix products and attention")
+        rates, spreads = efficiency(backend, effort)
         costs: list[ComputeCost] = []
         notes = []
         for model in request.models:
             for micro_batch, seq_len in request.shapes:
                 shape = f"{model.name} {micro_batch}x{seq_len}"
-                report(shape)
+                steps.next(shape)
                 gc.collect()
                 backend.release_unused()
                 try:
-                    costs += UnitProbe(backend, model, micro_batch, seq_len).costs(effort.repeats)
+                    probe = UnitProbe(backend, model, micro_batch, seq_len)
+                    costs += probe.costs(effort.repeats)
+                    if model is request.models[0] and (micro_batch, seq_len) == request.shapes[0]:
+                        launches += probe.launches(effort.repeats)
                 except torch.OutOfMemoryError:
                     notes.append(f"{shape} does not fit in device memory")
-        progress("done", total, total)
+        steps.finish()
     finally:
         backend.close()
+    duplex = lanes.total(Lane.H2D, Lane.D2H)
+    dram = _host_dram(backend, lanes)
+    assert duplex is not None, "every backend has both copy lanes"
+    spreads |= {
+        "gpu.memory_bytes_per_s": device_rate, "link.duplex_bytes_per_s": duplex, "host.dram_bytes_per_s": dram
+    }  # fmt: skip
+    if disk_duplex is not None:
+        spreads["ssd.duplex_bytes_per_s"] = disk_duplex
     found = identity(backend)
     gpu_memory = request.gpu_memory_bytes or _device_memory_bytes(backend)
     return MachineProfile(
@@ -108,20 +127,23 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             backend=backend.name,
             memory_bytes=gpu_memory,
             context_bytes=context_bytes,
-            memory_bytes_per_s=device_rate,
+            memory_bytes_per_s=device_rate.p50,
         ),
         host=HostProfile(
             cpu=found.cpu,
             cores=found.cores,
             memory_bytes=request.host_memory_bytes or _host_memory_bytes(backend, gpu_memory),
             process_bytes=process_bytes,
-            dram_bytes_per_s=max(dram, optimizer.host_bytes_per_s.p50),
+            dram_bytes_per_s=max(dram.p50, optimizer.host_bytes_per_s.p50),
         ),
-        link=link,
+        link=LinkProfile(h2d=h2d, d2h=d2h, duplex_bytes_per_s=duplex.p50),
         optimizer=optimizer,
-        ssd=disk,
+        ssd=ssd,
         efficiency=rates,
         costs=tuple(costs),
+        launches=tuple(launches),
+        interference=lanes.interference(device_rate.p50),
+        spreads=spreads,
         provenance=Provenance(
             source="measured",
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -136,6 +158,110 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             notes="; ".join(notes),
         ),
     )
+
+
+def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[str, Spread]:
+    """Measure a few decisive figures again, by the names of `plan.figures`: links, optimizer, both together, a layer.
+
+    Raises ValueError where this is another machine than the profile's.
+    """
+    backend = make_backend(profile.gpu.backend)
+    differences = profile.identity().differences(identity(backend))
+    if differences:
+        raise ValueError(f"profile {profile.name} is of another machine: {'; '.join(differences)} (profile, here)")
+    effort = Effort.of(profile.link.h2d.points[-1].size < Effort.of(False, backend.name).largest_copy_bytes, backend.name)
+    combinations = ((Lane.H2D, Lane.D2H), (Lane.HOST_UPDATE, Lane.H2D, Lane.D2H))
+    largest = format_bytes(effort.largest_copy_bytes)
+    names = {Lane.H2D: f"h2d copy, {largest}", Lane.D2H: f"d2h copy, {largest}", Lane.HOST_UPDATE: "AdamW on the host"}
+    steps = _Steps(progress, 2 + len(names) + len(combinations))
+    found: dict[str, Spread] = {}
+    try:
+        cost = _largest_layer(profile)
+        steps.next("threads and kernels")
+        threads = _warm_up(backend, _layer_model(cost.shape) if cost else None)
+        probes = MemoryProbes(backend, effort, threads.optimizer)
+        work = probes.work()
+        for lane, name in names.items():
+            steps.next(name)
+            size, action = work[lane]
+            found[name] = rate_spread(size, timed(backend, lane, action, effort.repeats))
+        for lanes in combinations:
+            steps.next(" with ".join(lanes))
+            for lane, rate in together(backend, {lane: work[lane] for lane in lanes}, effort.window_ns).items():
+                found[figure_name(lane, lanes)] = rate
+        del probes, work
+        gc.collect()
+        backend.release_unused()
+        if cost is not None:
+            steps.next("a layer")
+            for measured in UnitProbe(backend, _layer_model(cost.shape), cost.micro_batch, cost.seq_len).costs(effort.repeats):
+                if measured.shape == cost.shape:
+                    found[cost_name(measured)] = measured.duration_ns
+        steps.finish()
+    finally:
+        backend.close()
+    return found
+
+
+class _Steps:
+    """Counts probes for the progress display."""
+
+    def __init__(self, progress: ProgressCallback, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def next(self, what: str) -> None:
+        self._progress(what, self._done, self._total)
+        self._done = min(self._done + 1, self._total - 1)
+
+    def finish(self) -> None:
+        self._progress("done", self._total, self._total)
+
+
+def _warm_up(backend: Backend, model: ModelSpec | None) -> ThreadBudget:
+    """Divide the cores, compile the optimizer, and run one small step: libraries load what they need at first use."""
+    threads = ThreadBudget.of(backend)
+    threads.apply()
+    HostUpdate(threads.optimizer).compile()
+    if model is not None:
+        UnitProbe(backend, _small(model), 1, 16).costs(1)
+    return threads
+
+
+def _layer_work(backend: Backend, request: ProfileRequest) -> dict[Lane, Work]:
+    """Forward of the first model's layer at the largest shape that fits; nothing where none does."""
+    for micro_batch, seq_len in sorted(request.shapes, key=prod, reverse=True):
+        try:
+            return {Lane.COMPUTE: UnitProbe(backend, request.models[0], micro_batch, seq_len).work()}
+        except torch.OutOfMemoryError:
+            gc.collect()
+            backend.release_unused()
+    return {}
+
+
+def _host_dram(backend: Backend, lanes: TogetherProbe) -> Spread:
+    """Traffic of optimizer and copies both ways, all at once: alone, none of them fills host memory's bandwidth.
+
+    On a CPU backend a copy reads and writes RAM, with a GPU it does one of the two.
+    """
+    rates = lanes.combined[Lane.HOST_UPDATE, Lane.H2D, Lane.D2H]
+    passes = 2 if backend.name == "cpu" else 1
+    copies = [rates[Lane.H2D], rates[Lane.D2H]] * passes
+    return Spread(
+        *(sum(getattr(rate, field) for rate in (rates[Lane.HOST_UPDATE], *copies)) for field in ("p10", "p50", "p90"))
+    )
+
+
+def _largest_layer(profile: MachineProfile) -> ComputeCost | None:
+    layers = [cost for cost in profile.costs if cost.shape.role is UnitRole.LAYER]
+    return max(layers, key=lambda cost: cost.micro_batch * cost.seq_len, default=None)
+
+
+def _layer_model(shape: LayerShape) -> ModelSpec:
+    """A model of two such layers, with as little else as can be."""
+    fields = {field: getattr(shape, field) for field in shape.__struct_fields__ if field not in ("role", "vocabulary")}
+    return ModelSpec(**fields, name="check", layers=2, vocabulary=256, max_positions=1 << 20)
 
 
 def _small(model: ModelSpec) -> ModelSpec:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,14 +24,17 @@ class Effort:
     largest_copy_bytes: int
     optimizer_elements: int
     ssd_bytes: int
+    window_ns: int  # for which lanes run together
 
     @classmethod
     def of(cls, quick: bool, backend: str) -> Effort:
         """GPU machines get sizes that fill their links; CPU backends stand for small ones."""
         scale = 1 if backend == "cuda" else 8
         if quick:
-            return cls(5, (64 << 20) // scale, (32 << 20) // scale, (256 << 20) // scale)
-        return cls(15, (512 << 20) // scale, (128 << 20) // scale, (2 << 30) // scale)
+            return cls(
+                5, (64 << 20) // scale, (32 << 20) // scale, (256 << 20) // scale, 300_000_000 if scale == 1 else 150_000_000
+            )
+        return cls(15, (512 << 20) // scale, (128 << 20) // scale, (2 << 30) // scale, 600_000_000)
 
 
 def spread(values: list[int] | list[float]) -> Spread:
@@ -45,6 +50,7 @@ def rate_spread(size: int, durations_ns: list[int]) -> Spread:
 
 def timed(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:
     """Durations on the lane of `repeats` runs after two warm-up runs. Nanoseconds."""
+    backend.synchronize()  # what the action works on was made on the default stream
     with backend.lane(lane):
         for _ in range(2):
             action()
@@ -59,40 +65,73 @@ def timed(backend: Backend, lane: Lane, action: Callable[[], object], repeats: i
     return [end - start for start, end in pairwise(times)]
 
 
-def together(backend: Backend, work: dict[Lane, tuple[int, Callable[[], object]]], window_ns: int) -> dict[Lane, float]:
-    """Units per second of each lane while all of them run. `work`: units and action of one run per lane.
+def issue_ns(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:
+    """Host time of `repeats` calls of an action that queues work on a stream, without the work. Nanoseconds."""
+    found = []
+    backend.synchronize()  # as in `timed`
+    with backend.lane(lane):
+        for _ in range(repeats + 2):  # the first two warm up
+            started = time.perf_counter_ns()
+            action()
+            found.append(time.perf_counter_ns() - started)
+            backend.wait(backend.mark(lane))
+    return found[2:]
 
-    Every lane repeats its action until all have been busy for `window_ns`; runs that lie wholly inside
-    the time in which all lanes were busy are counted. Raises whatever an action raises.
+
+Work = tuple[int, Callable[[], object]]  # units of one run, and what runs
+
+SLICES = 8  # parts of a common window, for the spread over time
+
+
+def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[Lane, Spread]:
+    """Units per second of each lane while all of them run, over equal parts of the time in which all do.
+
+    Every lane repeats its action for `window_ns` and at least twice, one run queued behind the one that
+    runs, as the executor's streams have it. A run counts by the part of it that lies inside. Of one lane,
+    this is its rate alone. Raises whatever an action raises.
     """
-    started = threading.Barrier(len(work))
+    started = threading.Barrier(len(work) + 1)
+    enough = {lane: threading.Event() for lane in work}
     finished = threading.Event()
     marks: dict[Lane, list[int]] = {}
     failures: list[BaseException] = []
+    backend.synchronize()  # as in `timed`
     anchor = backend.anchor()
 
     def repeat(lane: Lane, action: Callable[[], object]) -> None:
         try:
             with backend.lane(lane):
                 action()
-                mark = backend.mark(lane)
-                backend.wait(mark)
+                backend.wait(backend.mark(lane))
                 started.wait()
-                times = [backend.elapsed_ns(anchor, mark)]
+                running = backend.mark(lane)
+                times = []
                 while not finished.is_set():
                     action()
-                    mark = backend.mark(lane)
-                    backend.wait(mark)
-                    times.append(backend.elapsed_ns(anchor, mark))
+                    queued = backend.mark(lane)
+                    backend.wait(running)
+                    times.append(backend.elapsed_ns(anchor, running))
+                    running = queued
+                    if len(times) == 3:
+                        enough[lane].set()
+                backend.wait(running)
                 marks[lane] = times
+        except threading.BrokenBarrierError:
+            pass  # another lane failed
         except BaseException as error:
             failures.append(error)
             started.abort()
+        finally:
+            enough[lane].set()
 
     threads = [threading.Thread(target=repeat, args=(lane, action), daemon=True) for lane, (_, action) in work.items()]
     for thread in threads:
         thread.start()
-    finished.wait(window_ns / 1e9)
+    with contextlib.suppress(threading.BrokenBarrierError):
+        started.wait()
+        time.sleep(window_ns / 1e9)
+        for event in enough.values():
+            event.wait()
     finished.set()
     for thread in threads:
         thread.join()
@@ -100,7 +139,11 @@ def together(backend: Backend, work: dict[Lane, tuple[int, Callable[[], object]]
         raise failures[0]
     opening = max(times[0] for times in marks.values())
     closing = min(times[-1] for times in marks.values())
-    return {lane: _rate(marks[lane], work[lane][0], opening, closing) for lane in work}
+    edges = [opening + (closing - opening) * part // SLICES for part in range(SLICES + 1)]
+    return {
+        lane: spread([_rate(marks[lane], units, start, end) for start, end in pairwise(edges)])
+        for lane, (units, _) in work.items()
+    }
 
 
 def _rate(times: list[int], units: int, opening: int, closing: int) -> float:

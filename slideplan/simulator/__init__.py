@@ -1,12 +1,12 @@
 """Prices a task graph on a machine profile and runs it as a discrete-event simulation with contention."""
 
+from slideplan.plan.sharing import Resource, fair_speeds
 from slideplan.simulator.analysis import critical_path, lower_bound
 from slideplan.simulator.costs import TaskCost, price
 from slideplan.simulator.engine import DeadlockError, simulate, trace
-from slideplan.simulator.fluid import fair_speeds
 from slideplan.simulator.footprint import footprint
 from slideplan.simulator.predict import predict
-from slideplan.simulator.resources import Resource, capacities
+from slideplan.simulator.resources import capacities, sharing
 
 __all__ = [
     "DeadlockError",
@@ -19,6 +19,7 @@ __all__ = [
     "lower_bound",
     "predict",
     "price",
+    "sharing",
     "simulate",
     "trace",
 ]

@@ -6,13 +6,26 @@ from typing import Literal
 
 from slideplan.plan.codec import Spec
 from slideplan.plan.graph import Lane, Task, TaskGraph, TaskKind
-from slideplan.plan.machine import LayerShape, MachineProfile
+from slideplan.plan.machine import ComputeCost, Curve, LayerShape, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.sharing import Resource
 from slideplan.simulator.formulas import compute_ns
-from slideplan.simulator.measured import nearest
-from slideplan.simulator.resources import Resource
+from slideplan.simulator.measured import nearest, neighbours
+from slideplan.simulator.resources import sharing
 
-Source = Literal["measured", "scaled", "derived"]
+Source = Literal["measured", "interpolated", "derived", "datasheet"]
+
+# Percent by which a cost may be off. A measured cost has its spread, and what two profiles of a machine
+# differ by beyond it (clocks, temperature): 1. The others come from one H100 and an 8B layer measured at
+# five micro-batches, each point held against what the rest says of it: between two points 3 at most,
+# beyond them 5, scaled from one point 10. Layers and loss priced from rates alone are 14 to 45 short.
+# Nobody measured the machine of a datasheet: its derating factors alone differ by half among machines.
+REPEAT_PERCENT = 1.0
+BETWEEN_PERCENT = 3.0
+BEYOND_PERCENT = 5.0
+SCALED_PERCENT = 10.0
+DERIVED_PERCENT = 45.0
+DATASHEET_PERCENT = 50.0
 
 
 class TaskCost(Spec, frozen=True):
@@ -20,21 +33,26 @@ class TaskCost(Spec, frozen=True):
 
     duration_ns: time alone on an idle machine
     demand:      bytes/s that it takes from shared resources while it runs at full speed
-    source:      "measured" at this very size, "scaled" from a measurement at another size, or "derived"
-                 from rates, datasheet figures among them
+    source:      "measured" at this very size; "interpolated" from measurements at other sizes; "derived"
+                 from measured rates; or "datasheet", derived from rates that nobody measured
+    weight:      share weight where a resource is full (see `plan.sharing.fair_speeds`)
+    uncertainty_percent: by which the duration may be off, either way
     """
 
     duration_ns: int
     demand: dict[Resource, int]
     source: Source
+    weight: float = 1.0
+    uncertainty_percent: float = 0.0
 
 
 def price(graph: TaskGraph, model: ModelSpec, micro_batch: int, seq_len: int, machine: MachineProfile) -> tuple[TaskCost, ...]:
     """One cost per task, in the order of the graph's tasks.
 
     Copies take what the link's curve says, updates bytes_moved / rate of the optimizer. Compute tasks
-    take what was measured for this shape, kind, micro-batch and sequence length; or, measured at
-    another size, derived(here) x measured(there) / derived(there); or what `formulas` derives.
+    take what was measured for this shape, kind, micro-batch and sequence length; or lie on the line
+    through two micro-batches measured at this sequence length; or take derived(here) x measured(there) /
+    derived(there); or what `formulas` derives. What was not measured takes no less than its launch.
     """
     pricer = _Pricer(model, micro_batch, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
@@ -55,46 +73,86 @@ class _Pricer:
         self._micro_batch = micro_batch
         self._seq_len = seq_len
         self._machine = machine
-        self._rates_source: Source = "measured" if machine.provenance.source == "measured" else "derived"
+        self._sharing = sharing(machine)
+        self._from_datasheet = machine.provenance.source == "datasheet"
+        self._launch_ns = {(launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches}
 
     def cost(self, task: Task, role: UnitRole) -> TaskCost:
+        optimizer, link = self._machine.optimizer, self._machine.link
         match task.lane:
             case Lane.COMPUTE:
                 return self._compute(task.kind, role)
             case Lane.H2D | Lane.D2H:
-                return self._copy(task)
+                return self._copy(task, link.h2d if task.lane is Lane.H2D else link.d2h)
             case Lane.HOST_UPDATE:
-                rate = self._machine.optimizer.host_bytes_per_s.p50
-                return self._streaming(task.bytes_moved, rate, {Resource.HOST_DRAM: rate})
+                return self._update(task, optimizer.host_bytes_per_s)
             case Lane.GPU_UPDATE:
-                return self._streaming(task.bytes_moved, self._machine.optimizer.gpu_bytes_per_s.p50, {})
+                return self._update(task, optimizer.gpu_bytes_per_s)
         raise ValueError(f"task {task.name}: lane {task.lane} has no price")
 
-    def _streaming(self, size_bytes: int, rate_per_s: int, demand: dict[Resource, int]) -> TaskCost:
-        duration = max(1, -(-size_bytes * 1_000_000_000 // rate_per_s))
-        return TaskCost(duration_ns=duration, demand=demand, source=self._rates_source)
-
-    def _copy(self, task: Task) -> TaskCost:
-        """Curve of the direction. On the "cpu" backend a copy is a memcpy in RAM: it reads and writes DRAM."""
-        link = self._machine.link
-        duration = max(1, (link.h2d if task.lane is Lane.H2D else link.d2h).duration_ns(task.bytes_moved))
-        rate = task.bytes_moved * 1_000_000_000 // duration
-        passes = 2 if self._machine.gpu.backend == "cpu" else 1
+    def _cost(self, lane: Lane, duration_ns: int, bytes_per_s: int, source: Source, percent: float) -> TaskCost:
         return TaskCost(
-            duration_ns=duration,
-            demand={Resource.PCIE: rate, Resource.HOST_DRAM: passes * rate},
-            source=self._rates_source,
+            duration_ns=max(1, duration_ns),
+            demand=self._sharing.demand(lane, bytes_per_s),
+            source="datasheet" if self._from_datasheet else source,
+            weight=self._sharing.weight(lane),
+            uncertainty_percent=DATASHEET_PERCENT if self._from_datasheet else percent,
         )
 
+    def _update(self, task: Task, rate: Spread) -> TaskCost:
+        duration_ns = -(-task.bytes_moved * 1_000_000_000 // rate.p50)
+        return self._cost(task.lane, duration_ns, rate.p50, "measured", measured_percent(rate))
+
+    def _copy(self, task: Task, curve: Curve) -> TaskCost:
+        duration_ns = max(1, curve.duration_ns(task.bytes_moved))
+        rate = task.bytes_moved * 1_000_000_000 // duration_ns
+        point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
+        return self._cost(task.lane, duration_ns, rate, "measured", measured_percent(point.rate))
+
     def _compute(self, kind: TaskKind, role: UnitRole) -> TaskCost:
-        duration = self._derived_ns(kind, role, self._micro_batch, self._seq_len)
-        cost = nearest(self._machine, LayerShape.of(self._model, role), kind, self._micro_batch, self._seq_len)
+        duration_ns, source, percent = self._compute_ns(kind, role)
+        if source != "measured":
+            duration_ns = max(duration_ns, self._launch_ns.get((kind, role), 0))
+        # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.
+        return self._cost(Lane.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)
+
+    def _compute_ns(self, kind: TaskKind, role: UnitRole) -> tuple[int, Source, float]:
+        micro_batch, seq_len, shape = self._micro_batch, self._seq_len, LayerShape.of(self._model, role)
+        cost = nearest(self._machine, shape, kind, micro_batch, seq_len)
         if cost is None:
-            return TaskCost(duration_ns=duration, demand={}, source="derived")
-        if (cost.micro_batch, cost.seq_len) == (self._micro_batch, self._seq_len):
-            return TaskCost(duration_ns=cost.duration_ns.p50, demand={}, source="measured")
-        there = self._derived_ns(kind, role, cost.micro_batch, cost.seq_len)
-        return TaskCost(duration_ns=max(1, duration * cost.duration_ns.p50 // there), demand={}, source="scaled")
+            return self._derived_ns(kind, role, micro_batch, seq_len), "derived", DERIVED_PERCENT
+        percent = measured_percent(cost.duration_ns)
+        if (cost.micro_batch, cost.seq_len) == (micro_batch, seq_len):
+            return cost.duration_ns.p50, "measured", percent
+        pair = neighbours(self._machine, shape, kind, micro_batch, seq_len)
+        if pair is None:
+            here, there = (
+                self._derived_ns(kind, role, *at) for at in ((micro_batch, seq_len), (cost.micro_batch, cost.seq_len))
+            )
+            return here * cost.duration_ns.p50 // there, "interpolated", percent + SCALED_PERCENT
+        between = pair[0].micro_batch < micro_batch < pair[1].micro_batch
+        percent = max(measured_percent(each.duration_ns) for each in pair) + (BETWEEN_PERCENT if between else BEYOND_PERCENT)
+        return _on_line(*pair, micro_batch), "interpolated", percent
 
     def _derived_ns(self, kind: TaskKind, role: UnitRole, micro_batch: int, seq_len: int) -> int:
         return compute_ns(self._model, role, kind, micro_batch, seq_len, self._machine.efficiency)
+
+
+def measured_percent(spread: Spread) -> float:
+    """Uncertainty of a measured figure: half its p10-p90 spread, and what repetition adds."""
+    return REPEAT_PERCENT + 50.0 * (spread.p90 - spread.p10) / spread.p50
+
+
+def _on_line(low: ComputeCost, high: ComputeCost, micro_batch: int) -> int:
+    """Time at this micro-batch on the line through two measurements. Nanoseconds.
+
+    Beyond both, it stays between the nearer one's time and that time in proportion: work has a fixed
+    part and one that grows with it, whatever the slope that noise gives the line.
+    """
+    low_ns, high_ns = low.duration_ns.p50, high.duration_ns.p50
+    line_ns = low_ns + (high_ns - low_ns) * (micro_batch - low.micro_batch) // (high.micro_batch - low.micro_batch)
+    if low.micro_batch < micro_batch < high.micro_batch:
+        return line_ns
+    near = low if micro_batch < low.micro_batch else high
+    bounds = sorted((near.duration_ns.p50, near.duration_ns.p50 * micro_batch // near.micro_batch))
+    return min(max(line_ns, bounds[0]), bounds[1])

@@ -14,10 +14,10 @@ from simpy import Environment, Event
 from simpy.core import EmptySchedule
 
 from slideplan.plan.graph import Lane, TaskGraph
+from slideplan.plan.sharing import Resource
 from slideplan.plan.timeline import Span, first_compute
 from slideplan.simulator.costs import TaskCost
-from slideplan.simulator.fluid import FluidPool
-from slideplan.simulator.resources import Resource
+from slideplan.simulator.fluid import Draw, FluidPool
 
 MAX_STEPS = 64
 
@@ -33,11 +33,11 @@ class DeadlockError(RuntimeError):
 
 
 class _Entry(NamedTuple):
-    """A task as its lane sees it; `demand` is its number in the pool's list, None without any."""
+    """A task as its lane sees it; `draw` is its number in the pool's list, None without any."""
 
     number: int
     duration_ns: int
-    demand: int | None
+    draw: int | None
     dependencies: tuple[tuple[int, int], ...]  # task, distance
 
 
@@ -67,13 +67,13 @@ class _Engine:
         self._completed = 0
         self._taken = 0
         self._waits: dict[Lane, tuple[int, int, int]] = {}  # lane -> task, what it waits for, in which step
-        demands, demand_of = _distinct_demands(costs)
+        draws, draw_of = _distinct_draws(costs)
         entries = [
-            _Entry(number, cost.duration_ns, demand_of[id(cost)], tuple((d.task, d.distance) for d in task.dependencies))
+            _Entry(number, cost.duration_ns, draw_of[id(cost)], tuple((d.task, d.distance) for d in task.dependencies))
             for number, (task, cost) in enumerate(zip(graph.tasks, costs, strict=True))
         ]
-        self.contended = bool(demands)
-        self._pool = FluidPool(self._env, demands, capacities)
+        self.contended = bool(draws)
+        self._pool = FluidPool(self._env, draws, capacities)
         for lane, queue in graph.lanes.items():
             self._env.process(self._lane(lane, [entries[number] for number in queue], steps))
 
@@ -98,7 +98,7 @@ class _Engine:
                 self._open_step()
             this = self._steps[step]
             by_distance = this, before
-            for number, duration_ns, demand, dependencies in queue:
+            for number, duration_ns, draw, dependencies in queue:
                 for dependency, distance in dependencies:
                     depended = by_distance[distance]
                     if depended.ends[dependency] == _UNKNOWN:
@@ -106,12 +106,12 @@ class _Engine:
                         yield self._end_known(depended, dependency)
                     clock = max(clock, depended.ends[dependency])
                 this.starts[number] = clock
-                if demand is None:
+                if draw is None:
                     clock += duration_ns
                 else:
                     if clock > env.now:
                         yield env.timeout(clock - env.now)
-                    yield pool.start(duration_ns, demand)
+                    yield pool.start(duration_ns, draw)
                     clock = int(env.now)
                 this.ends[number] = clock
                 for event in this.awaited.pop(number, ()):
@@ -143,16 +143,16 @@ class _Engine:
         return f"deadlock after {self._env.now} ns; " + "; ".join(sorted(waits))
 
 
-def _distinct_demands(costs: Sequence[TaskCost]) -> tuple[list[dict[Resource, int]], dict[int, int | None]]:
-    """Demands that differ, and for each cost object, by its id, the number of its own; None without any."""
-    numbers: dict[frozenset[tuple[Resource, int]], int] = {}
-    demand_of: dict[int, int | None] = {}
+def _distinct_draws(costs: Sequence[TaskCost]) -> tuple[list[Draw], dict[int, int | None]]:
+    """Draws that differ, and for each cost object, by its id, the number of its own; None without any."""
+    numbers: dict[tuple[frozenset[tuple[Resource, int]], float], int] = {}
+    draw_of: dict[int, int | None] = {}
     for cost in costs:
-        if id(cost) not in demand_of:
+        if id(cost) not in draw_of:
             drawn = frozenset((resource, rate) for resource, rate in cost.demand.items() if rate)
             flows = drawn and cost.duration_ns
-            demand_of[id(cost)] = numbers.setdefault(drawn, len(numbers)) if flows else None
-    return [dict(drawn) for drawn in numbers], demand_of
+            draw_of[id(cost)] = numbers.setdefault((drawn, cost.weight), len(numbers)) if flows else None
+    return [Draw(dict(drawn), weight) for drawn, weight in numbers], draw_of
 
 
 def trace(graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int], steps: int) -> list[list[Span]]:

@@ -1,12 +1,13 @@
-"""Shared bandwidth as a fluid: running flows are slowed together, max-min fair in relative speed."""
+"""Shared bandwidth as a fluid: running flows are slowed together, max-min fair in relative speed by weight."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from simpy import Environment, Event
 
-from slideplan.simulator.resources import Resource
+from slideplan.plan.sharing import Demand, Resource, fair_speeds, within
 
 # Work left is counted in 2^-40 ns of a flow's time alone, so that sums over many changes of speed stay
 # exact integers. Speeds are rounded up to this grid: ten minutes of work then end within a nanosecond.
@@ -14,103 +15,88 @@ _FRACTION_BITS = 40
 _ONE = 1 << _FRACTION_BITS
 
 
-def fair_speeds(demands: Sequence[Mapping[Resource, int]], capacities: Mapping[Resource, int]) -> list[float]:
-    """Speed of each flow in (0, 1], relative to the flow alone, by progressive filling.
+class Draw(NamedTuple):
+    """What a flow takes at full speed, in bytes/s of each resource, and its share weight."""
 
-    `demands`: bytes/s that each flow takes at full speed; `capacities`: bytes/s of each resource. All
-    speeds rise together until a resource is full; its flows keep that speed, the others rise on. So the
-    smallest speed is as large as can be, then the next. Flows on one full resource slow by one factor,
-    which is what optimizer and copies do on shared DRAM: 158 + 54 GB/s wanted, 127 + 43 measured.
-    """
-    speeds = [1.0] * len(demands)
-    rising = {flow for flow, demand in enumerate(demands) if demand}
-    spare = {resource: float(capacities[resource]) for demand in demands for resource in demand}
-    while rising:
-        load = {resource: sum(demands[flow].get(resource, 0) for flow in rising) for resource in spare}
-        # The level at which each resource is full if all rising flows reach it.
-        levels = {resource: spare[resource] / load[resource] for resource in spare if load[resource]}
-        level = min(levels.values(), default=1.0)
-        if level >= 1.0:
-            break
-        full = {resource for resource, reached in levels.items() if reached == level}
-        for flow in sorted(rising):
-            if any(demands[flow].get(resource) for resource in full):
-                speeds[flow] = level
-                rising.remove(flow)
-                for resource, rate in demands[flow].items():
-                    spare[resource] -= rate * level
-    return speeds
+    demand: Demand
+    weight: float
 
 
 class _Flow:
-    """A task in the pool. `left` in units of 2^-40 ns alone, `speed` in units of 2^-40."""
+    """A task in the pool.
 
-    __slots__ = ("demand", "done", "end_ns", "left", "speed")
+    `left` in units of 2^-40 ns alone, as of `since`; `speed` in units of 2^-40. Both stand until the
+    speed changes, and so does `end_ns`.
+    """
 
-    def __init__(self, duration_ns: int, demand: int, done: Event) -> None:
+    __slots__ = ("done", "draw", "end_ns", "left", "since", "speed")
+
+    def __init__(self, duration_ns: int, draw: int, now: int, done: Event) -> None:
         self.left = duration_ns << _FRACTION_BITS
-        self.demand = demand
-        self.done = done
+        self.draw = draw
+        self.since = now
         self.speed = 0
         self.end_ns = 0
+        self.done = done
+
+    def run_at(self, speed: int, now: int) -> None:
+        """Go on from now at this speed."""
+        self.left -= self.speed * (now - self.since)
+        self.since = now
+        self.speed = speed
+        # Rounding up lets a flow overshoot; slowed in the very instant of its end, it still ends now.
+        self.end_ns = now + max(0, -(-self.left // speed))
 
 
 class FluidPool:
     """Flows that share `capacities` (bytes/s) on an environment whose clock counts nanoseconds.
 
-    `demands` lists all demands that flows may have; a flow names its own by number. A demand beyond
-    a capacity counts as that capacity: a flow alone runs at full speed, whatever the profile claims.
+    `draws` lists all that flows may draw; a flow names its own by number. A demand beyond a capacity
+    counts as that capacity: a flow alone runs at full speed, whatever the profile claims.
     """
 
-    def __init__(self, env: Environment, demands: Sequence[Mapping[Resource, int]], capacities: Mapping[Resource, int]) -> None:
+    def __init__(self, env: Environment, draws: Sequence[Draw], capacities: Mapping[Resource, int]) -> None:
         self._env = env
         self._capacities = capacities
-        self._demands = [{r: min(rate, capacities[r]) for r, rate in demand.items()} for demand in demands]
+        self._draws = [Draw(within(draw.demand, capacities), draw.weight) for draw in draws]
         self._flows: list[_Flow] = []
-        self._since = 0  # when progress was last accounted
         self._timer: Event | None = None
+        self._timer_ns = 0  # when it fires
         self._speeds: dict[tuple[int, ...], list[int]] = {}
 
-    def start(self, duration_ns: int, demand: int) -> Event:
+    def start(self, duration_ns: int, draw: int) -> Event:
         """Begin a flow of `duration_ns` alone; the event fires at its end, rounded up to a nanosecond."""
-        self._account()
-        flow = _Flow(duration_ns, demand, self._env.event())
+        flow = _Flow(duration_ns, draw, int(self._env.now), self._env.event())
         self._flows.append(flow)
         self._reschedule()
         return flow.done
 
-    def _account(self) -> None:
-        now = int(self._env.now)
-        elapsed = now - self._since
-        if elapsed:
-            for flow in self._flows:
-                flow.left -= flow.speed * elapsed
-            self._since = now
-
     def _reschedule(self) -> None:
-        """Progress is accounted: give every flow its speed and set the timer to the first end; timers set before are void."""
+        """Give every flow its speed and see that the timer is set to the first end; one set to another time is void."""
         flows = self._flows
         if not flows:
-            self._timer = None
             return
-        key = tuple([flow.demand for flow in flows])
+        key = tuple([flow.draw for flow in flows])
         speeds = self._speeds.get(key)
         if speeds is None:
-            fair = fair_speeds([self._demands[demand] for demand in key], self._capacities)
+            demands, weights = zip(*(self._draws[draw] for draw in key), strict=True)
+            fair = fair_speeds(demands, self._capacities, weights)
             speeds = self._speeds[key] = [-int(-speed * _ONE // 1) for speed in fair]
-        now = self._since
+        now = int(self._env.now)
         for flow, speed in zip(flows, speeds, strict=True):
-            flow.speed = speed
-            # Rounding up lets a flow overshoot; slowed in the very instant of its end, it still ends now.
-            flow.end_ns = now + max(0, -(-flow.left // speed))
-        self._timer = self._env.timeout(min([flow.end_ns for flow in flows]) - now)
-        self._timer.callbacks.append(self._finish)
+            if speed != flow.speed:
+                flow.run_at(speed, now)
+        end_ns = min([flow.end_ns for flow in flows])
+        if self._timer is None or end_ns != self._timer_ns:
+            self._timer = self._env.timeout(end_ns - now)
+            self._timer.callbacks.append(self._finish)
+            self._timer_ns = end_ns
 
     def _finish(self, timer: Event) -> None:
         if timer is not self._timer:
             return
-        self._account()
-        now = self._since
+        self._timer = None
+        now = int(self._env.now)
         ended = [flow for flow in self._flows if flow.end_ns <= now]
         self._flows = [flow for flow in self._flows if flow.end_ns > now]
         self._reschedule()

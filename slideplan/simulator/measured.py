@@ -20,3 +20,20 @@ def nearest(machine: MachineProfile, shape: LayerShape, kind: TaskKind, micro_ba
         return apart, cost.micro_batch, cost.seq_len
 
     return min((cost for cost in machine.costs if cost.kind is kind and cost.shape == shape), key=distance, default=None)
+
+
+def neighbours(
+    machine: MachineProfile, shape: LayerShape, kind: TaskKind, micro_batch: int, seq_len: int
+) -> tuple[ComputeCost, ComputeCost] | None:
+    """Two measurements at this sequence length to draw a line through: around the micro-batch, else the two nearest.
+
+    The smaller micro-batch first; None where fewer than two were measured.
+    """
+    same = [cost for cost in machine.costs if cost.kind is kind and cost.shape == shape and cost.seq_len == seq_len]
+    sizes = {cost.micro_batch: cost for cost in same}
+    if len(sizes) < 2:
+        return None
+    below = sorted(size for size in sizes if size <= micro_batch)
+    above = sorted(size for size in sizes if size > micro_batch)
+    low, high = (below[-1], above[0]) if below and above else sorted([*below[-2:], *above[:2]])
+    return sizes[low], sizes[high]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from slideplan.plan.graph import TaskGraph
 from slideplan.plan.ledger import Ledger
 from slideplan.plan.machine import MachineProfile
@@ -10,11 +12,11 @@ from slideplan.plan.plan import Prediction
 from slideplan.plan.policy import Workload
 from slideplan.plan.timeline import step_record
 from slideplan.simulator.analysis import critical_path, lower_bound
-from slideplan.simulator.costs import Source, price
+from slideplan.simulator.costs import Source, TaskCost, price
 from slideplan.simulator.engine import simulate
 from slideplan.simulator.resources import capacities
 
-_WORSE: tuple[Source, ...] = ("measured", "scaled", "derived")
+_WORSE: tuple[Source, ...] = ("measured", "interpolated", "derived", "datasheet")
 
 
 def predict(
@@ -30,9 +32,25 @@ def predict(
     for task, cost in zip(graph.tasks, costs, strict=True):
         worst = sources.get(task.kind, cost.source)
         sources[task.kind] = max(worst, cost.source, key=_WORSE.index)
+    critical_ns = critical_path(graph, step_ns, spans)
     return Prediction(
         record=step_record(graph, workload, step_ns, spans, ledger.peak_bytes()),
         lower_bound_ns=lower_bound(graph, costs),
-        critical_ns=critical_path(graph, step_ns, spans),
+        critical_ns=critical_ns,
         cost_sources=sources,
+        step_uncertainty_percent=round(_step_uncertainty(graph, costs, critical_ns), 1),
     )
+
+
+def _step_uncertainty(graph: TaskGraph, costs: Sequence[TaskCost], critical_ns: Mapping[str, int]) -> float:
+    """Percent of the step time: each lane's uncertainty, by its tasks' time, for as long as it holds the critical path.
+
+    Tasks of a kind share one figure and are off together, so lanes are added and not their squares. How
+    well the model of contention fits is not in it.
+    """
+    total = 0.0
+    for lane, queue in graph.lanes.items():
+        work_ns = sum(costs[number].duration_ns for number in queue)
+        off = sum(costs[number].duration_ns * costs[number].uncertainty_percent for number in queue) / max(1, work_ns)
+        total += off * critical_ns.get(lane, 0)
+    return total / max(1, sum(critical_ns.values()))

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
-from builders import tiny_machine
+from builders import GB_PER_S, tiny_machine
 from slideplan.plan import codec
-from slideplan.plan.machine import MachineProfile
+from slideplan.plan.machine import MachineProfile, Spread
 from slideplan.plan.plan import Plan
 from slideplan.planner import cli
 
@@ -155,17 +156,30 @@ class FakeRequest:
 
 
 @pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[FakeRequest]:
+def remeasured() -> dict[str, int]:
+    """What the optimizer's rate turns out to be."""
+    return {"host": 30 * GB_PER_S}
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch, remeasured: dict[str, int]) -> list[FakeRequest]:
     """Probes that measure nothing, and what they were asked for."""
     seen: list[FakeRequest] = []
 
     def profile_machine(request: FakeRequest, progress: Any) -> MachineProfile:
         seen.append(request)
         progress("links", 1, 2)
-        return tiny_machine(name=request.name)
+        optimizer = msgspec.structs.replace(tiny_machine().optimizer, host_bytes_per_s=Spread.exact(remeasured["host"]))
+        return tiny_machine(name=request.name, optimizer=optimizer)
 
     probes = types.ModuleType("slideplan.runtime.probes")
+
+    def check_machine(profile: MachineProfile, progress: Any) -> dict[str, Spread]:
+        progress("links", 1, 1)
+        return {"AdamW on the host": Spread.exact(remeasured["host"]), "AdamW on the device": Spread.exact(800 * GB_PER_S)}
+
     probes.ProfileRequest, probes.profile_machine = FakeRequest, profile_machine  # type: ignore[attr-defined]
+    probes.check_machine = check_machine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "slideplan.runtime.probes", probes)
     return seen
 
@@ -202,6 +216,52 @@ def test_profile_refuses_bad_input(planner: Any, requests: list[FakeRequest], ar
     assert outcome.code == 2
     assert message in outcome.err
     assert not requests
+
+
+def test_a_profile_is_held_against_the_one_that_it_replaces(
+    planner: Any, requests: list[FakeRequest], remeasured: dict[str, int]
+) -> None:
+    assert "differ" not in planner("profile", "--device", "cpu", "--name", "here").out
+    assert "all 5 figures agree" in planner("profile", "--device", "cpu", "--name", "here").out
+    remeasured["host"] = 20 * GB_PER_S
+    out = planner("profile", "--device", "cpu", "--name", "here").out
+    assert "1 of 5 figures differ" in out
+    (row,) = [line for line in out.splitlines() if "-33.3%" in line]
+    assert row.split() == ["AdamW", "on", "the", "host", "30.00", "30.00-30.00", "20.00", "20.00-20.00", "G/s", "-33.3%"]
+
+
+def test_check_says_what_holds_and_writes_nothing(
+    planner: Any, requests: list[FakeRequest], remeasured: dict[str, int]
+) -> None:
+    assert planner("profile", "--device", "cpu", "--name", "here").code == 0
+    written = Path("profiles/here.json").read_bytes()
+    outcome = planner("profile", "--check")
+    assert (outcome.code, outcome.out.count("yes")) == (0, 2)
+    assert "all 2 figures hold" in outcome.err
+    remeasured["host"] = 20 * GB_PER_S
+    for which in ((), ("profiles/here.json",), ("here",)):
+        outcome = planner("profile", "--check", *which)
+        assert (outcome.code, outcome.out.count("yes"), outcome.out.count("NO")) == (4, 1, 1)
+        assert "1 of 2 figures do not hold" in outcome.err
+    assert Path("profiles/here.json").read_bytes() == written
+    assert "4 a figure checked does not hold" in " ".join(planner("profile", "--help").out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--check",), "no profile of this machine in profiles/"),
+        (("--check", "rtx4090-2tib"), "figures from datasheets, there is nothing to check"),
+        (("--check", "nowhere"), "machine 'nowhere'"),
+        (("here.json",), "only --check takes a profile"),
+    ],
+)
+def test_check_needs_a_measured_profile(
+    planner: Any, requests: list[FakeRequest], arguments: tuple[str, ...], message: str
+) -> None:
+    outcome = planner("profile", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
 
 
 WITHOUT_TORCH = """

@@ -1,17 +1,22 @@
 """The profiler measures what plans need."""
 
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from builders import tiny_model
 from slideplan.plan.codec import load, save
-from slideplan.plan.graph import TaskKind
+from slideplan.plan.figures import changes, figures
+from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.machine import LayerShape, MachineProfile
 from slideplan.plan.model import UnitRole
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.machine import identity
-from slideplan.runtime.probes import ProfileRequest, profile_machine
+from slideplan.runtime.probe_together import COMBINATIONS
+from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine
+from slideplan.runtime.probing import together
 
 
 def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,14 +47,58 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 assert (LayerShape.of(model, role), kind, *shape) in measured
     assert all(0 < cost.duration_ns.p10 <= cost.duration_ns.p50 <= cost.duration_ns.p90 for cost in profile.costs)
     assert profile.host.dram_bytes_per_s >= profile.optimizer.host_bytes_per_s.p50
+    cores = identity(CpuBackend()).cores
+    assert [at.threads for at in profile.optimizer.by_threads][-1] == cores
+    assert profile.launches == (), "on a CPU a handler returns when all is done"
+    met = profile.interference
+    assert met is not None
+    assert {Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE} <= set(met.alone)
+    lanes = [tuple(each.lane for each in combination) for combination in met.together]
+    assert lanes == [combination for combination in COMBINATIONS if set(combination) <= set(met.alone)]
+    for combination in met.together:
+        for each in combination:
+            assert each.speed == pytest.approx(max(1e-3, each.rate.p50 / met.alone[each.lane].p50), abs=1e-4)
+            assert 0 < each.predicted <= 1
+    assert 0 <= met.mean_residual <= met.max_residual
+    assert {"link.duplex_bytes_per_s", "gpu.memory_bytes_per_s"} <= set(profile.spreads)
+    assert profile.link.duplex_bytes_per_s == profile.spreads["link.duplex_bytes_per_s"].p50
     done = [progress[1] for progress in seen]
     assert done == list(range(seen[-1][2] + 1)), "every probe reports once, and the last call says all"
     save("profile.json", profile)
     assert load("profile.json", MachineProfile) == profile
     assert [file.name for file in tmp_path.iterdir()] == ["profile.json"], "the disk probe cleans up"
+    checked = check_machine(profile, lambda *_: None)
+    assert len(changes(figures(profile), checked)) == len(checked), "what is checked is in the profile by the same name"
+    assert {"AdamW on the host", "h2d with d2h", "backward_recompute layer, hidden 64, 2x64"} <= set(checked)
+    other = msgspec.structs.replace(profile, host=msgspec.structs.replace(profile.host, cpu="another"))
+    with pytest.raises(ValueError, match=r"of another machine: .*cpu: another, "):
+        check_machine(other, lambda *_: None)
 
 
 def test_unknown_device_is_refused() -> None:
     request = ProfileRequest(name="x", models=(tiny_model(),), shapes=((1, 16),), device="tpu")
     with pytest.raises(ValueError, match="device 'tpu' is unknown"):
         profile_machine(request, lambda *_: None)
+
+
+def test_lanes_together_report_rates_over_their_common_time() -> None:
+    """Two actions of known length: rates are theirs, and nobody stops before it ran twice."""
+    runs = {Lane.H2D: 0, Lane.HOST_UPDATE: 0}
+
+    def act(lane: Lane, seconds: float) -> None:
+        runs[lane] += 1
+        time.sleep(seconds)
+
+    work = {Lane.H2D: (1000, lambda: act(Lane.H2D, 0.001)), Lane.HOST_UPDATE: (10, lambda: act(Lane.HOST_UPDATE, 0.02))}
+    rates = together(CpuBackend(), work, window_ns=1)
+    assert runs[Lane.HOST_UPDATE] >= 3
+    assert 0 < rates[Lane.HOST_UPDATE].p50 <= 10 / 0.02
+    assert 0 < rates[Lane.H2D].p50 <= 1000 / 0.001
+
+
+def test_a_lane_that_fails_ends_the_others() -> None:
+    def fail() -> None:
+        raise RuntimeError("broken lane")
+
+    with pytest.raises(RuntimeError, match="broken lane"):
+        together(CpuBackend(), {Lane.H2D: (1, fail), Lane.D2H: (1, lambda: None)}, window_ns=1)

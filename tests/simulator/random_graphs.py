@@ -8,9 +8,10 @@ from handmade import KIND, cost, graph
 from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.simulator import Resource, TaskCost
 
-CAPACITIES = {Resource.PCIE: 80, Resource.HOST_DRAM: 100, Resource.SSD: 30}
+CAPACITIES = {Resource.PCIE: 80, Resource.HOST_DRAM: 100, Resource.SSD: 30, Resource.GPU: 50}
 
 demands = st.dictionaries(st.sampled_from(list(Resource)), st.integers(1, 120), max_size=3)
+weights = st.sampled_from([0.1, 0.5, 1.0, 1.0, 1.4, 8.0])
 
 
 @st.composite
@@ -41,4 +42,4 @@ def tied(drawn: TaskGraph) -> TaskGraph:
 def priced_graphs(draw: st.DrawFn, contended: bool) -> tuple[TaskGraph, list[TaskCost]]:
     drawn = draw(task_graphs())
     durations = draw(st.lists(st.integers(0, 1000), min_size=len(drawn.tasks), max_size=len(drawn.tasks)))
-    return drawn, [cost(duration, draw(demands) if contended else None) for duration in durations]
+    return drawn, [cost(duration, draw(demands), draw(weights)) if contended else cost(duration) for duration in durations]

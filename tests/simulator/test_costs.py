@@ -8,7 +8,7 @@ import pytest
 from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan.plan.graph import TaskGraph, TaskKind
 from slideplan.plan.lowering import lower
-from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LayerShape, RatePoint, Spread
+from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.quantities import MIB
 from slideplan.plan.slots import LOSS_CHUNK_BYTES, PRODUCT_BYTES, Footprint
@@ -58,10 +58,11 @@ class TestCopiesAndUpdates:
                     assert cost.demand == dict.fromkeys((Resource.PCIE, Resource.HOST_DRAM), size * 10**9 // cost.duration_ns)
                 case "host_update":
                     assert cost == TaskCost(
-                        duration_ns=-(-size // 30), demand={Resource.HOST_DRAM: 30 * GB_PER_S}, source="measured"
-                    )
+                        duration_ns=-(-size // 30), demand={Resource.HOST_DRAM: 30 * GB_PER_S}, source="measured",
+                        uncertainty_percent=1.0,
+                    )  # fmt: skip
                 case "gpu_update":
-                    assert cost == TaskCost(duration_ns=-(-size // 800), demand={}, source="measured")
+                    assert cost == TaskCost(duration_ns=-(-size // 800), demand={}, source="measured", uncertainty_percent=1.0)
                 case "compute":
                     assert cost.demand == {}
                     assert cost.source == "derived"
@@ -98,7 +99,7 @@ class TestCopiesAndUpdates:
     def test_a_datasheet_measures_nothing(self) -> None:
         model, machine = tiny_model(), tiny_machine()
         machine = msgspec.structs.replace(machine, provenance=msgspec.structs.replace(machine.provenance, source="datasheet"))
-        assert {cost.source for cost in price(lowered(model), model, 2, 32, machine)} == {"derived"}
+        assert {cost.source for cost in price(lowered(model), model, 2, 32, machine)} == {"datasheet"}
 
     def test_capacities(self) -> None:
         assert capacities(tiny_machine()) == {Resource.PCIE: 16 * GB_PER_S, Resource.HOST_DRAM: 40 * GB_PER_S}
@@ -114,7 +115,9 @@ class TestCompute:
         named = costs_by_name(graph, price(graph, model, 2, 32, machine))
         layers = [c for t, c in zip(graph.tasks, named.values(), strict=True) if t.kind is TaskKind.FORWARD and t.unit > 0]
         assert layers
-        assert set(map(repr, layers)) == {repr(TaskCost(duration_ns=12_345, demand={}, source="measured"))}
+        spread_percent = 100 / 12_345  # half of p10 to p90, one nanosecond either way
+        assert {(cost.duration_ns, cost.source) for cost in layers} == {(12_345, "measured")}
+        assert all(cost.uncertainty_percent == pytest.approx(1 + spread_percent) for cost in layers)
 
     def test_another_model_of_the_same_shape_shares_it_and_another_shape_does_not(self) -> None:
         machine = tiny_machine(costs=(measured(tiny_model(layers=9, name="deep"), TaskKind.FORWARD, 2, 32, 12_345),))
@@ -130,7 +133,7 @@ class TestCompute:
         graph = lowered(model)
         number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.BACKWARD_RECOMPUTE)
         found = [price(graph, model, 8, seq_len, machine)[number] for seq_len in (126, 127, 128, 129, 130)]
-        assert [cost.source for cost in found] == ["scaled", "scaled", "measured", "scaled", "scaled"]
+        assert [cost.source for cost in found] == ["interpolated"] * 2 + ["measured"] + ["interpolated"] * 2
         durations = [cost.duration_ns for cost in found]
         assert durations[2] == anchor
         assert durations == sorted(durations)
@@ -145,9 +148,40 @@ class TestCompute:
         number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.FORWARD and t.unit > 0)
         rates = machine.efficiency
         here, there = (compute_ns(model, UnitRole.LAYER, TaskKind.FORWARD, micro, 32, rates) for micro in (2, 4))
-        assert price(graph, model, 2, 32, machine)[number] == TaskCost(
-            duration_ns=10**6 * here // there, demand={}, source="scaled"
-        )
+        machine = tiny_machine(costs=(near,))
+        found = price(graph, model, 2, 32, machine)[number]
+        assert (found.duration_ns, found.source) == (10**6 * here // there, "interpolated")
+        assert found.uncertainty_percent > 10
+
+    @pytest.mark.parametrize(
+        "micro_batch, expected",
+        [
+            (1, 400),  # 100 a sequence, and 300 besides
+            (3, 600),  # half way
+            (6, 1000),  # of 4 and 8
+            (8, 1300),
+            (16, 2500),
+        ],
+    )
+    def test_between_micro_batches_and_beyond_them_cost_is_a_line(self, micro_batch: int, expected: int) -> None:
+        model = tiny_model()
+        points = ((2, 500), (4, 700), (8, 1300))
+        costs = tuple(measured(model, TaskKind.FORWARD, micro, 32, 1000 * ns) for micro, ns in points)
+        machine = tiny_machine(costs=(*costs, measured(model, TaskKind.FORWARD, micro_batch, 64, 10**9)))
+        graph = lowered(model)
+        number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.FORWARD and t.unit > 0)
+        found = price(graph, model, micro_batch, 32, machine)[number]
+        assert found.duration_ns == 1000 * expected
+        assert found.source == ("measured" if micro_batch == 8 else "interpolated")
+
+    def test_what_was_not_measured_takes_no_less_than_its_launch(self) -> None:
+        model = tiny_model()
+        launch = LaunchCost(kind=TaskKind.FORWARD, role=UnitRole.LAYER, duration_ns=Spread.exact(10**9))
+        graph = lowered(model)
+        number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.FORWARD and t.unit > 0)
+        assert price(graph, model, 2, 32, tiny_machine(launches=(launch,)))[number].duration_ns == 10**9
+        exact = measured(model, TaskKind.FORWARD, 2, 32, 5_000)  # a launch that hid it is in the measurement
+        assert price(graph, model, 2, 32, tiny_machine(launches=(launch,), costs=(exact,)))[number].duration_ns == 5_000
 
     def test_an_8b_layer_costs_about_what_was_measured(self) -> None:
         """Eager layer, 16 x 1024 tokens, one H100: forward 13.5 ms, forward and backward 42.7 ms."""

@@ -79,11 +79,12 @@ class TestPredict:
         assert found.record.peak_bytes == memory.peak_bytes()
         assert set(found.record.peak_bytes) == {Tier.GPU, Tier.HOST}
         assert sum(found.critical_ns.values()) == found.record.step_ns
+        assert 0 < found.step_uncertainty_percent <= 45
         assert found.cost_sources == {
             "load_weights": "measured",
             "forward": "derived",  # the layers' was measured, the embedding's was not
             "loss": "derived",
-            "backward_recompute": "scaled",
+            "backward_recompute": "interpolated",
             "backward": "derived",
             "offload_gradient": "measured",
             "update_host": "measured",

@@ -5,9 +5,9 @@ for each of them random policies from all that fits, beside the one that the pla
 step; then executes each in a process of its own with random weights, and compares. Predictions are made before
 the first run and nothing is fitted on the runs.
 
-    python benchmarks/campaign.py -o runs/validation --budget-s 570          # profile, draw, the first runs
-    python benchmarks/campaign.py --resume runs/validation --budget-s 570    # go on, as often as runs are left
-    python benchmarks/campaign.py --report runs/validation                   # the report again, from the folder
+    python benchmarks/campaign.py -o runs/validation --budget-s 570 --name h100    # profile, draw, the first runs
+    python benchmarks/campaign.py --resume runs/validation --budget-s 570         # go on, as often as runs are left
+    python benchmarks/campaign.py --report runs/validation                        # the report again, from the folder
 
 (with the package installed, or PYTHONPATH=. in front). The defaults are three model shapes of 1.5B, 3B and 8B, ten
 configurations, three runs of each: thirty runs in about twenty-five minutes on an H100 with 125 GiB of RAM. A call

@@ -50,15 +50,13 @@ def _errors(path: Path, validation: Validation) -> None:
         f"worst {step.worst:+.1%}",
         loc="left",
     )
-    axis.legend(
-        handles=[
-            Line2D([], [], color="#cfdde9", linewidth=9, label=f"within {MEAN_PERCENT} %"),
-            Line2D([], [], color="#e8eef4", linewidth=9, label=f"within {BAND_PERCENT} %"),
-            Line2D([], [], color=COLOURS[1], linestyle="--", label="signed mean"),
-        ],
-        frameon=False, loc="upper right",
-    )  # fmt: skip
-    _save(figure, path)
+    handles = [
+        Line2D([], [], color="#cfdde9", linewidth=9, label=f"within {MEAN_PERCENT} %"),
+        Line2D([], [], color="#e8eef4", linewidth=9, label=f"within {BAND_PERCENT} %"),
+        Line2D([], [], color=COLOURS[1], linestyle="--", label="signed mean"),
+    ]
+    figure.legend(handles=handles, frameon=False, loc="lower center", ncols=len(handles))
+    _save(figure, path, bottom_inches=0.35)
 
 
 def _scatter(path: Path, validation: Validation) -> None:
@@ -69,7 +67,9 @@ def _scatter(path: Path, validation: Validation) -> None:
         2, 1, sharex=True, figsize=(WIDTH_INCHES, 9), gridspec_kw={"height_ratios": (2.2, 1)}
     )
     seconds = [value / 1e9 for run in runs for value in (run.step.predicted, run.step.measured)]
-    low, high = min(seconds) / 1.25, max(seconds) * 1.25
+    # At least a decade, so that there are ticks to label.
+    middle, reach = (min(seconds) * max(seconds)) ** 0.5, max(3.2, 1.25 * (max(seconds) / min(seconds)) ** 0.5)
+    low, high = middle / reach, middle * reach
     band = BAND_PERCENT / 100
     above.fill_between(
         [low, high], [low * (1 - band), high * (1 - band)], [low * (1 + band), high * (1 + band)], color="#e8eef4"

@@ -10,8 +10,8 @@ from slideplan.simulator.resources import Resource
 
 # Work left is counted in 2^-40 ns of a flow's time alone, so that sums over many changes of speed stay
 # exact integers. Speeds are rounded up to this grid: ten minutes of work then end within a nanosecond.
-_FRACTION_BITS = 40
-_ONE = 1 << _FRACTION_BITS
+FRACTION_BITS = 40
+_ONE = 1 << FRACTION_BITS
 
 
 def fair_speeds(demands: Sequence[Mapping[Resource, int]], capacities: Mapping[Resource, int]) -> list[float]:
@@ -42,13 +42,37 @@ def fair_speeds(demands: Sequence[Mapping[Resource, int]], capacities: Mapping[R
     return speeds
 
 
+class Speeds:
+    """Speeds of flows that run together, in units of 2^-FRACTION_BITS, whatever their order.
+
+    `demands` lists all demands that flows may have; a flow names its own by number. A demand beyond
+    a capacity counts as that capacity: a flow alone runs at full speed, whatever the profile claims.
+    """
+
+    def __init__(self, demands: Sequence[Mapping[Resource, int]], capacities: Mapping[Resource, int]) -> None:
+        self._demands = [{r: min(rate, capacities[r]) for r, rate in demand.items()} for demand in demands]
+        self._capacities = capacities
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def of(self, flows: tuple[int, ...]) -> list[int]:
+        """One speed for each flow, given by the number of its demand."""
+        speeds = self._known.get(flows)
+        if speeds is None:
+            # Sorted, so that sums of floats do not depend on who came first; equal demands have equal speeds.
+            order = sorted(flows)
+            fair = fair_speeds([self._demands[demand] for demand in order], self._capacities)
+            speed_of = {demand: -int(-speed * _ONE // 1) for demand, speed in zip(order, fair, strict=True)}
+            speeds = self._known[flows] = [speed_of[demand] for demand in flows]
+        return speeds
+
+
 class _Flow:
     """A task in the pool. `left` in units of 2^-40 ns alone, `speed` in units of 2^-40."""
 
     __slots__ = ("demand", "done", "end_ns", "left", "speed")
 
     def __init__(self, duration_ns: int, demand: int, done: Event) -> None:
-        self.left = duration_ns << _FRACTION_BITS
+        self.left = duration_ns << FRACTION_BITS
         self.demand = demand
         self.done = done
         self.speed = 0
@@ -56,20 +80,14 @@ class _Flow:
 
 
 class FluidPool:
-    """Flows that share `capacities` (bytes/s) on an environment whose clock counts nanoseconds.
-
-    `demands` lists all demands that flows may have; a flow names its own by number. A demand beyond
-    a capacity counts as that capacity: a flow alone runs at full speed, whatever the profile claims.
-    """
+    """Flows that share `capacities` (bytes/s) on an environment whose clock counts nanoseconds. `demands` as in `Speeds`."""
 
     def __init__(self, env: Environment, demands: Sequence[Mapping[Resource, int]], capacities: Mapping[Resource, int]) -> None:
         self._env = env
-        self._capacities = capacities
-        self._demands = [{r: min(rate, capacities[r]) for r, rate in demand.items()} for demand in demands]
+        self._speeds = Speeds(demands, capacities)
         self._flows: list[_Flow] = []
         self._since = 0  # when progress was last accounted
         self._timer: Event | None = None
-        self._speeds: dict[tuple[int, ...], list[int]] = {}
 
     def start(self, duration_ns: int, demand: int) -> Event:
         """Begin a flow of `duration_ns` alone; the event fires at its end, rounded up to a nanosecond."""
@@ -93,11 +111,7 @@ class FluidPool:
         if not flows:
             self._timer = None
             return
-        key = tuple([flow.demand for flow in flows])
-        speeds = self._speeds.get(key)
-        if speeds is None:
-            fair = fair_speeds([self._demands[demand] for demand in key], self._capacities)
-            speeds = self._speeds[key] = [-int(-speed * _ONE // 1) for speed in fair]
+        speeds = self._speeds.of(tuple([flow.demand for flow in flows]))
         now = self._since
         for flow, speed in zip(flows, speeds, strict=True):
             flow.speed = speed

@@ -15,7 +15,7 @@ from slideplan.plan.validate import validate
 class Prediction(Spec, frozen=True):
     """What the simulator says of a steady step.
 
-    lower_bound_ns: no schedule of this policy is faster (busiest lane)
+    lower_bound_ns: no steady step of this policy is faster (busiest lane or shared resource, slowest carried cycle)
     critical_ns:    time on the critical path by what holds it: a lane's tasks
     cost_sources:   where the cost of each kind of task comes from, kind -> "measured" or "derived"
     """

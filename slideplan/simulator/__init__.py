@@ -1,6 +1,6 @@
 """Prices a task graph on a machine profile and runs it as a discrete-event simulation with contention."""
 
-from slideplan.simulator.analysis import critical_path, lower_bound
+from slideplan.simulator.analysis import carried_cycle, critical_path, lower_bound, resource_time
 from slideplan.simulator.costs import TaskCost, price
 from slideplan.simulator.engine import DeadlockError, simulate, trace
 from slideplan.simulator.fluid import fair_speeds
@@ -13,12 +13,14 @@ __all__ = [
     "Resource",
     "TaskCost",
     "capacities",
+    "carried_cycle",
     "critical_path",
     "fair_speeds",
     "footprint",
     "lower_bound",
     "predict",
     "price",
+    "resource_time",
     "simulate",
     "trace",
 ]

@@ -12,7 +12,7 @@ from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.lowering import lower
 from slideplan.plan.replay import replay, unroll
 from slideplan.plan.slots import Footprint
-from slideplan.simulator import DeadlockError, Resource, capacities, lower_bound, price, simulate, trace
+from slideplan.simulator import DeadlockError, Resource, capacities, carried_cycle, lower_bound, price, simulate, trace
 from slideplan.simulator.reference import SimPyEngine
 
 COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
@@ -240,7 +240,8 @@ def test_lowered_graphs_settle_above_their_bounds(knobs: dict) -> None:
     costs = price(lowered, model, 2, workload.seq_len, machine)
     step_ns, spans = simulate(lowered, costs, capacities(machine))
     free_ns, _ = replay(lowered, [each.duration_ns for each in costs])
-    assert step_ns >= free_ns >= lower_bound(lowered, costs)
+    assert step_ns >= free_ns >= carried_cycle(lowered, [each.duration_ns for each in costs])
+    assert step_ns >= lower_bound(lowered, costs, capacities(machine))
     # Steady: one lane's tasks follow each other, and the next step's first comes after this step's last.
     for queue in lowered.lanes.values():
         ends = [spans[number].end_ns for number in queue]

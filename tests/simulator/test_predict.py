@@ -28,7 +28,7 @@ class TestCriticalPath:
         costs = [cost(30), cost(50), cost(30), cost(50)]
         hidden = graph((H2D, (), ()), (COMPUTE, (0,), ()), (H2D, (), (3,)), (COMPUTE, (2,), ()))
         step_ns, spans = simulate(hidden, costs, {})
-        assert step_ns == lower_bound(hidden, costs) == 100
+        assert step_ns == lower_bound(hidden, costs, {}) == 100
         assert critical_path(hidden, step_ns, spans) == {"compute": 100}
 
     def test_a_task_that_began_before_the_step_counts_from_its_opening(self) -> None:

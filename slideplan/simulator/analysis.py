@@ -62,8 +62,7 @@ def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int]) -> int:
             start = 0
             for other, distance in edges:
                 known = last[other] if distance else ends[other]
-                if known > start:
-                    start = known
+                start = max(start, known)
             ends.append(start + duration)
         shift = ends[0] - last[0]
         if len(unrolled) > 1 and all(now - then == shift for now, then in zip(ends, last, strict=True)):

@@ -17,7 +17,8 @@ from slideplan.plan.quantities import GIB, KIB, MIB
 from slideplan.plan.replay import replay
 from slideplan.plan.validate import validate
 from slideplan.planner.bounds import BoundModel, durations
-from slideplan.planner.search import Searcher, search
+from slideplan.planner.search import Found, certificate, fastest, search
+from slideplan.planner.searcher import Budget, Searcher
 from slideplan.planner.shortfall import DoesNotFit
 from slideplan.planner.space import Candidate, SearchOptions, SpaceBuilder, evenly
 from slideplan.simulator import predict, price
@@ -101,13 +102,15 @@ def test_search_agrees_with_brute_force(link: int, optimizer: int) -> None:
     assert space.offloads
     assert 20 < len(space.fitting) < 1000
     searcher = Searcher(space_of, at)
-    searcher.explore(space.fitting, PLENTY, PLENTY)
-    assert searcher.best is not None
-    assert searcher.best.step_ns == min(predicted_ns(space_of, at, candidate) for candidate in space.fitting)
-    record = searcher.record(space)
-    assert (record.unpriced, record.bound_ns) == (0, searcher.best.step_ns)
+    best = searcher.fastest(searcher.number(space.fitting), Budget(PLENTY, PLENTY))
+    assert best is not None
+    assert best.step_ns == min(predicted_ns(space_of, at, candidate) for candidate in space.fitting)
+    record = certificate([(searcher, space)], Found(searcher, space, best))
+    assert (record.unpriced, record.bound_ns) == (0, best.step_ns)
     assert record.pruned_by_bound > 0
-    assert searcher.run(space).step_ns <= searcher.best.step_ns  # around the best there may be better
+    around = fastest(searcher, space)
+    assert around is not None
+    assert around.step_ns <= best.step_ns  # around the best there may be better
 
 
 def test_declines_to_offload_what_fits() -> None:

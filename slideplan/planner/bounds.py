@@ -187,17 +187,58 @@ class BoundModel:
                 first = self._updates(hosted, 1)
                 yield self._cycle(candidate, hosted[every - 1], all_updates - late, hosted[deferred])
                 yield self._cycle(candidate, hosted[every - 1], all_updates - late + first, hosted[0])
+        yield from self._slot_cycles(candidate, compute_ns)
+        yield from self._window_cycles(candidate)
         # A unit's own update on the GPU stands between its backward and its next forward.
         unit = 0 if candidate.embedding_on_gpu else 1
         if candidate.state_on_gpu(self.model, unit):
             update = self._unit_time(TaskKind.UPDATE_GPU, unit)
             yield self._forward(candidate, unit) + self._loss(candidate) + self._backward(candidate, unit) + update
 
+    def _slot_cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
+        """Cycles through shared gradient slots, of which a layer takes the one that is free for longest.
+
+        With one slot on the GPU, every gradient leaves before the next layer's backward begins. And the
+        layer number k that the host updates, in order of arrival, leaves when the update of number k - slots
+        has freed its host slot; until then the backward that needs the GPU slot cannot begin.
+        """
+        layers, hosted = self.model.layers, self.model.layers - candidate.state_layers
+        offload, update = (self._time(kind, UnitRole.LAYER) for kind in (TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST))
+        if candidate.gradient_slots == 1:
+            on_gpu = max(0, candidate.state_layers - 1)
+            leave = (layers - 1 - on_gpu) * offload + on_gpu * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
+            yield compute_ns + leave
+        slots = candidate.host_gradient_slots
+        for number in (slots, min(hosted - 1, layers - 1 - candidate.gradient_slots)):
+            waiting = layers - number - candidate.gradient_slots  # the layer whose backward needs the GPU slot
+            if slots <= number < hosted and waiting >= 1:
+                rest = self._backward(candidate, 0) - self._backward(candidate, waiting + 1)
+                top = self._forward(candidate, 0) + self._loss(candidate) + self._backward(candidate, layers)
+                yield top + 2 * offload + (number - slots + 1) * update + rest
+
+    def _window_cycles(self, candidate: Candidate) -> Iterator[int]:
+        """Through the window: a load waits until the unit that held its slot is done, and later loads for it."""
+        layers, first = self.model.layers, candidate.weight_layers + 1  # of those that stream
+        waiting = layers - candidate.weight_layers - candidate.window  # loads of one pass that wait for a slot
+        if candidate.window and waiting > 0:
+            loads = waiting * self._time(TaskKind.LOAD_WEIGHTS, UnitRole.LAYER)
+            forward, backward = self._forward(candidate, 0), self._backward(candidate, 0)
+            until_first = forward - self._forward(candidate, first + 1)
+            from_first = backward - self._backward(candidate, first + 1)
+            yield until_first + loads + self._forward(candidate, layers) + self._loss(candidate) + backward
+            yield forward + self._loss(candidate) + self._backward(candidate, layers) + loads + from_first
+
     def _cycle(self, candidate: Candidate, first: int, updates_ns: int, last: int) -> int:
-        """From the gradient of unit `first` through updates to the load of unit `last`, and back by compute."""
+        """From the gradient of unit `first` through updates to the load of unit `last`, and back by compute.
+
+        Forward loads follow each other in unit order, so the way leads along compute or along loads.
+        """
+        layers = self.model.layers
         offload, load = self._unit_time(TaskKind.OFFLOAD_GRADIENT, first), self._unit_time(TaskKind.LOAD_WEIGHTS, last)
-        compute = self._forward(candidate, last) + self._loss(candidate) + self._backward(candidate, first)
-        return offload + updates_ns + load + compute
+        later = max(0, layers - max(last, candidate.state_layers))  # host-state layers after `last`
+        loads = later * self._time(TaskKind.LOAD_WEIGHTS, UnitRole.LAYER) + self._forward(candidate, layers) if later else 0
+        compute = self._loss(candidate) + self._backward(candidate, first)
+        return offload + updates_ns + load + max(self._forward(candidate, last), loads) + compute
 
     def _updates(self, hosted: _HostUnits, count: int) -> int:
         """Updates of the first `count` host-state units."""

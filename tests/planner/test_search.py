@@ -21,7 +21,7 @@ from slideplan.planner.search import Found, certificate, fastest, search
 from slideplan.planner.searcher import Budget, Searcher
 from slideplan.planner.shortfall import DoesNotFit
 from slideplan.planner.space import Candidate, SearchOptions, SpaceBuilder, evenly
-from slideplan.simulator import predict, price
+from slideplan.simulator import capacities, lower_bound, predict, price
 
 PLENTY = 10**12
 
@@ -86,11 +86,14 @@ def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuil
 
     times = durations(model, candidate.micro_batch, candidate.gradient_dtype, seq_len, at, footprint)
     bounds = BoundModel(model, times)
-    costs = [cost.duration_ns for cost in price(graph, model, candidate.micro_batch, seq_len, at)]
+    priced = price(graph, model, candidate.micro_batch, seq_len, at)
+    costs = [cost.duration_ns for cost in priced]
     counted_lanes = {lane: busy for lane, busy in bounds.lanes(candidate).items() if busy}
     assert counted_lanes == {lane: sum(costs[number] for number in queue) for lane, queue in graph.lanes.items()}
     longest_path, _ = replay(graph, costs)
-    assert bounds.bound(candidate).step_ns <= longest_path <= predicted_ns(space, at, candidate)
+    proven = lower_bound(graph, priced, capacities(at))
+    assert bounds.bound(candidate).step_ns <= max(longest_path, proven)
+    assert proven <= predicted_ns(space, at, candidate)
 
 
 @pytest.mark.parametrize("link, optimizer", [(10**8, 10**10), (10**10, 10**9), (10**9, 10**9)])

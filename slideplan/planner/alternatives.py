@@ -102,17 +102,21 @@ KNOBS: dict[str, Callable[[Candidate], str]] = {
 
 
 def alternatives(searcher: Searcher, best: Sample, machine: MachineProfile) -> tuple[Alternative, ...]:
-    """For each knob the fastest candidate with another value of it, among all candidates known and those around the best."""
+    """For each knob the fastest candidate with another value of it, among all candidates known and those around the best.
+
+    The other gradient type is looked at for that knob alone: it is the user's to choose, not the search's.
+    """
     builder = searcher.builder
     searcher.number(builder.neighbours(best.candidate))
-    other_dtype = builder.other_dtype(best.candidate)
-    if other_dtype is not None:
-        searcher.number([other_dtype])
+    known = range(len(searcher.candidates))
+    retyped = builder.other_dtype(best.candidate)
+    other_type = searcher.number([retyped]) if retyped is not None else []
     closer = 1 - builder.options.tolerance
     found = []
     for knob, value_of in KNOBS.items():
         value = value_of(best.candidate)
-        numbers = [number for number, each in enumerate(searcher.candidates) if value_of(each) != value]
+        among = [*known, *other_type] if knob == "gradient type" else known
+        numbers = [number for number in among if value_of(searcher.candidates[number]) != value]
         other = searcher.fastest(numbers, _side_budget(searcher)) if numbers else None
         if other is None:
             continue

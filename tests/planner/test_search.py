@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -17,7 +22,7 @@ from slideplan.plan.quantities import GIB, KIB, MIB
 from slideplan.plan.replay import replay
 from slideplan.plan.validate import validate
 from slideplan.planner.bounds import BoundModel, durations
-from slideplan.planner.search import Found, certificate, fastest, search
+from slideplan.planner.search import Found, batches_within, certificate, fastest, search
 from slideplan.planner.searcher import Budget, Searcher
 from slideplan.planner.shortfall import DoesNotFit
 from slideplan.planner.space import Candidate, SearchOptions, SpaceBuilder, evenly
@@ -170,6 +175,107 @@ def test_same_inputs_same_bytes() -> None:
     at = machine(gpu_bytes=1200 * KIB)
     first, second = (search(tiny_model(), Workload(seq_len=32, global_batch=4), at) for _ in range(2))
     assert msgspec.json.encode(first) == msgspec.json.encode(second)
+
+
+SAME_PLAN = """
+import sys
+from builders import tiny_model
+from test_search import machine, KIB, Workload, SearchOptions, search
+import msgspec, hashlib
+options = SearchOptions(pareto=True, explain=True, least_host_memory=True)
+plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), machine(gpu_bytes=1200 * KIB), options)
+print(hashlib.sha256(msgspec.json.encode(plan)).hexdigest())
+"""
+
+
+def test_same_inputs_same_bytes_in_another_process() -> None:
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, (tests.parents[1], tests.parent, tests.parent / "simulator", tests)))
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", SAME_PLAN], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert digests[0] == digests[1] != ""
+
+
+# -- objectives, front, alternatives -------------------------------------------------------------
+
+
+def test_least_host_memory_keeps_the_speed_asked_for() -> None:
+    at, workload, model = machine(gpu_bytes=1600 * KIB, optimizer=10**8), Workload(seq_len=32, global_batch=4), tiny_model()
+    fast = search(model, workload, at)
+    assert isinstance(fast, Plan)
+    taken = [fast.prediction.record.peak_bytes[Tier.HOST]]
+    for percent in (99, 80, 50):
+        lean = search(model, workload, at, SearchOptions(least_host_memory=True, at_least_percent=percent))
+        assert isinstance(lean, Plan)
+        assert lean.prediction.record.step_ns <= fast.prediction.record.step_ns * 100 / percent
+        assert lean.search.bound_host_bytes <= lean.prediction.record.peak_bytes[Tier.HOST]
+        taken.append(lean.prediction.record.peak_bytes[Tier.HOST])
+    assert taken == sorted(taken, reverse=True)
+    assert taken[-1] < taken[0]
+
+
+def test_least_host_memory_agrees_with_brute_force() -> None:
+    at = machine(gpu_bytes=1600 * KIB, host_bytes=8 * MIB, link=10**8, optimizer=10**9)
+    space_of = builder(tiny_model(layers=3), at, Workload(seq_len=32, global_batch=2))
+    fitting = space_of.build().fitting
+    searcher = Searcher(space_of, at)
+    numbers = searcher.number(fitting)
+    best = searcher.fastest(numbers, Budget(PLENTY, PLENTY))
+    assert best is not None
+    for slack in (1.02, 1.3, 3.0):
+        lean = searcher.leanest(numbers, Budget(PLENTY, PLENTY), best.step_ns * slack, best)
+        allowed = [n for n in numbers if predicted_ns(space_of, at, searcher.candidates[n]) <= best.step_ns * slack]
+        assert lean.host_bytes == min(map(searcher.host_bytes, allowed))
+
+
+def test_the_best_batch_within_a_number_of_tokens() -> None:
+    at, model = machine(gpu_bytes=1200 * KIB), tiny_model()
+    options = SearchOptions(max_tokens_per_step=32 * 7)
+    plan = search(model, Workload(seq_len=32, global_batch=1), at, options)
+    assert isinstance(plan, Plan)
+    assert plan.search.batches == (7, 6, 4, 3, 1) == batches_within(32, options)
+    rates = {}
+    for batch in plan.search.batches:
+        one = search(model, Workload(seq_len=32, global_batch=batch), at)
+        rates[batch] = one.prediction.record.tokens_per_s if isinstance(one, Plan) else 0.0
+    assert plan.prediction.record.tokens_per_s >= max(rates.values()) * (1 - 2 * options.tolerance)
+    with pytest.raises(ValueError, match="fewer than one sequence of 32"):
+        search(model, Workload(seq_len=32, global_batch=1), at, SearchOptions(max_tokens_per_step=31))
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    at = machine(gpu_bytes=1600 * KIB, link=10**8, optimizer=10**8)
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), at, SearchOptions(pareto=True))
+    assert isinstance(plan, Plan)
+    front = plan.search.front
+    assert 2 <= len(front) <= 12
+    assert front[0].tokens_per_s == pytest.approx(plan.prediction.record.tokens_per_s)
+    assert {Tier.GPU: front[0].gpu_bytes, Tier.HOST: front[0].host_bytes} == plan.prediction.record.peak_bytes
+    for slow in front:
+        for other in front:
+            better = (
+                other.tokens_per_s >= slow.tokens_per_s,
+                other.gpu_bytes <= slow.gpu_bytes,
+                other.host_bytes <= slow.host_bytes,
+            )
+            assert other == slow or not all(better)
+
+
+def test_alternatives_differ_in_their_knob_and_are_no_faster() -> None:
+    at = machine(gpu_bytes=1600 * KIB, link=10**8, optimizer=10**8)
+    options = SearchOptions(explain=True, tolerance=0.0, gradient_dtype="fp32", lowered_tasks=PLENTY, simulated_tasks=PLENTY)
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), at, options)
+    assert isinstance(plan, Plan)
+    assert {"window", "micro-batches", "layers with state on the GPU"} <= {other.knob for other in plan.search.alternatives}
+    for other in plan.search.alternatives:
+        assert other.value != other.other_value
+        assert other.proven
+        assert other.tokens_per_s <= plan.prediction.record.tokens_per_s
 
 
 def test_fixed_knobs_are_kept() -> None:

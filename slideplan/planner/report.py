@@ -62,8 +62,8 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     if pareto:
         _section(out, "Speed against memory", _front_table(answer.search))
         out.print(
-            "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (E embedding, H head), layers\n"
-            "keeping activations, outputs on the host, deferred updates, layer gradient slots GPU/host, their type[/dim]"
+            "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (E embedding, H head),\n"
+            "layers kept, outputs away on the host, deferred updates, layer gradient slots GPU/host, their type[/dim]"
         )
     searched = [("objective", answer.search.objective), ("search", _search(answer))]
     if answer.search.batches:

@@ -22,42 +22,46 @@ def derive(tasks: list[Task], graph: TaskGraph) -> tuple[Task, ...]:
 
     `graph` holds the same tasks without dependencies; it supplies lanes and places in them.
     """
-    last_write: dict[tuple[str, int], int] = {}
-    readers: dict[tuple[str, int], list[int]] = {}
-    counts = {lane: len(queue) for lane, queue in graph.lanes.items()}
-    clocks: dict[int, Clock] = {}
-    lane_clock: dict[Lane, Clock] = {lane: [0] * len(_LANES) for lane in counts}
-    found: list[tuple[Dependency, ...]] = []
+    # Lanes and slots as numbers: this runs for every policy that a search looks at closely.
     total = len(tasks)
+    lane_of = [_LANES[task.lane] for task in tasks]
+    position = graph.lane_position
+    counts = [lane_of.count(lane) for lane in range(len(_LANES))]
+    slots: dict[tuple[str, int], int] = {}
+    accesses = [[(slots.setdefault((a.pool, a.slot), len(slots)), a.mode) for a in task.accesses] for task in tasks]
+    last_write: list[int | None] = [None] * len(slots)
+    readers: list[list[int]] = [[] for _ in slots]
+    clocks: list[Clock] = []
+    lane_clock: list[Clock] = [[0] * len(_LANES) for _ in _LANES]
+    found: list[tuple[Dependency, ...]] = []
     for instance in range(2 * total):
         step, number = divmod(instance, total)
-        task = tasks[number]
         needed: set[int] = set()
-        for access in task.accesses:
-            slot = (access.pool, access.slot)
-            if access.mode != "r":
-                needed.update(readers.get(slot, ()))
-            if slot in last_write and (access.mode != "w" or not readers.get(slot)):
-                needed.add(last_write[slot])
-        clock = lane_clock[task.lane]
+        for slot, mode in accesses[number]:
+            if mode != "r":
+                needed.update(readers[slot])
+            writer = last_write[slot]
+            if writer is not None and (mode != "w" or not readers[slot]):
+                needed.add(writer)
+        own = lane_of[number]
+        clock = lane_clock[own]
         kept = []
         # Latest first: what a later task already waited for need not be waited for again.
         for dependency in sorted(needed, reverse=True):
-            depended = tasks[dependency % total]
-            lane = _LANES[depended.lane]
-            position = dependency // total * counts[depended.lane] + graph.lane_position[dependency % total]
-            if clock[lane] > position:
+            depended_step, depended = divmod(dependency, total)
+            lane = lane_of[depended]
+            if clock[lane] > depended_step * counts[lane] + position[depended]:
                 continue
-            kept.append(Dependency(task=dependency % total, distance=1 if dependency // total < step else 0))
-            merge(clock, clocks[dependency])
+            kept.append(Dependency(task=depended, distance=1 if depended_step < step else 0))
+            clock = list(map(max, clock, clocks[dependency]))
         if step:
             found.append(tuple(sorted(kept, key=lambda d: (-d.distance, d.task))))
-        clock[_LANES[task.lane]] = step * counts[task.lane] + graph.lane_position[number] + 1
-        clocks[instance] = list(clock)
-        for access in task.accesses:
-            slot = (access.pool, access.slot)
-            if access.mode == "r":
-                readers.setdefault(slot, []).append(instance)
+        clock[own] = step * counts[own] + position[number] + 1
+        lane_clock[own] = clock
+        clocks.append(list(clock))
+        for slot, mode in accesses[number]:
+            if mode == "r":
+                readers[slot].append(instance)
             else:
                 last_write[slot] = instance
                 readers[slot] = []

@@ -66,6 +66,11 @@ def slot_capacity(machine: MachineProfile, tier: Tier) -> int:
     return max(0, capacity - fixed - capacity * RESERVE_PERCENT[tier] // 100)
 
 
+def fixed_bytes_of(machine: MachineProfile, tier: Tier) -> int:
+    """Bytes of a tier that are taken whatever the plan."""
+    return _capacity(machine)[tier][1]
+
+
 def _capacity(machine: MachineProfile) -> dict[Tier, tuple[int, int]]:
     """Capacity and fixed use of each tier.
 

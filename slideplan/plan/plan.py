@@ -18,7 +18,7 @@ from slideplan.plan.validate import validate
 class Prediction(Spec, frozen=True):
     """What the simulator says of a steady step.
 
-    lower_bound_ns: no schedule of this policy is faster (busiest lane)
+    lower_bound_ns: no steady step of this policy is faster (busiest lane or shared resource, slowest carried cycle)
     critical_ns:    time on the critical path by what holds it: a lane's tasks
     cost_sources:   where the cost of each kind of task comes from, kind -> "measured", "interpolated",
                     "derived" or "datasheet", the worst of its tasks'
@@ -32,12 +32,43 @@ class Prediction(Spec, frozen=True):
     step_uncertainty_percent: float | None = None
 
 
+class FrontPoint(Spec, frozen=True):
+    """A policy that was simulated and that no other one beats in speed, GPU and host memory at once."""
+
+    tokens_per_s: float
+    global_batch: int
+    gpu_bytes: int
+    host_bytes: int
+    policy: str  # in words
+
+
+class Alternative(Spec, frozen=True):
+    """The best policy found that sets one knob to another value, all other knobs searched again.
+
+    tokens_per_s, gpu_bytes, host_bytes: of that policy. proven: none considered with another value is faster
+    """
+
+    knob: str
+    value: str
+    other_value: str
+    tokens_per_s: float
+    gpu_bytes: int
+    host_bytes: int
+    proven: bool
+
+
 class SearchRecord(Spec, frozen=True):
     """How the policy was found: counts of policies considered, dropped unpriced, and simulated.
 
     pruned_by_bound: cannot beat the plan by more than the search's tolerance
     unpriced:        might have, but the search's budget was spent
-    bound_ns:        no policy considered has a shorter step than this
+    bound_ns:        no policy considered has a shorter step than this, at the plan's global batch
+    objective:       what was sought, in words
+    slowest_ns:      the longest step allowed where memory was sought, 0 where speed was
+    bound_host_bytes: no policy considered with such a step takes less host memory; 0 where speed was sought
+    batches:         global batches considered
+    front:           what can be had for less memory, fastest first
+    alternatives:    what the next-best value of each knob would cost
     """
 
     candidates: int
@@ -46,6 +77,12 @@ class SearchRecord(Spec, frozen=True):
     simulated: int
     unpriced: int = 0
     bound_ns: int = 0
+    objective: str = "tokens/s"
+    slowest_ns: int = 0
+    bound_host_bytes: int = 0
+    batches: tuple[int, ...] = ()
+    front: tuple[FrontPoint, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
 
 
 class MachineReference(Spec, frozen=True):

@@ -1,9 +1,9 @@
 """A lower bound on the step time of a candidate, from the time each kind of task takes, without a task graph.
 
-Two things bound a step. A lane cannot be busy for longer than the step. And a cycle of dependencies that
-leads from a task to the same task of the next step must be walked once a step: a unit's backward, its
-gradient's way to the host, the updates from there on to some other unit's, that unit's load, and the
-compute from its forward back to the first unit's backward.
+Three things bound a step. A lane cannot be busy for longer than the step. A shared resource gives no more
+than its capacity. And a cycle of dependencies that leads from a task to the same task of the next step must
+be walked once a step: a unit's backward, its gradient's way to the host, the updates from there on to some
+other unit's, that unit's load, and the compute from its forward back to the first unit's backward.
 """
 
 from __future__ import annotations
@@ -13,24 +13,37 @@ from collections.abc import Iterator
 import msgspec
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import Lane, TaskKind
+from slideplan.plan.graph import LANE_OF, Lane, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Workload
 from slideplan.plan.slots import Footprint
 from slideplan.planner.space import Candidate, GradientDtype
-from slideplan.simulator import price
+from slideplan.simulator import Resource, capacities, price, resource_time
 
 LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one
 
-Durations = dict[tuple[TaskKind, UnitRole], int]
+Kind = tuple[TaskKind, UnitRole]
+
+
+class Durations(Spec, frozen=True):
+    """What each kind of task on each role of unit takes, alone on an idle machine; the least of several.
+
+    time_ns:    duration
+    work:       what it takes of each shared resource, in bytes/s x ns
+    capacities: bytes/s that each resource offers
+    """
+
+    time_ns: dict[Kind, int]
+    work: dict[Kind, dict[Resource, int]]
+    capacities: dict[Resource, int]
 
 
 def durations(
     model: ModelSpec, micro_batch: int, dtype: GradientDtype, seq_len: int, machine: MachineProfile, footprint: Footprint
 ) -> Durations:
-    """Nanoseconds of each kind of task on each role of unit, alone on an idle machine; the least of several."""
+    """Prices of all kinds of task at one micro-batch size and gradient type."""
     short = msgspec.structs.replace(model, layers=LAYERS_PRICED)
     streamed = Candidate(
         micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, window=2, prefetch_depth=1,
@@ -41,12 +54,15 @@ def durations(
         weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED,
     )  # fmt: skip
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
-    found: Durations = {}
+    offered = capacities(machine)
+    found = Durations({}, {}, offered)
     for candidate in (streamed, resident):
         graph = lower(short, candidate.policy(short), workload, footprint)
         for task, cost in zip(graph.tasks, price(graph, short, micro_batch, seq_len, machine), strict=True):
             key = task.kind, short.role(task.unit)
-            found[key] = min(found.get(key, cost.duration_ns), cost.duration_ns)
+            if cost.duration_ns <= found.time_ns.get(key, cost.duration_ns):
+                found.time_ns[key] = cost.duration_ns
+                found.work[key] = {r: min(rate, offered[r]) * cost.duration_ns for r, rate in cost.demand.items()}
     return found
 
 
@@ -64,6 +80,9 @@ class Bound(Spec, frozen=True):
         longest path, give or take as much.
         """
         return self.step_ns + self.other_ns // 32
+
+
+_LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
 
 
 class _HostUnits:
@@ -97,32 +116,62 @@ class BoundModel:
         self._times = times
 
     def bound(self, candidate: Candidate) -> Bound:
-        lanes = self.lanes(candidate)
+        counts = self._counts(candidate)
+        lanes = self._busy(counts)
         busiest = max(lanes.values())
-        return Bound(
-            step_ns=max(busiest, *self._cycles(candidate, lanes[Lane.COMPUTE])), other_ns=sum(lanes.values()) - busiest
-        )
+        step_ns = max(busiest, self._resources(counts), *self._cycles(candidate, lanes[Lane.COMPUTE]))
+        return Bound(step_ns=step_ns, other_ns=sum(lanes.values()) - busiest)
 
     def lanes(self, candidate: Candidate) -> dict[Lane, int]:
         """Busy time of each lane in one step. Nanoseconds."""
-        layers, micros = self.model.layers, candidate.micro_batches
-        ends = (UnitRole.EMBEDDING, candidate.embedding_on_gpu), (UnitRole.HEAD, candidate.head_on_gpu)
-        host = {UnitRole.LAYER: layers - candidate.state_layers} | {role: int(not on_gpu) for role, on_gpu in ends}
-        on_gpu = {UnitRole.LAYER: candidate.state_layers} | {role: int(on_gpu) for role, on_gpu in ends}
+        return self._busy(self._counts(candidate))
+
+    def _busy(self, counts: dict[Kind, int]) -> dict[Lane, int]:
+        busy = dict.fromkeys(_LANES, 0)
+        for kind, count in counts.items():
+            busy[LANE_OF[kind[0]]] += count * self._times.time_ns[kind]
+        return busy
+
+    def _resources(self, counts: dict[Kind, int]) -> int:
+        """How long the busiest shared resource takes for what the step needs of it. Nanoseconds."""
+        work = dict.fromkeys(self._times.capacities, 0)
+        for kind, count in counts.items():
+            for resource, amount in self._times.work[kind].items():
+                work[resource] += count * amount
+        return resource_time(work, self._times.capacities)
+
+    def _counts(self, candidate: Candidate) -> dict[Kind, int]:
+        """How many tasks of each kind a step has."""
+        layers, micros, kept = self.model.layers, candidate.micro_batches, candidate.kept_layers
         streaming = layers - candidate.weight_layers
-        # A streaming layer is loaded for forward and for backward, but for those still in the window at
-        # the turn-around; any other unit that the host updates is loaded once.
-        loads = dict(host)
-        loads[UnitRole.LAYER] += streaming - min(candidate.window, streaming)
+        hosted = layers - candidate.state_layers
+        embedding, head = int(not candidate.embedding_on_gpu), int(not candidate.head_on_gpu)
         moved = candidate.offloaded_outputs * micros
-        fetched = moved * self._time(TaskKind.FETCH_BOUNDARY, UnitRole.LAYER)
-        offloaded = moved * self._time(TaskKind.OFFLOAD_BOUNDARY, UnitRole.LAYER)
         return {
-            Lane.COMPUTE: self._forward(candidate, 0) + self._loss(candidate) + self._backward(candidate, 0),
-            Lane.H2D: self._total(TaskKind.LOAD_WEIGHTS, loads) + fetched,
-            Lane.D2H: self._total(TaskKind.OFFLOAD_GRADIENT, host) + offloaded,
-            Lane.HOST_UPDATE: self._total(TaskKind.UPDATE_HOST, host),
-            Lane.GPU_UPDATE: self._total(TaskKind.UPDATE_GPU, on_gpu),
+            (TaskKind.FORWARD, UnitRole.EMBEDDING): micros,
+            (TaskKind.FORWARD, UnitRole.LAYER): micros * (layers - kept),
+            (TaskKind.FORWARD_KEEP, UnitRole.LAYER): micros * kept,
+            (TaskKind.LOSS, UnitRole.HEAD): micros,
+            (TaskKind.BACKWARD, UnitRole.LAYER): micros * kept,
+            (TaskKind.BACKWARD_RECOMPUTE, UnitRole.LAYER): micros * (layers - kept),
+            (TaskKind.BACKWARD, UnitRole.EMBEDDING): micros,
+            # A streaming layer is loaded for forward and for backward, but for those still in the window at
+            # the turn-around; any other unit that the host updates is loaded once.
+            (TaskKind.LOAD_WEIGHTS, UnitRole.LAYER): hosted + streaming - min(candidate.window, streaming),
+            (TaskKind.LOAD_WEIGHTS, UnitRole.EMBEDDING): embedding,
+            (TaskKind.LOAD_WEIGHTS, UnitRole.HEAD): head,
+            (TaskKind.OFFLOAD_GRADIENT, UnitRole.LAYER): hosted,
+            (TaskKind.OFFLOAD_GRADIENT, UnitRole.EMBEDDING): embedding,
+            (TaskKind.OFFLOAD_GRADIENT, UnitRole.HEAD): head,
+            (TaskKind.UPDATE_HOST, UnitRole.LAYER): hosted,
+            (TaskKind.UPDATE_HOST, UnitRole.EMBEDDING): embedding,
+            (TaskKind.UPDATE_HOST, UnitRole.HEAD): head,
+            (TaskKind.UPDATE_GPU, UnitRole.LAYER): layers - hosted,
+            (TaskKind.UPDATE_GPU, UnitRole.EMBEDDING): 1 - embedding,
+            (TaskKind.UPDATE_GPU, UnitRole.HEAD): 1 - head,
+            # What leaves is the embedding's output and the layers', all of one size.
+            (TaskKind.OFFLOAD_BOUNDARY, UnitRole.LAYER): moved,
+            (TaskKind.FETCH_BOUNDARY, UnitRole.LAYER): moved,
         }
 
     def _cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
@@ -138,17 +187,58 @@ class BoundModel:
                 first = self._updates(hosted, 1)
                 yield self._cycle(candidate, hosted[every - 1], all_updates - late, hosted[deferred])
                 yield self._cycle(candidate, hosted[every - 1], all_updates - late + first, hosted[0])
+        yield from self._slot_cycles(candidate, compute_ns)
+        yield from self._window_cycles(candidate)
         # A unit's own update on the GPU stands between its backward and its next forward.
         unit = 0 if candidate.embedding_on_gpu else 1
         if candidate.state_on_gpu(self.model, unit):
             update = self._unit_time(TaskKind.UPDATE_GPU, unit)
             yield self._forward(candidate, unit) + self._loss(candidate) + self._backward(candidate, unit) + update
 
+    def _slot_cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
+        """Cycles through shared gradient slots, of which a layer takes the one that is free for longest.
+
+        With one slot on the GPU, every gradient leaves before the next layer's backward begins. And the
+        layer number k that the host updates, in order of arrival, leaves when the update of number k - slots
+        has freed its host slot; until then the backward that needs the GPU slot cannot begin.
+        """
+        layers, hosted = self.model.layers, self.model.layers - candidate.state_layers
+        offload, update = (self._time(kind, UnitRole.LAYER) for kind in (TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST))
+        if candidate.gradient_slots == 1:
+            on_gpu = max(0, candidate.state_layers - 1)
+            leave = (layers - 1 - on_gpu) * offload + on_gpu * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
+            yield compute_ns + leave
+        slots = candidate.host_gradient_slots
+        for number in (slots, min(hosted - 1, layers - 1 - candidate.gradient_slots)):
+            waiting = layers - number - candidate.gradient_slots  # the layer whose backward needs the GPU slot
+            if slots <= number < hosted and waiting >= 1:
+                rest = self._backward(candidate, 0) - self._backward(candidate, waiting + 1)
+                top = self._forward(candidate, 0) + self._loss(candidate) + self._backward(candidate, layers)
+                yield top + 2 * offload + (number - slots + 1) * update + rest
+
+    def _window_cycles(self, candidate: Candidate) -> Iterator[int]:
+        """Through the window: a load waits until the unit that held its slot is done, and later loads for it."""
+        layers, first = self.model.layers, candidate.weight_layers + 1  # of those that stream
+        waiting = layers - candidate.weight_layers - candidate.window  # loads of one pass that wait for a slot
+        if candidate.window and waiting > 0:
+            loads = waiting * self._time(TaskKind.LOAD_WEIGHTS, UnitRole.LAYER)
+            forward, backward = self._forward(candidate, 0), self._backward(candidate, 0)
+            until_first = forward - self._forward(candidate, first + 1)
+            from_first = backward - self._backward(candidate, first + 1)
+            yield until_first + loads + self._forward(candidate, layers) + self._loss(candidate) + backward
+            yield forward + self._loss(candidate) + self._backward(candidate, layers) + loads + from_first
+
     def _cycle(self, candidate: Candidate, first: int, updates_ns: int, last: int) -> int:
-        """From the gradient of unit `first` through updates to the load of unit `last`, and back by compute."""
+        """From the gradient of unit `first` through updates to the load of unit `last`, and back by compute.
+
+        Forward loads follow each other in unit order, so the way leads along compute or along loads.
+        """
+        layers = self.model.layers
         offload, load = self._unit_time(TaskKind.OFFLOAD_GRADIENT, first), self._unit_time(TaskKind.LOAD_WEIGHTS, last)
-        compute = self._forward(candidate, last) + self._loss(candidate) + self._backward(candidate, first)
-        return offload + updates_ns + load + compute
+        later = max(0, layers - max(last, candidate.state_layers))  # host-state layers after `last`
+        loads = later * self._time(TaskKind.LOAD_WEIGHTS, UnitRole.LAYER) + self._forward(candidate, layers) if later else 0
+        compute = self._loss(candidate) + self._backward(candidate, first)
+        return offload + updates_ns + load + max(self._forward(candidate, last), loads) + compute
 
     def _updates(self, hosted: _HostUnits, count: int) -> int:
         """Updates of the first `count` host-state units."""
@@ -176,11 +266,8 @@ class BoundModel:
     def _loss(self, candidate: Candidate) -> int:
         return candidate.micro_batches * self._time(TaskKind.LOSS, UnitRole.HEAD)
 
-    def _total(self, kind: TaskKind, counts: dict[UnitRole, int]) -> int:
-        return sum(count * self._time(kind, role) for role, count in counts.items())
-
     def _unit_time(self, kind: TaskKind, unit: int) -> int:
         return self._time(kind, self.model.role(unit))
 
     def _time(self, kind: TaskKind, role: UnitRole) -> int:
-        return self._times[kind, role]
+        return self._times.time_ns[kind, role]

@@ -27,12 +27,13 @@ from slideplan.plan.quantities import parse_bytes
 from slideplan.planner import report
 from slideplan.planner.catalogue import MODELS, find_model
 from slideplan.planner.machines import LOCAL_PROFILES, default_machine, find_machine, machines, with_budget
-from slideplan.planner.search import search
+from slideplan.planner.search import batches_within, search
 from slideplan.planner.shortfall import DoesNotFit
 from slideplan.planner.space import SearchOptions, micro_batch_sizes
 
 EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_DOES_NOT_HOLD = 2, 3, 4
 DEFAULT_SEQ_LEN = 1024
+DEFAULT_BATCH = 8
 
 app = typer.Typer(
     help="Plan full-parameter fine-tuning on one GPU that is too small for it.",
@@ -49,6 +50,13 @@ class Placement(StrEnum):
 
     AUTO = "auto"
     HOST = "host"
+
+
+class Objective(StrEnum):
+    """Choices of --objective."""
+
+    THROUGHPUT = "throughput"
+    LEAST_HOST_MEMORY = "least-host-memory"
 
 
 class GradientDtypeChoice(StrEnum):
@@ -90,7 +98,7 @@ def simulate(
     seq_len: Annotated[
         int | None, typer.Option(help=f"Tokens per sequence; default {DEFAULT_SEQ_LEN}, or as many as the model takes.")
     ] = None,
-    global_batch: Annotated[int, typer.Option(help="Sequences per optimizer step.")] = 8,
+    global_batch: Annotated[int | None, typer.Option(help=f"Sequences per optimizer step; default {DEFAULT_BATCH}.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences that pass a unit at once; default: searched.")] = None,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -100,6 +108,15 @@ def simulate(
     gradient_dtype: Annotated[
         GradientDtypeChoice, typer.Option(help="auto: fp32 sums over several micro-batches, bf16 for a single one.")
     ] = GradientDtypeChoice.AUTO,
+    objective: Annotated[Objective, typer.Option(help="What the plan is best at.")] = Objective.THROUGHPUT,
+    at_least: Annotated[
+        str | None, typer.Option(metavar="PERCENT", help="least-host-memory: keep this share of the best speed; default 95%.")
+    ] = None,
+    max_tokens_per_step: Annotated[
+        int | None, typer.Option(metavar="N", help="Search the global batch too: at most this many tokens per step.")
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Print what can be had for less memory.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what the next-best value of each knob costs.")] = False,
     effort: Annotated[float, typer.Option(help="Budget of the search, as a multiple of the usual one.")] = 1.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, for `runtime execute`.")] = None,
     as_json: Json = False,
@@ -111,6 +128,8 @@ def simulate(
       planner simulate --model 123b
       planner simulate --model llama-3.1-8b --global-batch 64 --gpu-memory 24GiB -o plan.json
       planner simulate --model ./my-model --machine profiles/here.json --seq-len 4096
+      planner simulate --model llama-3.1-8b --max-tokens-per-step 65536 --pareto --explain
+      planner simulate --model llama-3.1-8b --objective least-host-memory --at-least 90%
 
     \b
     Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit.
@@ -118,7 +137,11 @@ def simulate(
     spec = find_model(model)
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions, spec.sliding_window or spec.max_positions)
-    workload = Workload(seq_len=seq_len, global_batch=global_batch)
+    if max_tokens_per_step is not None and global_batch is not None:
+        raise ValueError("--max-tokens-per-step searches the global batch; leave out --global-batch, or it")
+    if at_least is not None and objective is not Objective.LEAST_HOST_MEMORY:
+        raise ValueError("--at-least belongs to --objective least-host-memory")
+    workload = Workload(seq_len=seq_len, global_batch=DEFAULT_BATCH if global_batch is None else global_batch)
     if not 0 < effort < 10_000:
         raise ValueError(f"--effort is {effort}, must be above 0 and below 10000")
     usual = SearchOptions()
@@ -128,10 +151,16 @@ def simulate(
         micro_batch=micro_batch,
         lowered_tasks=round(usual.lowered_tasks * effort),
         simulated_tasks=round(usual.simulated_tasks * effort),
+        max_tokens_per_step=max_tokens_per_step,
+        least_host_memory=objective is Objective.LEAST_HOST_MEMORY,
+        at_least_percent=usual.at_least_percent if at_least is None else _percent("--at-least", at_least),
+        pareto=pareto,
+        explain=explain,
     )
     # All that can be wrong is looked at before a machine is chosen, so that an error stands alone.
     check_seq_len(spec, seq_len)
-    micro_batch_sizes(workload, options)
+    if not batches_within(seq_len, options):
+        micro_batch_sizes(workload, options)
     budget = _size("--gpu-memory", gpu_memory), _size("--host-memory", host_memory)
     if output is not None:
         _check_writable(output)
@@ -139,7 +168,7 @@ def simulate(
     if as_json:
         _print_json(answer)
     else:
-        report.print_answer(report.console(), answer)
+        report.print_answer(report.console(), answer, pareto=pareto)
     if isinstance(answer, DoesNotFit):
         if output is not None:
             _note(f"{output}: not written, there is no plan")
@@ -360,6 +389,16 @@ def _size(option: str, text: str | None) -> int | None:
     if size < 1:
         raise ValueError(f"{option} is {text}, must be positive")
     return size
+
+
+def _percent(option: str, text: str) -> float:
+    try:
+        share = float(text.removesuffix("%"))
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}, must be a percentage like 95%") from None
+    if not 0 < share <= 100:
+        raise ValueError(f"{option} is {text}, must be above 0% and at most 100%")
+    return share
 
 
 def _check_writable(path: Path) -> None:

@@ -12,7 +12,7 @@ from slideplan.plan.graph import Lane, TensorClass
 from slideplan.plan.ledger import Ledger
 from slideplan.plan.machine import Interference, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.plan import MachineReference, Plan
+from slideplan.plan.plan import MachineReference, Plan, SearchRecord
 from slideplan.plan.policy import Policy, Tier, Workload
 from slideplan.plan.quantities import format_bytes, format_ns
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
@@ -45,8 +45,8 @@ def binding_lane(plan: Plan) -> str:
     return max(critical, key=lambda name: critical[name])
 
 
-def print_answer(out: Console, answer: Plan | DoesNotFit) -> None:
-    """The whole report of `planner simulate`."""
+def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = False) -> None:
+    """The whole report of `planner simulate`; `pareto`: with the front of speed and memory."""
     out.print(f"[bold]{answer.model.name}: {verdict(answer)}[/bold]", highlight=False, soft_wrap=True)
     out.print(_facts(_setting(answer.model, answer.machine, answer.workload)))
     if isinstance(answer, DoesNotFit):
@@ -57,7 +57,19 @@ def print_answer(out: Console, answer: Plan | DoesNotFit) -> None:
     _section(out, "Policy", _facts(policy_in_words(answer.model, answer.policy)))
     _section(out, "Memory", _ledger_table(answer.ledger))
     _section(out, "Predicted step", _lane_table(answer))
-    _section(out, "Where this comes from", _facts([*_sources(answer), ("search", _search(answer))]))
+    if answer.search.alternatives:
+        _section(out, "What another value of each knob would cost", _alternatives_table(answer))
+        out.print("[dim]all other knobs searched again; ~ the budget ended before a faster one was ruled out[/dim]")
+    if pareto:
+        _section(out, "Speed against memory", _front_table(answer.search))
+        out.print(
+            "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (E embedding, H head),\n"
+            "layers kept, outputs away on the host, deferred updates, layer gradient slots GPU/host, their type[/dim]"
+        )
+    searched = [("objective", answer.search.objective), ("search", _search(answer))]
+    if answer.search.batches:
+        searched.insert(1, ("global batches", ", ".join(map(str, answer.search.batches))))
+    _section(out, "Where this comes from", _facts([*_sources(answer), *searched]))
 
 
 def _setting(model: ModelSpec, machine: MachineReference, workload: Workload) -> list[tuple[str, str]]:
@@ -207,13 +219,48 @@ def _sources(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _search(plan: Plan) -> str:
-    search, step_ns = plan.search, plan.prediction.record.step_ns
-    gap = step_ns / search.bound_ns - 1 if search.bound_ns else 0.0
+    search = plan.search
     counts = (
         f"{search.candidates:,} policies: {search.pruned_by_capacity:,} too large, {search.pruned_by_bound:,} ruled out by "
         f"bounds, {search.simulated:,} simulated, {search.unpriced:,} left unpriced"
     )
-    return f"{counts}; none can be faster by more than {gap:.1%}" if gap >= 0.0005 else f"{counts}; none can be faster"
+    return f"{counts}; {_certificate(plan)}"
+
+
+def _certificate(plan: Plan) -> str:
+    """What is proven of the policies considered."""
+    search, step_ns = plan.search, plan.prediction.record.step_ns
+    if search.slowest_ns:
+        less = plan.ledger.tiers[Tier.HOST].used_bytes - plan.ledger.tiers[Tier.HOST].fixed_bytes - search.bound_host_bytes
+        within = f"with a step of at most {format_ns(search.slowest_ns)}"
+        return f"none {within} takes less host memory" + (f" by more than {format_bytes(less)}" if less else "")
+    gap = step_ns / search.bound_ns - 1 if search.bound_ns else 0.0
+    return f"none can be faster by more than {gap:.1%}" if gap >= 0.0005 else "none can be faster"
+
+
+def _front_table(search: SearchRecord) -> Table:
+    table = _table("tokens/s", "GPU", "HOST", "batch", "policy", left=0)
+    table.columns[-1].justify = "left"
+    for point in search.front:
+        memory = format_bytes(point.gpu_bytes), format_bytes(point.host_bytes)
+        table.add_row(f"{point.tokens_per_s:,.0f}", *memory, str(point.global_batch), point.policy)
+    return table
+
+
+def _alternatives_table(plan: Plan) -> Table:
+    table = _table("knob", "plan", "next best", "tokens/s", "GPU", "HOST")
+    record = plan.prediction.record
+    for other in plan.search.alternatives:
+        change = other.tokens_per_s / record.tokens_per_s - 1
+        table.add_row(
+            other.knob, other.value, other.other_value, f"{'' if other.proven else '~'}{change:+.1%}",
+            _change(other.gpu_bytes - record.peak_bytes[Tier.GPU]), _change(other.host_bytes - record.peak_bytes[Tier.HOST]),
+        )  # fmt: skip
+    return table
+
+
+def _change(count: int) -> str:
+    return f"{'+' if count > 0 else ''}{format_bytes(count)}" if count else "same"
 
 
 # -- catalogues and profiles -------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Inner activations and GPU boundaries are kept on the last layers, where they live shortest. Weights and
 state stay on the GPU for the first layers: their gradients arrive last and they are needed first in the
-next step, so they are the ones that the host would update too late.
+next step, so they are the ones that the host would update too late. Sizes of copies are no knob: the runtime
+moves a unit in one piece.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class SearchOptions(Spec, frozen=True):
     lowered_tasks:  size of all task graphs made to bound a step by its longest path
     simulated_tasks: size of all task graphs simulated
     tolerance:      candidates that cannot be faster by more than this share are not looked at
+    max_tokens_per_step: search the global batch too, up to this many tokens a step
+    least_host_memory: seek the least host memory at which the speed is at least `at_least_percent` of the best
+    pareto:         look for fast policies at smaller memories too
+    explain:        look for the next-best value of each knob
     """
 
     placement: Literal["auto", "host"] = "auto"
@@ -45,6 +50,11 @@ class SearchOptions(Spec, frozen=True):
     lowered_tasks: int = 200_000
     simulated_tasks: int = 120_000
     tolerance: float = 0.005
+    max_tokens_per_step: int | None = None
+    least_host_memory: bool = False
+    at_least_percent: float = 95.0
+    pareto: bool = False
+    explain: bool = False
 
 
 class Candidate(Spec, frozen=True):
@@ -199,15 +209,16 @@ class SpaceBuilder:
                             offloaded_outputs=offloaded,
                         )  # fmt: skip
                         deferred = min(1, placed.host_units(self.model))
-                        yield self._with_slots(msgspec.structs.replace(placed, deferred_updates=deferred), lean=True)
+                        yield self._with_slots(msgspec.structs.replace(placed, deferred_updates=deferred), NO_SPARE_SLOTS)
 
     def neighbours(self, candidate: Candidate) -> Iterator[Candidate]:
-        """Candidates that differ from this one in one choice, and fit."""
+        """Candidates that differ from this one in one choice, and fit; what follows from a choice follows."""
         free = self.options.placement == "auto"
-        model, layers = self.model, self.model.layers
+        layers = self.model.layers
         changed: list[dict[str, int | bool]] = []
         for step in (-5, -2, -1, 1, 2, 5):
             changed.append({"deferred_updates": candidate.deferred_updates + step})
+            changed.append({"offloaded_outputs": min(layers, max(0, candidate.offloaded_outputs + step))})
             if free:
                 changed.append({"weight_layers": candidate.weight_layers + step})
                 changed.append({"state_layers": candidate.state_layers + step})
@@ -216,19 +227,37 @@ class SpaceBuilder:
         changed += [{"embedding_on_gpu": embedding, "head_on_gpu": head} for embedding, head in _ENDS] if free else []
         streaming = layers - candidate.weight_layers
         changed += [{"window": window, "prefetch_depth": depth} for window, depth in self._windows(streaming)]
-        for change in changed:
+        spare_slots = self._spare_slots(candidate)
+        moves = [(change, spare_slots) for change in changed]
+        for knob, spare in spare_slots.items():
+            moves += [({}, spare_slots | {knob: count}) for count in {max(0, spare - 1), spare + 1, spare + 2, 2 * spare + 4}]
+        for change, spares in moves:
             moved = msgspec.structs.replace(candidate, kept_layers=0, **change)
             streaming = layers - moved.weight_layers
             if not 0 <= moved.state_layers <= moved.weight_layers <= layers:
                 continue
             window = min(moved.window or 2, max(2, streaming)) if streaming else 0
             depth = min(moved.prefetch_depth or 1, window - 1) if streaming else 0
-            deferred = min(moved.host_units(model), max(1, moved.deferred_updates))
+            deferred = min(moved.host_units(self.model), max(1, moved.deferred_updates))
             found = self._keeping(
-                msgspec.structs.replace(moved, window=window, prefetch_depth=depth, deferred_updates=deferred)
+                msgspec.structs.replace(moved, window=window, prefetch_depth=depth, deferred_updates=deferred), spares
             )
             if found is not None and found != candidate:
                 yield found
+        for kept in {0, candidate.kept_layers // 2, candidate.kept_layers - 1} - {candidate.kept_layers, -1}:
+            yield msgspec.structs.replace(candidate, kept_layers=kept)
+
+    def leaner(self, candidate: Candidate) -> Candidate:
+        """The same with as few shared slots as the order of tasks allows: slower, if anything, and smaller."""
+        return self._with_slots(candidate, NO_SPARE_SLOTS)
+
+    def other_dtype(self, candidate: Candidate) -> Candidate | None:
+        """The same with gradients in the other type; None where it does not fit, or where the user fixed the type."""
+        if self.options.gradient_dtype != "auto":
+            return None
+        other: GradientDtype = "bf16" if candidate.gradient_dtype == "fp32" else "fp32"
+        base = msgspec.structs.replace(candidate, gradient_dtype=other, kept_layers=0)
+        return self._keeping(base, self._spare_slots(candidate))
 
     # -- enumeration ---------------------------------------------------------------------------
 
@@ -264,7 +293,7 @@ class SpaceBuilder:
     def _state_counts(self, base: Candidate) -> list[int]:
         """From as many as the host cannot hold to as many as the GPU can."""
         layers, state = self.model.layers, STATE_BYTES + WEIGHT_BYTES
-        spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), lean=True))
+        spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), NO_SPARE_SLOTS))
         fewest = min(layers, max(0, -(spare[Tier.HOST] // (state * self._layer))))
         most = max(0, min(layers, spare[Tier.GPU] // (state * self._layer)))
         if most + 2 >= layers:  # without any streaming layer the window is spared
@@ -277,7 +306,7 @@ class SpaceBuilder:
         free = self.options.placement == "auto"
         for window, depth in self._windows(layers - base.state_layers):
             windowed = msgspec.structs.replace(base, window=window, prefetch_depth=depth)
-            spare = self.spare(self._with_slots(windowed, lean=True))[Tier.GPU]
+            spare = self.spare(self._with_slots(windowed, NO_SPARE_SLOTS))[Tier.GPU]
             most = min(layers - window, base.state_layers + max(0, spare) // (WEIGHT_BYTES * self._layer))
             for weights in evenly(base.state_layers, max(base.state_layers, most), GRID) if free else (0,):
                 placed = msgspec.structs.replace(windowed, weight_layers=weights)
@@ -301,10 +330,13 @@ class SpaceBuilder:
             for depth in sorted({window - 1, max(1, window // 2)}):
                 yield window, depth
 
-    def _keeping(self, base: Candidate) -> Candidate | None:
-        """With slots, and inner activations kept on as many layers as fit; None where not even none fit."""
-        for lean in (False, True):
-            candidate = self._with_slots(base, lean)
+    def _keeping(self, base: Candidate, spare_slots: Mapping[str, int] | None = None) -> Candidate | None:
+        """With slots, and inner activations kept on as many layers as fit; None where not even none fit.
+
+        Where the spare slots do not fit, there are none.
+        """
+        for spares in (spare_slots or SPARE_SLOTS, NO_SPARE_SLOTS):
+            candidate = self._with_slots(base, spares)
             spare = self.spare(candidate)
             if min(spare.values()) < 0:
                 continue
@@ -314,20 +346,30 @@ class SpaceBuilder:
             return msgspec.structs.replace(candidate, kept_layers=kept)
         return None
 
-    def _with_slots(self, base: Candidate, lean: bool) -> Candidate:
-        """Shared slots: as few as the order of tasks allows, or one more of each, so that work overlaps."""
-        more = 0 if lean else 1
+    def _with_slots(self, base: Candidate, spare_slots: Mapping[str, int]) -> Candidate:
+        """As few shared slots as the order of tasks allows, and some to spare, so that work overlaps."""
         host_layers = self.model.layers - base.state_layers
-        end_units = (not base.embedding_on_gpu, not base.head_on_gpu)
-        # Deferred units are the first of all host-state units: the embedding, layers, at last the head.
-        waiting = min(host_layers, max(1, base.deferred_updates - end_units[0]))
-        return msgspec.structs.replace(
-            base,
-            gradient_slots=1 + more,
-            host_gradient_slots=min(host_layers, waiting + more),
-            boundary_slots=base.micro_batches + 1 + more if base.offloaded_outputs else 0,
-        )
+        least = self._least_slots(base)
+        slots = {knob: count + spare_slots[knob] if count else 0 for knob, count in least.items()}
+        slots["host_gradient_slots"] = min(host_layers, slots["host_gradient_slots"])
+        slots["gradient_slots"] = min(self.model.layers, slots["gradient_slots"])
+        return msgspec.structs.replace(base, **slots)
 
+    def _least_slots(self, base: Candidate) -> dict[str, int]:
+        host_layers = self.model.layers - base.state_layers
+        # Deferred units are the first of all host-state units: the embedding, layers, at last the head.
+        waiting = min(host_layers, max(1, base.deferred_updates - (not base.embedding_on_gpu)))
+        boundaries = base.micro_batches + 1 if base.offloaded_outputs else 0
+        return {"gradient_slots": 1, "host_gradient_slots": waiting, "boundary_slots": boundaries}
+
+    def _spare_slots(self, candidate: Candidate) -> dict[str, int]:
+        """How many shared slots the candidate has beyond what it needs."""
+        return {knob: max(0, getattr(candidate, knob) - count) for knob, count in self._least_slots(candidate).items()}
+
+
+# Shared slots beyond the fewest: one more lets work overlap, and is where the search begins.
+NO_SPARE_SLOTS = {"gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0}
+SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))

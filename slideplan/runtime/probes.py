@@ -22,6 +22,7 @@ from slideplan.plan.machine import (
     ComputeCost,
     GpuProfile,
     HostProfile,
+    LaunchCost,
     LayerShape,
     LinkProfile,
     MachineProfile,
@@ -92,21 +93,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         del probes, work
         steps.next("matrix products and attention")
         rates, spreads = efficiency(backend, effort)
-        costs: list[ComputeCost] = []
-        notes = []
-        for model in request.models:
-            for micro_batch, seq_len in request.shapes:
-                shape = f"{model.name} {micro_batch}x{seq_len}"
-                steps.next(shape)
-                gc.collect()
-                backend.release_unused()
-                try:
-                    probe = UnitProbe(backend, model, micro_batch, seq_len)
-                    costs += probe.costs(effort.repeats)
-                    if model is request.models[0] and (micro_batch, seq_len) == request.shapes[0]:
-                        launches += probe.launches(effort.repeats)
-                except torch.OutOfMemoryError:
-                    notes.append(f"{shape} does not fit in device memory")
+        costs, unit_launches, notes = _unit_costs(backend, request, effort.repeats, steps)
         steps.finish()
     finally:
         backend.close()
@@ -141,7 +128,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         ssd=ssd,
         efficiency=rates,
         costs=tuple(costs),
-        launches=tuple(launches),
+        launches=(*launches, *unit_launches),
         interference=lanes.interference(device_rate.p50),
         spreads=spreads,
         provenance=Provenance(
@@ -158,6 +145,29 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             notes="; ".join(notes),
         ),
     )
+
+
+def _unit_costs(
+    backend: Backend, request: ProfileRequest, repeats: int, steps: _Steps
+) -> tuple[list[ComputeCost], list[LaunchCost], list[str]]:
+    """Costs of every model's units at every shape, launches of the first, and what did not fit."""
+    costs: list[ComputeCost] = []
+    launches: list[LaunchCost] = []
+    notes = []
+    for model in request.models:
+        for micro_batch, seq_len in request.shapes:
+            shape = f"{model.name} {micro_batch}x{seq_len}"
+            steps.next(shape)
+            gc.collect()
+            backend.release_unused()
+            try:
+                probe = UnitProbe(backend, model, micro_batch, seq_len)
+                costs += probe.costs(repeats)
+                if not launches:
+                    launches += probe.launches(repeats)
+            except torch.OutOfMemoryError:
+                notes.append(f"{shape} does not fit in device memory")
+    return costs, launches, notes
 
 
 def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[str, Spread]:

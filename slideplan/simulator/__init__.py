@@ -1,7 +1,7 @@
 """Prices a task graph on a machine profile and runs it as a discrete-event simulation with contention."""
 
 from slideplan.plan.sharing import Resource, fair_speeds
-from slideplan.simulator.analysis import critical_path, lower_bound
+from slideplan.simulator.analysis import carried_cycle, critical_path, lower_bound, resource_time
 from slideplan.simulator.costs import TaskCost, price
 from slideplan.simulator.engine import DeadlockError, simulate, trace
 from slideplan.simulator.footprint import footprint
@@ -13,12 +13,14 @@ __all__ = [
     "Resource",
     "TaskCost",
     "capacities",
+    "carried_cycle",
     "critical_path",
     "fair_speeds",
     "footprint",
     "lower_bound",
     "predict",
     "price",
+    "resource_time",
     "sharing",
     "simulate",
     "trace",

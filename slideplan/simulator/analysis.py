@@ -1,22 +1,93 @@
-"""What bounds a schedule: the busiest lane, and the critical path through a steady step."""
+"""What bounds a schedule: lanes, shared resources, carried cycles; and the critical path through a steady step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import networkx as nx
 
 from slideplan.plan.graph import TaskGraph
+from slideplan.plan.sharing import Resource
 from slideplan.plan.timeline import Span, first_compute
 from slideplan.simulator.costs import TaskCost
 
 WAIT = "wait"
+CYCLE_STEPS = 16  # within which nearly every schedule repeats
 
 
-def lower_bound(graph: TaskGraph, costs: Sequence[TaskCost]) -> int:
-    """Nanoseconds that the busiest lane works in a step if nothing slows it: no schedule is faster."""
-    return max(sum(costs[number].duration_ns for number in queue) for queue in graph.lanes.values())
+def lower_bound(graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int]) -> int:
+    """Nanoseconds below which no steady step can be: busiest lane, busiest shared resource, slowest carried cycle.
+
+    Contention only slows tasks down, and a shared resource gives no more than its capacity.
+    """
+    busiest = max(sum(costs[number].duration_ns for number in queue) for queue in graph.lanes.values())
+    return max(busiest, resource_bound(costs, capacities), carried_cycle(graph, [cost.duration_ns for cost in costs]))
+
+
+def resource_bound(costs: Iterable[TaskCost], capacities: Mapping[Resource, int]) -> int:
+    """Nanoseconds for which the busiest shared resource is needed at full capacity in a step."""
+    work = dict.fromkeys(capacities, 0)  # bytes/s x ns; a demand beyond a capacity counts as that capacity
+    for cost in costs:
+        for resource, rate in cost.demand.items():
+            work[resource] += min(rate, capacities[resource]) * cost.duration_ns
+    return resource_time(work, capacities)
+
+
+def resource_time(work: Mapping[Resource, int], capacities: Mapping[Resource, int]) -> int:
+    """Nanoseconds that the busiest resource takes for its work, given in bytes/s x ns.
+
+    Less one part in 10^9: speeds of flows are rounded up to a grid of 2^-40.
+    """
+    return max((total * (10**9 - 1) // (capacities[resource] * 10**9) for resource, total in work.items()), default=0)
+
+
+def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int]) -> int:
+    """Nanoseconds per step, rounded down, of a cycle of lane order and dependencies that leads into later steps.
+
+    Steps are unrolled without contention until one is the step before, shifted: the shift is then what
+    every step takes from there on, hence the slowest cycle that binds. Without that in CYCLE_STEPS, the
+    critical path to the last opener is walked back, and the slowest of the cycles that it closes is taken:
+    a proven bound too, if not always the best.
+    """
+    before: list[list[tuple[int, int]]] = [[(d.task, d.distance) for d in task.dependencies] for task in graph.tasks]
+    for queue in graph.lanes.values():
+        for number, previous in zip(queue, (queue[-1], *queue), strict=False):
+            before[number].append((previous, int(number == queue[0])))
+    last = [0] * len(before)
+    unrolled = [last]
+    for _ in range(CYCLE_STEPS):
+        ends: list[int] = []
+        for duration, edges in zip(durations_ns, before, strict=True):
+            start = 0
+            for other, distance in edges:
+                known = last[other] if distance else ends[other]
+                start = max(start, known)
+            ends.append(start + duration)
+        shift = ends[0] - last[0]
+        if len(unrolled) > 1 and all(now - then == shift for now, then in zip(ends, last, strict=True)):
+            return shift
+        unrolled.append(ends)
+        last = ends
+    return _cycle_on_path(unrolled, before, durations_ns, first_compute(graph))
+
+
+def _cycle_on_path(
+    unrolled: list[list[int]], before: list[list[tuple[int, int]]], durations_ns: Sequence[int], number: int
+) -> int:
+    """The slowest cycle that the critical path closes; `unrolled` holds ends per step, zeros before the first."""
+    step = len(unrolled) - 1
+    passed: dict[int, tuple[int, int]] = {}  # task -> last step on the path, its end there
+    slowest = 0
+    while step > 0:
+        end = unrolled[step][number]
+        later_step, later_end = passed.setdefault(number, (step, end))
+        if later_step > step:
+            slowest = max(slowest, (later_end - end) // (later_step - step))
+        start = end - durations_ns[number]
+        number, distance = next(edge for edge in before[number] if unrolled[step - edge[1]][edge[0]] == start or not start)
+        step -= distance
+    return slowest
 
 
 def critical_path(graph: TaskGraph, step_ns: int, spans: Sequence[Span]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -84,6 +85,20 @@ def test_budgets_change_the_answer(planner: Any) -> None:
     assert "fits, " in planner(*model, "--gpu-memory", "12GiB").out
 
 
+def test_objectives_front_and_explanations_are_printed(planner: Any) -> None:
+    common = ("simulate", "--model", "tiny", "--placement", "host", "--pareto", "--explain")
+    fast = planner(*common, "--max-tokens-per-step", "1024")
+    lean = planner(*common, "--objective", "least-host-memory", "--at-least", "50%")
+    for outcome in (fast, lean):
+        assert outcome.code == 0
+        assert "What another value of each knob would cost" in outcome.out
+        assert "Speed against memory" in outcome.out
+        assert max(map(len, outcome.out.splitlines())) <= 100
+    assert re.search(r"global batches +2, 1", fast.out)
+    assert "least host memory at 50 % of the best speed or more" in lean.out
+    assert "takes less host memory" in " ".join(lean.out.split())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -97,6 +112,11 @@ def test_budgets_change_the_answer(planner: Any) -> None:
         (("--model", "tiny", "--gpu-memory", "lots"), "--gpu-memory: size 'lots' is not understood"),
         (("--model", "tiny", "--host-memory", "0"), "--host-memory is 0, must be positive"),
         (("--model", "tiny", "--effort", "0"), "--effort is 0.0, must be above 0"),
+        (("--model", "tiny", "--max-tokens-per-step", "100"), "100 tokens per step are fewer than one sequence of 512"),
+        (("--model", "tiny", "--max-tokens-per-step", "9999", "--global-batch", "2"), "searches the global batch"),
+        (("--model", "tiny", "--at-least", "90%"), "--at-least belongs to --objective least-host-memory"),
+        (("--model", "tiny", "--objective", "least-host-memory", "--at-least", "0"), "must be above 0% and at most 100%"),
+        (("--model", "tiny", "--objective", "least-host-memory", "--at-least", "much"), "must be a percentage like 95%"),
         (("--model", "tiny", "-o", "broken.json/plan.json"), "broken.json/plan.json: cannot be written"),
         (("--model", "tiny", "-o", "."), ".: is a folder"),
     ],

@@ -60,7 +60,7 @@ def test_trains_as_in_memory(name: str, tied: bool) -> None:
     try:
         losses, weights = train(session, STEPS)
     finally:
-        session.close()
+        backend.close()
     expected_losses, expected = plain_training(model, policy, workload, STEPS, backend.device)
     unequal = [
         f"{name}: {(weights[name] != value).sum().item()} of {value.numel()}, {(weights[name] - value).abs().max().item():.2e}"
@@ -85,7 +85,7 @@ def test_lane_failure_on_the_gpu_stops_the_run() -> None:
 
     with pytest.raises(LaneError, match="step 1, task backward_recompute/layer001"):
         list(Executor(session.plan.graph, backend, failing, 4))
-    session.close()
+    backend.close()
 
 
 class Dawdling:
@@ -116,7 +116,7 @@ def run_dawdling(backend, seed: int) -> tuple[list[float], dict[str, torch.Tenso
         losses = [session.compute.losses.pop(step).item() for step in executor]
         return losses, masters(session)
     finally:
-        session.close()
+        backend.close()
 
 
 def test_streams_wait_for_each_other_however_slow_they_are() -> None:

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from handmade import cost, graph, times
-from random_graphs import CAPACITIES, priced_graphs
+from random_graphs import CAPACITIES, demands, priced_graphs
 from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.lowering import lower
 from slideplan.plan.replay import replay, unroll
 from slideplan.plan.slots import Footprint
-from slideplan.simulator import DeadlockError, Resource, capacities, lower_bound, price, simulate, trace
+from slideplan.simulator import DeadlockError, Resource, capacities, carried_cycle, lower_bound, price, simulate, trace
+from slideplan.simulator.reference import SimPyEngine
 
 COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
 LINK = {Resource.PCIE: 100}
@@ -148,6 +149,37 @@ def longest_path_ends(drawn: TaskGraph, durations: list[int], steps: int) -> lis
     return [[starts[step, number] + durations[number] for number in range(len(durations))] for step in range(steps)]
 
 
+class TestReference:
+    """The fast engine and the SimPy model agree, span for span."""
+
+    @given(priced_graphs(contended=True))
+    def test_with_contention(self, priced) -> None:
+        drawn, costs = priced
+        assert trace(drawn, costs, CAPACITIES, steps=4) == trace(drawn, costs, CAPACITIES, 4, SimPyEngine)
+
+    @given(priced_graphs(contended=False))
+    def test_without_contention(self, priced) -> None:
+        drawn, costs = priced
+        assert trace(drawn, costs, {}, steps=4) == trace(drawn, costs, {}, 4, SimPyEngine)
+
+    @given(st.lists(st.tuples(st.integers(0, 10**9), demands), min_size=6, max_size=6), st.integers(1, 3), st.booleans())
+    def test_on_lowered_graphs_with_any_costs(self, drawn, micros: int, offload: bool) -> None:
+        model = tiny_model()
+        policy = tiny_policy(model, micro_batches=micros, offload_boundaries=offload, resident_state=(1,), keep=(4,))
+        lowered = lower(model, policy, tiny_workload(global_batch=2 * micros), Footprint(1, 1))
+        costs = [cost(*drawn[(task.unit + len(task.kind)) % len(drawn)]) for task in lowered.tasks]
+        assert trace(lowered, costs, CAPACITIES, steps=4) == trace(lowered, costs, CAPACITIES, 4, SimPyEngine)
+
+    def test_deadlock(self) -> None:
+        crossed = graph((COMPUTE, (3,), ()), (COMPUTE, (), ()), (H2D, (1,), ()), (H2D, (), ()), (D2H, (), ()))
+        told = []
+        for run in (lambda: trace(crossed, [cost(1)] * 5, {}, 1), lambda: trace(crossed, [cost(1)] * 5, {}, 1, SimPyEngine)):
+            with pytest.raises(DeadlockError) as caught:
+                run()
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+
+
 class TestOracle:
     @given(priced_graphs(contended=False))
     def test_without_contention_the_engine_is_the_longest_path_and_the_replay(self, priced) -> None:
@@ -208,7 +240,8 @@ def test_lowered_graphs_settle_above_their_bounds(knobs: dict) -> None:
     costs = price(lowered, model, 2, workload.seq_len, machine)
     step_ns, spans = simulate(lowered, costs, capacities(machine))
     free_ns, _ = replay(lowered, [each.duration_ns for each in costs])
-    assert step_ns >= free_ns >= lower_bound(lowered, costs)
+    assert step_ns >= free_ns >= carried_cycle(lowered, [each.duration_ns for each in costs])
+    assert step_ns >= lower_bound(lowered, costs, capacities(machine))
     # Steady: one lane's tasks follow each other, and the next step's first comes after this step's last.
     for queue in lowered.lanes.values():
         ends = [spans[number].end_ns for number in queue]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
+import networkx as nx
 import pytest
 from hypothesis import assume, given
 
@@ -12,7 +15,7 @@ from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, LayerShape, Spread
 from slideplan.plan.model import UnitRole
 from slideplan.plan.policy import Tier
-from slideplan.simulator import critical_path, footprint, lower_bound, predict, simulate, trace
+from slideplan.simulator import Resource, carried_cycle, critical_path, footprint, lower_bound, predict, simulate, trace
 
 COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
 
@@ -28,7 +31,7 @@ class TestCriticalPath:
         costs = [cost(30), cost(50), cost(30), cost(50)]
         hidden = graph((H2D, (), ()), (COMPUTE, (0,), ()), (H2D, (), (3,)), (COMPUTE, (2,), ()))
         step_ns, spans = simulate(hidden, costs, {})
-        assert step_ns == lower_bound(hidden, costs) == 100
+        assert step_ns == lower_bound(hidden, costs, {}) == 100
         assert critical_path(hidden, step_ns, spans) == {"compute": 100}
 
     def test_a_task_that_began_before_the_step_counts_from_its_opening(self) -> None:
@@ -57,6 +60,47 @@ class TestCriticalPath:
         shifted = [(span.start_ns + step_ns, span.end_ns + step_ns) for span in earlier]
         assume(shifted == times(later))  # else it cycles through several steps, and no one step stands for all
         assert "wait" not in critical_path(drawn, step_ns, spans)
+
+
+class TestBounds:
+    @given(priced_graphs(contended=False))
+    def test_a_carried_cycle_is_no_slower_than_the_slowest_of_the_graph(self, priced) -> None:
+        drawn, durations = priced[0], [each.duration_ns for each in priced[1]]
+        edges = nx.DiGraph()
+        for queue in drawn.lanes.values():
+            for number, previous in zip(queue, (queue[-1], *queue), strict=False):
+                edges.add_edge(previous, number, steps=int(number == queue[0]))
+        for number, task in enumerate(drawn.tasks):
+            for d in task.dependencies:
+                steps = min(d.distance, edges.edges.get((d.task, number), {"steps": 1})["steps"])
+                edges.add_edge(d.task, number, steps=steps)
+        assume(edges.number_of_edges() < 30)
+        slowest = Fraction(0)
+        for cycle in nx.simple_cycles(edges):
+            steps = sum(edges.edges[pair]["steps"] for pair in zip(cycle, (*cycle[1:], cycle[0]), strict=True))
+            assume(steps)  # else a deadlock
+            slowest = max(slowest, Fraction(sum(durations[number] for number in cycle), steps))
+        found = carried_cycle(drawn, durations)
+        assert found <= slowest
+
+    def test_the_longest_of_two_loops_is_found_though_it_starts_late(self) -> None:
+        # Compute alone needs 100; load, compute t1 and update need 101, which shows only when the slack is used up.
+        slow = graph((COMPUTE, (), ()), (H2D, (), (3,)), (COMPUTE, (1,), ()), (UPDATE, (2,), ()))
+        assert carried_cycle(slow, [50, 11, 50, 40]) == 101
+
+    def test_a_shared_resource_bounds_what_lanes_do_not(self) -> None:
+        both = graph((COMPUTE, (), (1, 2)), (H2D, (), ()), (D2H, (), ()))
+        costs = [cost(10), cost(100, {Resource.PCIE: 80}), cost(100, {Resource.PCIE: 80})]
+        shared = {Resource.PCIE: 100}
+        assert lower_bound(both, costs, {Resource.PCIE: 1000}) == 100
+        assert 159 <= lower_bound(both, costs, shared) <= simulate(both, costs, shared)[0] == 160
+
+    @given(priced_graphs(contended=True))
+    def test_no_steady_step_is_shorter(self, priced) -> None:
+        drawn, costs = tied(priced[0]), priced[1]
+        # Tied lanes cannot drift apart, so 24 steps are never faster than 24 bounds but for the first's lead.
+        starts = [step[0].start_ns for step in trace(drawn, costs, CAPACITIES, 49)]
+        assert starts[-1] - starts[0] >= 48 * lower_bound(drawn, costs, CAPACITIES) - 2 * sum(c.duration_ns for c in costs)
 
 
 class TestPredict:

@@ -157,6 +157,11 @@ def check_request(request: RunRequest) -> None:
     """Everything that can be refused before memory is reserved. Raises ValueError."""
     plan = request.plan
     plan.check(request.plan_path)
+    for knob, value in plan.policy.foreign_knobs().items():
+        raise ValueError(
+            f"{request.plan_path}: policy.{knob} is {value!r}, which describes how another system works and can be priced "
+            "but not executed; run a plan of `planner simulate`"
+        )
     if request.steps < 1:
         raise ValueError(f"--steps is {request.steps}, must be at least 1")
     if request.warmup_steps < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import Lane, Task, TaskGraph, TaskKind
+from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.machine import LayerShape, MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.simulator.formulas import compute_ns
@@ -58,12 +58,12 @@ class _Pricer:
         self._rates_source: Source = "measured" if machine.provenance.source == "measured" else "derived"
 
     def cost(self, task: Task, role: UnitRole) -> TaskCost:
-        match task.lane:
+        match LANE_OF[task.kind]:
             case Lane.COMPUTE:
                 return self._compute(task.kind, role)
             case Lane.H2D | Lane.D2H:
                 return self._copy(task)
-            case Lane.HOST_UPDATE:
+            case Lane.HOST_UPDATE | Lane.HOST_CAST:  # every pass over host memory runs at the rate of the fused update
                 rate = self._machine.optimizer.host_bytes_per_s.p50
                 return self._streaming(task.bytes_moved, rate, {Resource.HOST_DRAM: rate})
             case Lane.GPU_UPDATE:
@@ -77,7 +77,7 @@ class _Pricer:
     def _copy(self, task: Task) -> TaskCost:
         """Curve of the direction. On the "cpu" backend a copy is a memcpy in RAM: it reads and writes DRAM."""
         link = self._machine.link
-        duration = max(1, (link.h2d if task.lane is Lane.H2D else link.d2h).duration_ns(task.bytes_moved))
+        duration = max(1, (link.h2d if LANE_OF[task.kind] is Lane.H2D else link.d2h).duration_ns(task.bytes_moved))
         rate = task.bytes_moved * 1_000_000_000 // duration
         passes = 2 if self._machine.gpu.backend == "cpu" else 1
         return TaskCost(

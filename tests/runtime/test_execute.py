@@ -132,6 +132,10 @@ BAD = {
         lambda plan: changed(plan, model=msgspec.structs.replace(plan.model, hidden=128)),
         "`model` was changed after planning",
     ),
+    "another system's knob": (
+        lambda plan: changed(plan, policy=msgspec.structs.replace(plan.policy, copy_lanes="shared")),
+        "policy.copy_lanes is 'shared'",
+    ),
     "unsafe graph": (
         lambda plan: changed(
             plan,

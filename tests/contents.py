@@ -21,15 +21,26 @@ class Contents:
         self.model = model
         self.micros = range(micro_batches)
         self.slots: dict[tuple[str, int], Any] = {}
+        self.clips = any(task.kind is TaskKind.CLIP_GRADIENT for task in graph.tasks)
         for task in graph.tasks:
             if task.kind in (TaskKind.UPDATE_HOST, TaskKind.UPDATE_GPU):
-                for role in (Role.REMAINDER, Role.MOMENTS):
+                for role in self._state(task):
                     self.slots[task.slot(role)] = (role, task.unit, 0)
                 self.slots[task.slot(self._master(task))] = ("weights", task.unit, 0)
+            elif task.kind is TaskKind.REFRESH_WEIGHTS:
+                self.slots[task.slot(Role.HOST_WEIGHTS)] = ("weights", task.unit, 0)
+            if task.has(Role.BARRIER):
+                self.slots[task.slot(Role.BARRIER)] = ("updated", 0)
 
     @staticmethod
     def _master(task: Task) -> Role:
+        if task.has(Role.MASTER):
+            return Role.MASTER
         return Role.HOST_WEIGHTS if task.kind is TaskKind.UPDATE_HOST else Role.WEIGHTS
+
+    @staticmethod
+    def _state(task: Task) -> list[Role]:
+        return [role for role in (Role.REMAINDER, Role.MOMENTS) if task.has(role)]
 
     def _find(self, task: Task, role: Role, label: Any) -> None:
         found = self.slots.get(task.slot(role))
@@ -50,7 +61,19 @@ class Contents:
 
     def run(self, task: Task, step: int) -> None:
         unit, micro = task.unit, task.micro
-        if task.kind is TaskKind.LOAD_WEIGHTS:
+        if task.has(Role.BARRIER):
+            if task.kind in (TaskKind.CAST_WEIGHTS, TaskKind.LOAD_WEIGHTS):
+                self._find(task, Role.BARRIER, ("updated", step))
+            else:
+                self._put(task, Role.BARRIER, ("updated", step + 1))
+        if task.kind in (TaskKind.CAST_WEIGHTS, TaskKind.REFRESH_WEIGHTS):
+            version = step + (task.kind is TaskKind.REFRESH_WEIGHTS)
+            self._find(task, Role.MASTER, ("weights", unit, version))
+            self._put(task, Role.HOST_WEIGHTS, ("weights", unit, version))
+        elif task.kind is TaskKind.CLIP_GRADIENT:
+            self._find(task, Role.HOST_GRADIENT, self._whole_gradient(unit, step))
+            self._put(task, Role.HOST_GRADIENT, ("clipped", self._whole_gradient(unit, step)))
+        elif task.kind is TaskKind.LOAD_WEIGHTS:
             self._find(task, Role.HOST_WEIGHTS, ("weights", unit, step))
             self._put(task, Role.WEIGHTS, ("weights", unit, step))
         elif task.kind is TaskKind.OFFLOAD_BOUNDARY:
@@ -64,8 +87,9 @@ class Contents:
             self._put(task, Role.HOST_GRADIENT, self._whole_gradient(unit, step))
         elif task.kind in (TaskKind.UPDATE_HOST, TaskKind.UPDATE_GPU):
             source = Role.HOST_GRADIENT if task.kind is TaskKind.UPDATE_HOST else Role.GRADIENT
-            self._find(task, source, self._whole_gradient(unit, step))
-            for role in (Role.REMAINDER, Role.MOMENTS):
+            whole = self._whole_gradient(unit, step)
+            self._find(task, source, ("clipped", whole) if self.clips else whole)
+            for role in self._state(task):
                 self._find(task, role, (role, unit, step))
                 self._put(task, role, (role, unit, step + 1))
             self._find(task, self._master(task), ("weights", unit, step))

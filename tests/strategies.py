@@ -59,3 +59,51 @@ def cases(draw: st.DrawFn) -> Case:
         units=tuple(units),
     )
     return Case(model, policy, Workload(seq_len=32, global_batch=micro_batch * micro_batches))
+
+
+@st.composite
+def foreign_cases(draw: st.DrawFn) -> Case:
+    """Policies that describe how other systems work: any mix of those knobs, all state on the host."""
+    tied = draw(st.booleans())
+    model = tiny_model(layers=draw(st.integers(1, 6)), tied_embeddings=tied)
+    micro_batch, micro_batches = 1, draw(st.integers(1, 2))
+    master, staging = draw(
+        st.sampled_from(
+            [("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update")]
+        )
+    )
+    uniform, clips = draw(st.booleans()), draw(st.booleans())
+    interval = draw(st.integers(1, 3))
+    offloads = interval == 1 and draw(st.booleans())
+    passing = any(unit % interval for unit in range(model.layers))
+    window = draw(st.integers(2, model.layers + 2))
+    arrival = [*reversed(range(model.units))]
+    order = arrival if draw(st.booleans()) else draw(st.permutations(arrival))
+    all_waiting = clips or order != arrival
+    policy = Policy(
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        window=window,
+        prefetch_depth=draw(st.integers(1, window - 1)),
+        gradient_slots=draw(st.integers(2, 4)),
+        host_gradient_slots=model.units if all_waiting else draw(st.integers(1, 3)),
+        boundary_slots=micro_batches * (interval + 1) + 1 if offloads or passing else 0,
+        gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
+        update_order=tuple(order),
+        units=tuple(
+            UnitPolicy(
+                weights=Tier.GPU if tied and uniform and unit == model.head_unit else Tier.HOST,
+                boundary=Tier.HOST if offloads and unit < model.layers else Tier.GPU,
+            )
+            for unit in range(model.units)
+        ),
+        master=master,
+        staging=staging,
+        step_barrier=draw(st.booleans()),
+        clipping="serial" if clips else "none",
+        copy_lanes=draw(st.sampled_from(["separate", "shared"])),
+        unit_slots="uniform" if uniform else "sized",
+        pinned_sizes=draw(st.sampled_from(["exact", "power_of_two"])),
+        checkpoint_interval=interval,
+    )
+    return Case(model, policy, Workload(seq_len=32, global_batch=micro_batch * micro_batches))

@@ -7,6 +7,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Literal
 
+from msgspec import UNSET, UnsetType
+
 from slideplan.plan.codec import Spec
 from slideplan.plan.policy import Tier
 
@@ -21,10 +23,12 @@ class Lane(StrEnum):
     GPU_UPDATE = "gpu_update"
     SSD_READ = "ssd_read"
     SSD_WRITE = "ssd_write"
+    COPY = "copy"  # both directions in one FIFO
+    HOST_CAST = "host_cast"
 
 
 class TaskKind(StrEnum):
-    """What a task does; each kind belongs to one lane."""
+    """What a task does; each kind has a lane of its own, but for copies that share one FIFO."""
 
     LOAD_WEIGHTS = "load_weights"
     FORWARD = "forward"  # keeps nothing but the boundary
@@ -37,6 +41,9 @@ class TaskKind(StrEnum):
     OFFLOAD_GRADIENT = "offload_gradient"
     UPDATE_HOST = "update_host"
     UPDATE_GPU = "update_gpu"
+    CAST_WEIGHTS = "cast_weights"  # from the fp32 master into the staging buffer of a load
+    CLIP_GRADIENT = "clip_gradient"  # read for the global norm, read and written for the scaling
+    REFRESH_WEIGHTS = "refresh_weights"  # from the updated master into the bf16 copy that loads read
 
 
 LANE_OF = {
@@ -51,6 +58,9 @@ LANE_OF = {
     TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
     TaskKind.UPDATE_HOST: Lane.HOST_UPDATE,
     TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
+    TaskKind.CAST_WEIGHTS: Lane.HOST_CAST,
+    TaskKind.CLIP_GRADIENT: Lane.HOST_UPDATE,
+    TaskKind.REFRESH_WEIGHTS: Lane.HOST_UPDATE,
 }
 
 
@@ -59,6 +69,7 @@ class TensorClass(StrEnum):
 
     WEIGHTS = "weights"
     REMAINDER = "master_remainder"
+    MASTER = "master_weights"
     MOMENTS = "moments"
     GRADIENT = "gradient"
     BOUNDARY = "boundary_activation"
@@ -73,6 +84,7 @@ class Role(StrEnum):
     TIED_WEIGHTS = "tied_weights"
     HOST_WEIGHTS = "host_weights"
     REMAINDER = "remainder"
+    MASTER = "master"
     MOMENTS = "moments"
     GRADIENT = "gradient"
     TIED_GRADIENT = "tied_gradient"
@@ -80,6 +92,7 @@ class Role(StrEnum):
     INPUT = "input"  # boundary activation that enters the unit
     OUTPUT = "output"  # boundary activation that leaves it
     HOST_BOUNDARY = "host_boundary"
+    BARRIER = "barrier"  # how many units are updated: the next step's first load waits for all
     BOUNDARY_GRADIENT = "boundary_gradient"  # gradient of the output, overwritten by that of the input
     INNER = "inner"
 
@@ -123,6 +136,7 @@ class Task(Spec, frozen=True):
     flops:        floating-point operations of a compute task, recompute included
     accesses:     slots it reads and writes
     dependencies: at most one per other lane; order within its own lane is the lane's
+    fifo:         lane that it shares with other kinds, where that is not its kind's own
     """
 
     name: str
@@ -133,10 +147,11 @@ class Task(Spec, frozen=True):
     flops: int
     accesses: tuple[Access, ...]
     dependencies: tuple[Dependency, ...] = ()
+    fifo: Lane | UnsetType = UNSET
 
     @property
     def lane(self) -> Lane:
-        return LANE_OF[self.kind]
+        return LANE_OF[self.kind] if self.fifo is UNSET else self.fifo
 
     def slot(self, role: Role) -> tuple[str, int]:
         """Pool name and slot number of the access in this role. Raises KeyError without one."""

@@ -15,7 +15,7 @@ from slideplan.plan.policy import Policy, Tier
 
 
 class Action(NamedTuple):
-    """A task before it has slots. `slot` is set for weight loads: the window slot they fill."""
+    """A task before it has slots."""
 
     kind: TaskKind
     unit: int
@@ -39,6 +39,9 @@ def compute_order(model: ModelSpec, policy: Policy) -> list[Action]:
         actions += [Action(TaskKind.FORWARD_KEEP if kept else TaskKind.FORWARD, unit, micro) for micro in micros]
     actions += [Action(TaskKind.LOSS, model.head_unit, micro) for micro in micros]
     for unit in reversed(range(model.head_unit)):
+        if unit > 0 and not policy.runs_again(unit):  # the last layer of a block: those before it run forward once more
+            block = range(unit - (unit - 1) % policy.checkpoint_interval, unit)
+            actions += [Action(TaskKind.FORWARD, other, micro) for other in block for micro in micros]
         kept = policy.units[unit].inner == "keep" or unit == 0
         kind = TaskKind.BACKWARD if kept else TaskKind.BACKWARD_RECOMPUTE
         actions += [Action(kind, unit, micro) for micro in micros]
@@ -56,38 +59,61 @@ def visits(actions: list[Action]) -> list[Visit]:
     return found
 
 
-def window_slots(model: ModelSpec, policy: Policy, turns: list[Visit]) -> list[tuple[int, bool] | None]:
-    """For each visit of a streaming layer, its window slot and whether its weights must be loaded.
+class WindowUse(NamedTuple):
+    """What a visit needs of the window: which unit's weights, in which slot, and whether they must be loaded."""
+
+    unit: int
+    slot: int
+    load: bool
+
+
+def window_slots(model: ModelSpec, policy: Policy, turns: list[Visit]) -> list[WindowUse | None]:
+    """For each visit that reads streamed weights, its slot of the window.
 
     A visit that finds its unit still in the window loads nothing: this is the turn-around, where the
     last units of forward are the first of backward. Otherwise it takes the slot whose unit is needed
     farthest in the future (Belady's rule), the one left longest ago among equals.
     """
+    assert policy.prefetch_depth < max(1, policy.window), "a slot must be free for the load that is issued ahead"
     never = len(turns)
+    needs = [_streamed(model, policy, visit, now) for now, visit in enumerate(turns)]
     holds: list[int | None] = [None] * policy.window
-    used_at = [-1] * policy.window
-    found: list[tuple[int, bool] | None] = []
-    for now, visit in enumerate(turns):
-        if not policy.streams_weights(visit.unit):
+    used_at = [-never] * policy.window
+    found: list[WindowUse | None] = []
+    for now, needed in enumerate(needs):
+        if needed is None:
             found.append(None)
             continue
-        if visit.unit in holds:
-            slot, load = holds.index(visit.unit), False
+        if needed in holds:
+            slot, load = holds.index(needed), False
         else:
-            next_use = [next((later for later in range(now, never) if turns[later].unit == unit), never) for unit in holds]
-            slot, load = min(range(policy.window), key=lambda s: (-next_use[s], used_at[s], s)), True
-        holds[slot], used_at[slot] = visit.unit, now
-        found.append((slot, load))
+            next_use = [
+                never if unit is None else next((later for later in range(now, never) if needs[later] == unit), never)
+                for unit in holds
+            ]
+            # A load is issued `prefetch_depth` visits ahead: slots that those visits read are not free yet.
+            free = [slot for slot in range(policy.window) if used_at[slot] < now - policy.prefetch_depth]
+            slot, load = min(free, key=lambda s: (-next_use[s], used_at[s], s)), True
+        holds[slot], used_at[slot] = needed, now
+        found.append(WindowUse(needed, slot, load))
     return found
+
+
+def _streamed(model: ModelSpec, policy: Policy, visit: Visit, now: int) -> int | None:
+    """The unit whose streamed weights a visit reads. The embedding's backward reads none; a tied head, the embedding's."""
+    if visit.unit == 0 and now > 0:
+        return None
+    unit = 0 if visit.unit == model.head_unit and model.tied_embeddings else visit.unit
+    return unit if policy.streams_weights(unit) else None
 
 
 def with_transfers(model: ModelSpec, policy: Policy, actions: list[Action]) -> list[Action]:
     """Pass 2: the step's actions on all lanes, in issue order.
 
-    Loads stand `prefetch_depth` visits ahead of the visit that needs them; fetches of boundary
-    activations as many compute actions ahead as their GPU slots allow. Gradients leave after a
-    unit's last backward. A host update stands after its gradient's arrival and after the updates
-    before it in `update_order`.
+    Loads stand `prefetch_depth` visits ahead of the visit that needs them, each behind its cast where
+    there is one; fetches of boundary activations as many compute actions ahead as their GPU slots allow.
+    Gradients leave after a unit's last backward. A host update stands after its gradient's arrival and
+    after the updates before it in `update_order`; with clipping, after all gradients' clipping.
     """
     before: list[list[Action]] = [[] for _ in actions]
     turns = visits(actions)
@@ -95,13 +121,16 @@ def with_transfers(model: ModelSpec, policy: Policy, actions: list[Action]) -> l
     depth = max(policy.prefetch_depth, 1)
     loaded_once: set[int] = set()
     for now, (visit, window) in enumerate(zip(turns, windows, strict=True)):
-        if window is not None:
-            needs_load = window[1]
-        else:  # a slot of its own: one load a step, if the host updates the weights
-            needs_load = policy.units[visit.unit].state is Tier.HOST and visit.unit not in loaded_once
+        loads = [window.unit] if window is not None and window.load else []
+        # Weights with a slot of their own are loaded once a step, if the host updates them.
+        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].state is Tier.HOST
+        if own and visit.unit not in loaded_once:
+            loads.append(visit.unit)
             loaded_once.add(visit.unit)
-        if needs_load:
-            before[turns[max(0, now - depth)].first].append(Action(TaskKind.LOAD_WEIGHTS, visit.unit))
+        for unit in loads:
+            if policy.staging == "per_load":
+                before[turns[max(0, now - depth)].first].append(Action(TaskKind.CAST_WEIGHTS, unit))
+            before[turns[max(0, now - depth)].first].append(Action(TaskKind.LOAD_WEIGHTS, unit))
 
     first_loss = next(place for place, action in enumerate(actions) if action.kind is TaskKind.LOSS)
     for place, action in enumerate(actions):
@@ -127,7 +156,21 @@ def with_transfers(model: ModelSpec, policy: Policy, actions: list[Action]) -> l
             continue
         issued.append(Action(TaskKind.OFFLOAD_GRADIENT, action.unit))
         arrived.add(action.unit)
-        while waiting_updates and waiting_updates[0] in arrived:
-            issued.append(Action(TaskKind.UPDATE_HOST, waiting_updates.pop(0)))
+        issued += _host_updates(policy, arrived, waiting_updates)
     assert not waiting_updates, "every unit's gradient arrives within the step"
+    return issued
+
+
+def _host_updates(policy: Policy, arrived: set[int], waiting: list[int]) -> list[Action]:
+    """What the CPU can be told to do now that these gradients have arrived; units updated leave `waiting`."""
+    issued: list[Action] = []
+    if policy.clipping == "serial":
+        if len(arrived) < len(waiting):
+            return issued
+        issued += [Action(TaskKind.CLIP_GRADIENT, unit) for unit in waiting]
+    while waiting and waiting[0] in arrived:
+        unit = waiting.pop(0)
+        issued.append(Action(TaskKind.UPDATE_HOST, unit))
+        if policy.staging == "per_update":
+            issued.append(Action(TaskKind.REFRESH_WEIGHTS, unit))
     return issued

@@ -52,7 +52,7 @@ class UnitPolicy(Spec, frozen=True):
     inner: Literal["recompute", "keep"] = "recompute"
 
 
-class Policy(Spec, frozen=True):
+class Policy(Spec, frozen=True, omit_defaults=True):
     """Everything that decides the task graph, given model and workload.
 
     micro_batch:         sequences that pass a unit at once
@@ -65,6 +65,25 @@ class Policy(Spec, frozen=True):
     gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
     update_order:        host-state units in the order of their updates on the host_update lane
     units:               placement per unit
+
+    Knobs below have a default that is how the runtime works; other values describe how other systems
+    work, so that they can be priced by the same engine. They need all state on the host.
+
+    master:              format of the master weights on the host. "split": bf16 high half and int16 remainder.
+                         "fp32": one fp32 tensor, from which bf16 weights must be cast. "bf16": no fp32 at all
+    staging:             how the bf16 weights that loads read come about. "none": they are (a half of) the master.
+                         "per_load": the CPU casts a unit into one staging buffer for each of its loads.
+                         "per_update": a copy of all weights, which a pass after each update refreshes
+    step_barrier:        no load of the next step before the last update of this one
+    clipping:            "serial": once all gradients have arrived, a pass over them for their global norm
+                         and their scaling, before the first update
+    copy_lanes:          "shared": one FIFO for copies of both directions
+    unit_slots:          "uniform": window, gradient and host gradient slots are of the size of the largest unit
+                         and serve every unit, embedding and head included, which stream like layers
+    pinned_sizes:        "power_of_two": host buffers that copies touch are each rounded up, as torch's
+                         caching host allocator does
+    checkpoint_interval: every how many layers a boundary activation is kept; those between are computed
+                         once more, block by block, before a block's backward: a third pass of weights
     """
 
     micro_batch: int
@@ -77,14 +96,37 @@ class Policy(Spec, frozen=True):
     gradient_dtype: Literal["bf16", "fp32"]
     update_order: tuple[int, ...]
     units: tuple[UnitPolicy, ...]
+    master: Literal["split", "fp32", "bf16"] = "split"
+    staging: Literal["none", "per_load", "per_update"] = "none"
+    step_barrier: bool = False
+    clipping: Literal["none", "serial"] = "none"
+    copy_lanes: Literal["separate", "shared"] = "separate"
+    unit_slots: Literal["sized", "uniform"] = "sized"
+    pinned_sizes: Literal["exact", "power_of_two"] = "exact"
+    checkpoint_interval: int = 1
 
     @property
     def gradient_element_bytes(self) -> int:
         return 4 if self.gradient_dtype == "fp32" else 2
 
+    def foreign_knobs(self) -> dict[str, str | bool | int]:
+        """Knobs set to what other systems do and the runtime does not, by name."""
+        names = self.__struct_fields__[-len(self.__struct_defaults__) :]
+        defaults = zip(names, self.__struct_defaults__, strict=True)
+        return {name: getattr(self, name) for name, default in defaults if getattr(self, name) != default}
+
     def streams_weights(self, unit: int) -> bool:
-        """Whether the unit is a layer that takes a window slot."""
-        return 0 < unit < len(self.units) - 1 and self.units[unit].weights is Tier.HOST
+        """Whether the unit's weights take a window slot: a layer's, or with uniform slots any unit's."""
+        streamable = self.unit_slots == "uniform" or 0 < unit < len(self.units) - 1
+        return streamable and self.units[unit].weights is Tier.HOST
+
+    def keeps_boundary(self, unit: int) -> bool:
+        """Whether the boundary activation that leaves the unit is kept from forward to backward."""
+        return unit % self.checkpoint_interval == 0 or unit == len(self.units) - 2
+
+    def runs_again(self, unit: int) -> bool:
+        """Whether the unit runs forward a second time before its block's backward: every layer but a block's last."""
+        return 0 < unit < len(self.units) - 2 and unit % self.checkpoint_interval != 0
 
     def check(self, model: ModelSpec, workload: Workload) -> None:
         """Raise ValueError, naming the knob, where the policy makes no sense for model and workload."""
@@ -96,8 +138,31 @@ class Policy(Spec, frozen=True):
                 f"the global batch is {workload.global_batch}"
             )
         check_seq_len(model, workload.seq_len)
+        self._check_foreign(model)
         self._check_placement(model)
         self._check_slots(model)
+
+    def _check_foreign(self, model: ModelSpec) -> None:
+        if self.checkpoint_interval < 1:
+            raise ValueError(f"policy.checkpoint_interval is {self.checkpoint_interval}, must be at least 1")
+        foreign = self.foreign_knobs()
+        on_gpu = [unit for unit, placement in enumerate(self.units) if placement.state is not Tier.HOST]
+        if foreign and on_gpu:
+            raise ValueError(f"policy.{next(iter(foreign))}: needs all state on the host, that of unit {on_gpu[0]} is not")
+        if (self.master, self.staging) not in _WEIGHT_FORMATS:
+            known = "; ".join(f"{master} with {staging}" for master, staging in _WEIGHT_FORMATS)
+            raise ValueError(f"policy.master {self.master} does not go with staging {self.staging}; these do: {known}")
+        if self.unit_slots == "uniform" and model.tied_embeddings and self.streams_weights(model.head_unit):
+            raise ValueError(
+                "policy.unit_slots is uniform with tied embeddings: the loss reads two units, "
+                f"set policy.units[{model.head_unit}].weights to gpu (final norm in a slot of its own)"
+            )
+        if self.checkpoint_interval > 1 and any(
+            placement.boundary is not Tier.GPU or placement.inner == "keep" for placement in self.units
+        ):
+            raise ValueError(
+                "policy.checkpoint_interval above 1 needs all boundary activations on the gpu, and no inner ones kept"
+            )
 
     def _check_placement(self, model: ModelSpec) -> None:
         for unit, placement in enumerate(self.units):
@@ -107,7 +172,7 @@ class Policy(Spec, frozen=True):
             if placement.state is Tier.GPU and placement.weights is not Tier.GPU:
                 raise ValueError(f"{where}: state on the gpu needs weights on the gpu")
             if model.role(unit) is not UnitRole.LAYER:
-                if placement.weights is not placement.state:
+                if placement.weights is not placement.state and self.unit_slots == "sized":
                     raise ValueError(f"{where}: weights must lie where state does")
                 if placement.inner != "recompute":
                     raise ValueError(f"{where}: has no inner activations to keep")
@@ -145,12 +210,19 @@ class Policy(Spec, frozen=True):
                 f"policy.host_gradient_slots is {self.host_gradient_slots} with {layers_on_host} layers updated on the host"
             )
         offloaded = any(placement.boundary is Tier.HOST for placement in self.units)
-        if offloaded and self.boundary_slots < self.micro_batches + 1:
+        passing = not all(self.keeps_boundary(unit) for unit in range(model.head_unit))
+        if (offloaded or passing) and self.boundary_slots < self.micro_batches + 1:
             raise ValueError(
                 f"policy.boundary_slots is {self.boundary_slots}, must be at least micro_batches + 1 = {self.micro_batches + 1}"
             )
-        if not offloaded and self.boundary_slots:
+        if not offloaded and not passing and self.boundary_slots:
             raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on the host")
+
+
+# Master format and how the bf16 weights come about from it.
+_WEIGHT_FORMATS = (
+    ("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update"),
+)  # fmt: skip
 
 
 def check_seq_len(model: ModelSpec, seq_len: int) -> None:

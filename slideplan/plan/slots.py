@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Literal
 
+from msgspec import UNSET
+
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import Access, Role, SlotPool, Task, TaskKind, TensorClass
+from slideplan.plan.graph import LANE_OF, Access, Lane, Role, SlotPool, Task, TaskKind, TensorClass
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.order import Action, compute_order, visits, window_slots
 from slideplan.plan.policy import Policy, Tier, Workload
@@ -19,8 +21,12 @@ from slideplan.plan.quantities import MIB
 MOMENT_BYTES = 8  # fp32 m and v per element
 REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
 WEIGHT_BYTES = 2  # bf16 high half
-# AdamW on split master reads and writes weight, remainder and both moments, and reads the gradient.
-UPDATE_STATE_TRAFFIC_BYTES = 2 * (WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES)
+# All of a master weight, by format: the split one is weight and remainder.
+MASTER_BYTES = {"split": WEIGHT_BYTES + REMAINDER_BYTES, "fp32": 4, "bf16": 2}
+CLIP_PASSES = 3  # over the gradient: read for the norm, read and written for the scaling
+BARRIER_BYTES = 8  # a counter of updated units
+# AdamW reads and writes the master weights and both moments, and reads the gradient; this, for the split master.
+UPDATE_STATE_TRAFFIC_BYTES = 2 * (MASTER_BYTES["split"] + MOMENT_BYTES)
 
 
 # The head computes its loss in chunks of tokens whose fp32 logits stay within this, so that logits are
@@ -74,22 +80,25 @@ class SlotAssignment:
         self.pools: dict[str, SlotPool] = {}
         self._rank: dict[tuple[str, int], int] = {}  # (pool, unit) -> slot of its own
         self._make_pools()
-        self._gradient_ring = _Ring("gpu.gradient.layer", policy.gradient_slots, "gradient_slots")
-        self._host_gradient_ring = _Ring("host.gradient.layer", policy.host_gradient_slots, "host_gradient_slots")
+        shared = self._gradient_ring_of(UnitRole.LAYER)
+        self._gradient_ring = _Ring(f"gpu.gradient.{shared}", policy.gradient_slots, "gradient_slots")
+        self._host_gradient_ring = _Ring(f"host.gradient.{shared}", policy.host_gradient_slots, "host_gradient_slots")
         self._boundary_ring = _Ring("gpu.boundary.cycle", policy.boundary_slots, "boundary_slots")
         self._gradient: dict[int, int] = {}
         self._host_gradient: dict[int, int] = {}
         self._boundary: dict[tuple[int, int], int] = {}
         self._boundary_users: dict[tuple[int, int], int] = {}
-        self._loaded: set[int] = set()
+        self._loads: dict[int, int] = {}
+        self._ran: set[tuple[int, int]] = set()  # unit, micro-batch: forward once already
+        self._loading = False  # whether the step's first cast or load was seen
         turns = visits(compute_order(model, policy))
         self._window: dict[int, deque[int]] = {}
         self._window_loads: dict[int, deque[int]] = {}
-        for visit, window in zip(turns, window_slots(model, policy, turns), strict=True):
+        for window in window_slots(model, policy, turns):
             if window is not None:
-                self._window.setdefault(visit.unit, deque()).append(window[0])
-                if window[1]:
-                    self._window_loads.setdefault(visit.unit, deque()).append(window[0])
+                self._window.setdefault(window.unit, deque()).append(window.slot)
+                if window.load:
+                    self._window_loads.setdefault(window.unit, deque()).append(window.slot)
 
     # -- pools ---------------------------------------------------------------------------------
 
@@ -102,9 +111,19 @@ class SlotAssignment:
         if count and slot_bytes:
             self.pools[name] = SlotPool(name=name, tier=tier, tensor_class=tensor_class, slot_bytes=slot_bytes, count=count)
 
+    def _pinned(self, size_bytes: int) -> int:
+        """Bytes that a host buffer takes which copies touch."""
+        return size_bytes if self.policy.pinned_sizes == "exact" else 1 << max(0, size_bytes - 1).bit_length()
+
+    def _gradient_ring_of(self, role: UnitRole) -> str | None:
+        """Name of the gradient slots that units of the role share; None where they have their own."""
+        if self.policy.unit_slots == "uniform":
+            return "window"
+        return role if role is UnitRole.LAYER else None
+
     def _make_pools(self) -> None:
         model, policy = self.model, self.policy
-        gradient_bytes = policy.gradient_element_bytes
+        largest = max(model.flat_elements(role) for role in UnitRole)
         for role in UnitRole:
             units = [unit for unit in range(model.units) if model.role(unit) is role]
             elements = model.flat_elements(role)
@@ -112,29 +131,48 @@ class SlotAssignment:
             resident = [unit for unit in units if not policy.streams_weights(unit)]
             self._add_pool(f"gpu.weights.{role}", Tier.GPU, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, resident)
             if streaming:
-                self._add_shared("gpu.weights.window", Tier.GPU, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, policy.window)
+                slot_bytes = WEIGHT_BYTES * (largest if policy.unit_slots == "uniform" else elements)
+                self._add_shared("gpu.weights.window", Tier.GPU, TensorClass.WEIGHTS, slot_bytes, policy.window)
             for tier in (Tier.GPU, Tier.HOST):
                 owners = [unit for unit in units if policy.units[unit].state is tier]
-                self._add_pool(f"{tier}.remainder.{role}", tier, TensorClass.REMAINDER, REMAINDER_BYTES * elements, owners)
+                if policy.master == "split":
+                    self._add_pool(f"{tier}.remainder.{role}", tier, TensorClass.REMAINDER, REMAINDER_BYTES * elements, owners)
                 self._add_pool(f"{tier}.moments.{role}", tier, TensorClass.MOMENTS, MOMENT_BYTES * elements, owners)
             on_host = [unit for unit in units if policy.units[unit].state is Tier.HOST]
-            self._add_pool(f"host.weights.{role}", Tier.HOST, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, on_host)
-            is_layer = role is UnitRole.LAYER
-            self._add_shared(
-                f"gpu.gradient.{role}", Tier.GPU, TensorClass.GRADIENT, gradient_bytes * elements,
-                policy.gradient_slots if is_layer else 1,
-            )  # fmt: skip
-            self._add_shared(
-                f"host.gradient.{role}", Tier.HOST, TensorClass.GRADIENT, gradient_bytes * elements,
-                policy.host_gradient_slots if is_layer else len(on_host),
-            )  # fmt: skip
+            if policy.staging != "none":
+                master_bytes = MASTER_BYTES[policy.master] * elements
+                self._add_pool(f"host.master.{role}", Tier.HOST, TensorClass.MASTER, master_bytes, on_host)
+            if policy.staging != "per_load":
+                weight_bytes = self._pinned(WEIGHT_BYTES * elements)
+                self._add_pool(f"host.weights.{role}", Tier.HOST, TensorClass.WEIGHTS, weight_bytes, on_host)
+            self._add_gradients(role, elements, len(on_host))
+        if policy.unit_slots == "uniform":
+            self._add_gradients(UnitRole.LAYER, largest, len(policy.update_order))
+        if policy.staging == "per_load":
+            self._add_shared("host.staging", Tier.HOST, TensorClass.WEIGHTS, self._pinned(WEIGHT_BYTES * largest), 1)
+        if policy.step_barrier:
+            self._add_shared("host.barrier", Tier.HOST, TensorClass.WORKSPACE, BARRIER_BYTES, 1)
+        self._make_activation_pools()
+
+    def _add_gradients(self, role: UnitRole, elements: int, on_host: int) -> None:
+        """Slots of the ring for layers, one each for embedding and head; units of uniform size share one ring."""
+        policy, ring = self.policy, self._gradient_ring_of(role)
+        size_bytes = policy.gradient_element_bytes * elements
+        name, gpu, host = (role, 1, on_host) if ring is None else (ring, policy.gradient_slots, policy.host_gradient_slots)
+        self._add_shared(f"gpu.gradient.{name}", Tier.GPU, TensorClass.GRADIENT, size_bytes, gpu)
+        self._add_shared(f"host.gradient.{name}", Tier.HOST, TensorClass.GRADIENT, self._pinned(size_bytes), host)
+
+    def _make_activation_pools(self) -> None:
+        model, policy = self.model, self.policy
         boundary = model.boundary_bytes(self.tokens)
         micros = policy.micro_batches
-        stay = [unit for unit in range(model.head_unit) if policy.units[unit].boundary is Tier.GPU]
-        leave = [unit for unit in range(model.head_unit) if policy.units[unit].boundary is Tier.HOST]
+        held = [unit for unit in range(model.head_unit) if policy.keeps_boundary(unit)]
+        stay = [unit for unit in held if policy.units[unit].boundary is Tier.GPU]
+        leave = [unit for unit in held if policy.units[unit].boundary is Tier.HOST]
         kept = [unit for unit in range(model.units) if policy.units[unit].inner == "keep"]
-        for name, tier, owners in (("gpu.boundary", Tier.GPU, stay), ("host.boundary", Tier.HOST, leave)):
-            self._add_shared(name, tier, TensorClass.BOUNDARY, boundary, len(owners) * micros)
+        self._add_shared("gpu.boundary", Tier.GPU, TensorClass.BOUNDARY, boundary, len(stay) * micros)
+        self._add_shared("host.boundary", Tier.HOST, TensorClass.BOUNDARY, self._pinned(boundary), len(leave) * micros)
+        for name, owners in (("gpu.boundary", stay), ("host.boundary", leave)):
             self._rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
         self._add_shared("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, policy.boundary_slots)
         self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
@@ -156,13 +194,16 @@ class SlotAssignment:
 
     def _boundary_access(self, role: Role, unit: int, micro: int, mode: Literal["r", "w"]) -> Access:
         """Boundary activation that leaves `unit`, on the GPU."""
-        if self.policy.units[unit].boundary is Tier.GPU:
+        policy, key = self.policy, (unit, micro)
+        if policy.units[unit].boundary is Tier.GPU and policy.keeps_boundary(unit):
             return self._own(role, "gpu.boundary", unit, mode, micro)
-        key = unit, micro
         if mode == "w":
             self._boundary[key] = self._boundary_ring.take()
-            # In forward two tasks read it, the next unit and the offload; in backward one does.
-            self._boundary_users[key] = 2 if role is Role.OUTPUT else 1
+            # In forward the next unit reads it, and the offload if there is one; in backward the next unit's
+            # backward does, and before it the next unit's second forward if there is one.
+            forward = role is Role.OUTPUT and key not in self._ran
+            also = policy.units[unit].boundary is Tier.HOST if forward else policy.runs_again(unit + 1)
+            self._boundary_users[key] = 1 + also
         slot = self._boundary[key]
         if mode == "r":
             self._boundary_users[key] -= 1
@@ -171,37 +212,60 @@ class SlotAssignment:
         return Access(role=role, pool="gpu.boundary.cycle", slot=slot, mode=mode)
 
     def _gradient_access(self, unit: int, mode: Literal["r", "w", "rw"], role: Role = Role.GRADIENT) -> Access:
-        pool = f"gpu.gradient.{self.model.role(unit)}"
-        if self.model.role(unit) is not UnitRole.LAYER:
-            return Access(role=role, pool=pool, slot=0, mode=mode)
+        unit_role = self.model.role(unit)
+        if self._gradient_ring_of(unit_role) is None:
+            return Access(role=role, pool=f"gpu.gradient.{unit_role}", slot=0, mode=mode)
         if mode == "w":
             self._gradient[unit] = self._gradient_ring.take()
         slot = self._gradient[unit]
         if mode == "r":
             self._gradient_ring.give_back(self._gradient.pop(unit))
-        return Access(role=role, pool=pool, slot=slot, mode=mode)
+        return Access(role=role, pool=self._gradient_ring.pool, slot=slot, mode=mode)
 
-    def _host_gradient_access(self, unit: int, mode: Literal["r", "w"]) -> Access:
-        pool = f"host.gradient.{self.model.role(unit)}"
-        if self.model.role(unit) is not UnitRole.LAYER:
-            return Access(role=Role.HOST_GRADIENT, pool=pool, slot=0, mode=mode)
+    def _host_gradient_access(self, unit: int, mode: Literal["r", "w", "rw"]) -> Access:
+        unit_role = self.model.role(unit)
+        if self._gradient_ring_of(unit_role) is None:
+            return Access(role=Role.HOST_GRADIENT, pool=f"host.gradient.{unit_role}", slot=0, mode=mode)
         if mode == "w":
             self._host_gradient[unit] = self._host_gradient_ring.take()
-            slot = self._host_gradient[unit]
-        else:
-            slot = self._host_gradient.pop(unit)
-            self._host_gradient_ring.give_back(slot)
-        return Access(role=Role.HOST_GRADIENT, pool=pool, slot=slot, mode=mode)
+        slot = self._host_gradient[unit]
+        if mode == "r":
+            self._host_gradient_ring.give_back(self._host_gradient.pop(unit))
+        return Access(role=Role.HOST_GRADIENT, pool=self._host_gradient_ring.pool, slot=slot, mode=mode)
+
+    def _host_weights(self, unit: int, mode: Literal["r", "w", "rw"]) -> Access:
+        """bf16 weights on the host, as loads read them."""
+        if self.policy.staging == "per_load":
+            return Access(role=Role.HOST_WEIGHTS, pool="host.staging", slot=0, mode=mode)
+        return self._own(Role.HOST_WEIGHTS, f"host.weights.{self.model.role(unit)}", unit, mode)
+
+    def _master(self, unit: int, mode: Literal["r", "rw"]) -> Access:
+        """Master weights on the host, but for the remainder of a split one: where nothing is staged, the bf16 weights."""
+        if self.policy.staging == "none":
+            return self._host_weights(unit, mode)
+        return self._own(Role.MASTER, f"host.master.{self.model.role(unit)}", unit, mode)
+
+    def _barrier(self, kind: TaskKind, unit: int) -> list[Access]:
+        """The first load of a step waits for the last task on the weights in the step before."""
+        if not self.policy.step_barrier:
+            return []
+        last = TaskKind.REFRESH_WEIGHTS if self.policy.staging == "per_update" else TaskKind.UPDATE_HOST
+        if kind is last and unit == self.policy.update_order[-1]:
+            return [Access(role=Role.BARRIER, pool="host.barrier", slot=0, mode="w")]
+        if kind in (TaskKind.CAST_WEIGHTS, TaskKind.LOAD_WEIGHTS) and not self._loading:
+            self._loading = True
+            return [Access(role=Role.BARRIER, pool="host.barrier", slot=0, mode="r")]
+        return []
 
     def _inner(self, unit: int, micro: int, mode: Literal["r", "w"]) -> Access:
         return self._own(Role.INNER, "gpu.inner", unit, mode, micro)
 
     def _state(self, tier: Tier, unit: int) -> list[Access]:
         role = self.model.role(unit)
-        return [
-            self._own(Role.REMAINDER, f"{tier}.remainder.{role}", unit, "rw"),
-            self._own(Role.MOMENTS, f"{tier}.moments.{role}", unit, "rw"),
-        ]
+        moments = self._own(Role.MOMENTS, f"{tier}.moments.{role}", unit, "rw")
+        if self.policy.master != "split":
+            return [moments]
+        return [self._own(Role.REMAINDER, f"{tier}.remainder.{role}", unit, "rw"), moments]
 
     # -- tasks ---------------------------------------------------------------------------------
 
@@ -216,15 +280,20 @@ class SlotAssignment:
         name = f"{kind}/{model.unit_name(unit)}" + (f"/mb{micro}" if micro is not None else "")
         accesses: list[Access]
         if kind is TaskKind.LOAD_WEIGHTS:
-            accesses = [self._own(Role.HOST_WEIGHTS, f"host.weights.{role}", unit, "r"), self._weights(unit, "w")]
+            accesses = [self._host_weights(unit, "r"), self._weights(unit, "w")]
             bytes_moved = WEIGHT_BYTES * elements
-            if self.policy.streams_weights(unit):
-                name += "/backward" if unit in self._loaded else "/forward"
-                self._loaded.add(unit)
+            name += self._load_suffix(unit)
+            self._loads[unit] = self._loads.get(unit, 0) + 1
+        elif kind in (TaskKind.CAST_WEIGHTS, TaskKind.REFRESH_WEIGHTS):
+            accesses = [self._master(unit, "r"), self._host_weights(unit, "w")]
+            bytes_moved = (MASTER_BYTES[self.policy.master] + WEIGHT_BYTES) * elements
+            name += self._load_suffix(unit) if kind is TaskKind.CAST_WEIGHTS else ""
+        elif kind is TaskKind.CLIP_GRADIENT:
+            accesses = [self._host_gradient_access(unit, "rw")]
+            bytes_moved = CLIP_PASSES * gradient_bytes
         elif kind is TaskKind.UPDATE_HOST:
-            accesses = [self._host_gradient_access(unit, "r"), *self._state(Tier.HOST, unit)]
-            accesses.append(self._own(Role.HOST_WEIGHTS, f"host.weights.{role}", unit, "rw"))
-            bytes_moved = UPDATE_STATE_TRAFFIC_BYTES * elements + gradient_bytes
+            accesses = [self._host_gradient_access(unit, "r"), *self._state(Tier.HOST, unit), self._master(unit, "rw")]
+            bytes_moved = 2 * (MASTER_BYTES[self.policy.master] + MOMENT_BYTES) * elements + gradient_bytes
         elif kind is TaskKind.UPDATE_GPU:
             accesses = [self._gradient_access(unit, "r"), *self._state(Tier.GPU, unit), self._weights(unit, "rw")]
             bytes_moved = UPDATE_STATE_TRAFFIC_BYTES * elements + gradient_bytes
@@ -249,9 +318,22 @@ class SlotAssignment:
             assert micro is not None
             accesses = self._compute_accesses(kind, unit, micro)
             flops = self._flops(kind, role)
+            if kind is TaskKind.FORWARD and (unit, micro) in self._ran:
+                name += "/again"
+            self._ran.add((unit, micro))
+        copies = LANE_OF[kind] in (Lane.H2D, Lane.D2H)
         return Task(
-            name=name, kind=kind, unit=unit, micro=micro, bytes_moved=bytes_moved, flops=flops, accesses=tuple(accesses)
-        )
+            name=name, kind=kind, unit=unit, micro=micro, bytes_moved=bytes_moved, flops=flops,
+            accesses=(*accesses, *self._barrier(kind, unit)),
+            fifo=Lane.COPY if copies and self.policy.copy_lanes == "shared" else UNSET,
+        )  # fmt: skip
+
+    def _load_suffix(self, unit: int) -> str:
+        """Which pass the next load of a streaming unit is for."""
+        if not self.policy.streams_weights(unit):
+            return ""
+        passes = ("forward", "backward") if self.policy.checkpoint_interval == 1 else ("pass1", "pass2", "pass3")
+        return f"/{passes[self._loads.get(unit, 0)]}"
 
     def _compute_accesses(self, kind: TaskKind, unit: int, micro: int) -> list[Access]:
         model, micros = self.model, self.policy.micro_batches
@@ -275,7 +357,7 @@ class SlotAssignment:
         started = micro > 0 or (unit == 0 and model.tied_embeddings)
         accesses.append(self._gradient_access(unit, "rw" if started else "w"))
         if kind is TaskKind.LOSS and model.tied_embeddings:
-            accesses.append(self._weights(0, "r", Role.TIED_WEIGHTS))
+            accesses.append(self._weights(0, "r", Role.TIED_WEIGHTS, last=micro == micros - 1))
             accesses.append(self._gradient_access(0, "rw" if micro > 0 else "w", Role.TIED_GRADIENT))
         return accesses
 

@@ -26,6 +26,7 @@ from slideplan.plan.policy import Workload, check_seq_len
 from slideplan.plan.quantities import parse_bytes
 from slideplan.planner import report
 from slideplan.planner.catalogue import MODELS, find_model
+from slideplan.planner.compare import compare_peers
 from slideplan.planner.machines import LOCAL_PROFILES, default_machine, find_machine, machines, with_budget
 from slideplan.planner.search import batches_within, search
 from slideplan.planner.shortfall import DoesNotFit
@@ -303,6 +304,50 @@ def profile(
             report.changes_report(changes(figures(before), {name: each.spread for name, each in figures(measured).items()}))
         )
     _note(f"profile written to {output}; plan with `planner simulate --model ... --machine {output}`")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option(help="Name in `planner models`, or a directory with a Hugging Face config.json.")],
+    machine: Annotated[
+        str | None, typer.Option(help="Name in `planner machines`, or a profile's file; default: this machine's, if measured.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help=f"Tokens per sequence; default {DEFAULT_SEQ_LEN}, or as many as the model takes.")
+    ] = None,
+    global_batch: Annotated[int, typer.Option(help="Sequences per optimizer step.")] = 8,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    as_json: Json = False,
+) -> None:
+    r"""Compare our plan with other systems on a machine.
+
+    SlideFormer, DeepSpeed ZeRO-3 with offload and MegaTrain as policies of our own language, priced by the same
+    simulator at the rates of our kernels: what they do, not how well they are written.
+
+    \b
+    Examples:
+      planner compare --model llama-3.1-8b --global-batch 16
+      planner compare --model qwen3-8b --machine rtx4090-2tib --seq-len 2048 --json
+
+    \b
+    Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit, whatever peers need.
+    """
+    spec = find_model(model)
+    if seq_len is None:
+        seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions, spec.sliding_window or spec.max_positions)
+    workload = Workload(seq_len=seq_len, global_batch=global_batch)
+    check_seq_len(spec, seq_len)
+    budget = _size("--gpu-memory", gpu_memory), _size("--host-memory", host_memory)
+    profiled = with_budget(_machine(machine), *budget)
+    answer = _search(spec, workload, profiled, SearchOptions())
+    comparison = compare_peers(answer, profiled)
+    if as_json:
+        _print_json(comparison)
+    else:
+        report.print_comparison(report.console(), comparison)
+    if isinstance(answer, DoesNotFit):
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
 # -- helpers of profile ------------------------------------------------------------------------

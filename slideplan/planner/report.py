@@ -16,6 +16,7 @@ from slideplan.plan.plan import MachineReference, Plan, SearchRecord
 from slideplan.plan.policy import Policy, Tier, Workload
 from slideplan.plan.quantities import format_bytes, format_ns
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
+from slideplan.planner.compare import Contender, PeerComparison
 from slideplan.planner.shortfall import DoesNotFit
 
 WIDTH = 100
@@ -261,6 +262,59 @@ def _alternatives_table(plan: Plan) -> Table:
 
 def _change(count: int) -> str:
     return f"{'+' if count > 0 else ''}{format_bytes(count)}" if count else "same"
+
+
+# -- other systems -----------------------------------------------------------------------------
+
+
+def print_comparison(out: Console, comparison: PeerComparison) -> None:
+    """The whole report of `planner compare`."""
+    out.print(f"[bold]{comparison.model.name}: {_gain(comparison)}[/bold]", highlight=False, soft_wrap=True)
+    out.print(_facts(_setting(comparison.model, comparison.machine, comparison.workload)))
+    out.print()
+    table = _table("system", "step", "tokens/s", "ours is", "GPU", "host", "GPU busy", "bound by")
+    for contender in comparison.contenders:
+        table.add_row(contender.name, *_speed(contender, comparison.ours))
+    out.print(table)
+    for contender in comparison.contenders:
+        lacking = [f"does not fit: {lack}" for lack in contender.lacking]
+        _section(out, f"{contender.name}: {contender.what}", _facts([("-", line) for line in (*lacking, *contender.reasons)]))
+    out.print(
+        "\nOther systems are priced by what they do, at the rates of our kernels and our fused pass over host\n"
+        "memory; how well they are written is left out.",
+        style="dim", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _gain(comparison: PeerComparison) -> str:
+    """Our plan against the fastest peer that fits, in one line."""
+    ours = comparison.ours
+    rivals = [peer for peer in comparison.contenders[1:] if not peer.lacking and peer.prediction is not None]
+    if ours.prediction is None:
+        fitting = f"; {' and '.join(peer.name for peer in rivals)} would" if rivals else ", nor does any of the others"
+        return f"does not fit{fitting}"
+    speed = ours.prediction.record.tokens_per_s
+    if not rivals:
+        return f"{speed:,.0f} tokens/s predicted; none of the other systems fits"
+    best = max(rivals, key=lambda peer: peer.prediction.record.tokens_per_s if peer.prediction else 0.0)
+    assert best.prediction is not None
+    factor = speed / best.prediction.record.tokens_per_s
+    return f"{speed:,.0f} tokens/s predicted, {factor:.2f}x the fastest other system that fits, {best.name}"
+
+
+def _speed(contender: Contender, ours: Contender) -> list[str]:
+    memory = [format_bytes(contender.ledger.tiers[tier].used_bytes) for tier in (Tier.GPU, Tier.HOST)]
+    prediction = contender.prediction
+    if prediction is None or contender.lacking:
+        return ["does not fit", "", "", *memory, "", ""]
+    record = prediction.record
+    gain = ""
+    if ours.prediction is not None and contender is not ours:
+        gain = f"{record.step_ns / ours.prediction.record.step_ns:.2f}x"
+    busy = record.lanes[Lane.COMPUTE].busy_ns / max(1, record.step_ns)
+    return [
+        format_ns(record.step_ns), f"{record.tokens_per_s:,.0f}", gain, *memory, f"{busy:.0%}", contender.binding,
+    ]  # fmt: skip
 
 
 # -- catalogues and profiles -------------------------------------------------------------------

@@ -54,6 +54,11 @@ class RunRequest:
 def check_request(request: RunRequest) -> None:
     """Everything that can be refused before memory is reserved. Raises ValueError."""
     plan = request.plan
+    for knob, value in plan.policy.foreign_knobs().items():
+        raise ValueError(
+            f"{request.plan_path}: policy.{knob} is {value!r}, which describes how another system works and can be priced "
+            "but not executed; run a plan of `planner simulate`"
+        )
     plan.check(request.plan_path)
     if request.steps < 1:
         raise ValueError(f"--steps is {request.steps}, must be at least 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import Lane, Task, TaskGraph, TaskKind
+from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.machine import ComputeCost, Curve, LayerShape, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.sharing import Resource
@@ -79,15 +79,17 @@ class _Pricer:
 
     def cost(self, task: Task, role: UnitRole) -> TaskCost:
         optimizer, link = self._machine.optimizer, self._machine.link
-        match task.lane:
+        match LANE_OF[task.kind]:
             case Lane.COMPUTE:
                 return self._compute(task.kind, role)
-            case Lane.H2D | Lane.D2H:
-                return self._copy(task, link.h2d if task.lane is Lane.H2D else link.d2h)
-            case Lane.HOST_UPDATE:
-                return self._update(task, optimizer.host_bytes_per_s)
+            case Lane.H2D:
+                return self._copy(Lane.H2D, task, link.h2d)
+            case Lane.D2H:
+                return self._copy(Lane.D2H, task, link.d2h)
+            case Lane.HOST_UPDATE | Lane.HOST_CAST:  # every pass over host memory runs at the rate of the fused update
+                return self._update(Lane.HOST_UPDATE, task, optimizer.host_bytes_per_s)
             case Lane.GPU_UPDATE:
-                return self._update(task, optimizer.gpu_bytes_per_s)
+                return self._update(Lane.GPU_UPDATE, task, optimizer.gpu_bytes_per_s)
         raise ValueError(f"task {task.name}: lane {task.lane} has no price")
 
     def _cost(self, lane: Lane, duration_ns: int, bytes_per_s: int, source: Source, percent: float) -> TaskCost:
@@ -99,15 +101,15 @@ class _Pricer:
             uncertainty_percent=DATASHEET_PERCENT if self._from_datasheet else percent,
         )
 
-    def _update(self, task: Task, rate: Spread) -> TaskCost:
+    def _update(self, lane: Lane, task: Task, rate: Spread) -> TaskCost:
         duration_ns = -(-task.bytes_moved * 1_000_000_000 // rate.p50)
-        return self._cost(task.lane, duration_ns, rate.p50, "measured", measured_percent(rate))
+        return self._cost(lane, duration_ns, rate.p50, "measured", measured_percent(rate))
 
-    def _copy(self, task: Task, curve: Curve) -> TaskCost:
+    def _copy(self, lane: Lane, task: Task, curve: Curve) -> TaskCost:
         duration_ns = max(1, curve.duration_ns(task.bytes_moved))
         rate = task.bytes_moved * 1_000_000_000 // duration_ns
         point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
-        return self._cost(task.lane, duration_ns, rate, "measured", measured_percent(point.rate))
+        return self._cost(lane, duration_ns, rate, "measured", measured_percent(point.rate))
 
     def _compute(self, kind: TaskKind, role: UnitRole) -> TaskCost:
         duration_ns, source, percent = self._compute_ns(kind, role)

@@ -136,7 +136,7 @@ def test_unknown_options_are_exit_code_2(planner: Any) -> None:
 
 
 def test_help_has_examples_and_exit_codes(planner: Any) -> None:
-    for command in ("profile", "simulate", "models", "machines"):
+    for command in ("profile", "simulate", "models", "machines", "compare"):
         assert "Examples:" in planner(command, "--help").out
     assert "3 the model does not fit" in planner("simulate", "--help").out
 
@@ -158,6 +158,41 @@ def test_a_broken_local_profile_does_not_hide_the_others(planner: Any) -> None:
     assert outcome.code == 0
     assert "rtx4090-2tib" in outcome.out
     assert "mine.json" in outcome.err
+
+
+# -- compare -----------------------------------------------------------------------------------
+
+
+def test_compare_names_the_gain_and_what_costs_each_system(planner: Any) -> None:
+    outcome = planner("compare", "--model", "qwen3-0.6b", "--machine", "rtx4090-128gib", "--gpu-memory", "8GiB")
+    assert outcome.code == 0
+    assert "x the fastest other system that fits" in outcome.out.splitlines()[0]
+    for name in ("slideplan", "slideformer", "zero3-offload", "megatrain"):
+        assert f"\n{name}" in outcome.out
+    assert "B of DRAM traffic per parameter" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+def test_compare_json_is_all_that_stdout_holds(planner: Any) -> None:
+    outcome = planner("compare", "--model", "tiny", "--machine", "rtx4090-128gib", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json.loads(outcome.out)
+    assert found["document"] == "peer_comparison"
+    assert found["contenders"][0]["name"] == "slideplan"
+    assert found["contenders"][1]["policy"]["master"] == "fp32"
+
+
+def test_compare_without_a_plan_is_exit_code_3_and_says_what_each_lacks(planner: Any) -> None:
+    outcome = planner("compare", "--model", "123b", "--machine", "rtx4090-128gib")
+    assert outcome.code == 3
+    assert outcome.out.startswith("mistral-large-123b: does not fit, nor does any of the others")
+    assert outcome.out.count("does not fit: lacks") >= 4
+
+
+def test_compare_refuses_bad_input(planner: Any) -> None:
+    outcome = planner("compare", "--model", "tiny", "--seq-len", "513")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "exceeds the 512 positions" in outcome.err
 
 
 # -- profile -----------------------------------------------------------------------------------

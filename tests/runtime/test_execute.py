@@ -176,6 +176,10 @@ BAD = {
         lambda plan: changed(plan, ledger=msgspec.structs.replace(plan.ledger, tiers={})),
         "`ledger` does not sum up",
     ),
+    "another system's knob": (
+        lambda plan: changed(plan, policy=msgspec.structs.replace(plan.policy, copy_lanes="shared")),
+        "policy.copy_lanes is 'shared'",
+    ),
     "unsafe graph": (
         lambda plan: changed(
             plan,

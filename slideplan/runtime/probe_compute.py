@@ -97,15 +97,16 @@ class UnitProbe:
     def launches(self, repeats: int) -> list[LaunchCost]:
         """Host time to issue each compute task; nothing on a CPU, whose handlers return when all is done.
 
-        A task is issued to an idle stream, so that no full queue holds the host up.
+        A step is issued in one go to an idle stream, as the executor does: no full queue holds the host
+        up, and it is as warm as in a run.
         """
         if self._backend.name == "cpu":
             return []
         taken: dict[tuple[TaskKind, UnitRole], list[int]] = {}
         with self._backend.lane(Lane.COMPUTE):
             for _ in range(repeats):
+                self._backend.wait(self._backend.mark(Lane.COMPUTE))
                 for task in self._tasks:
-                    self._backend.wait(self._backend.mark(Lane.COMPUTE))
                     started = time.perf_counter_ns()
                     self._handlers(task, 0)
                     key = task.kind, self._model.role(task.unit)

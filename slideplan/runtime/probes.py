@@ -69,7 +69,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     """
     backend = make_backend(request.device)
     effort = Effort.of(request.quick, backend.name)
-    steps = _Steps(progress, 5 + len(set().union(*COMBINATIONS)) + len(COMBINATIONS) + len(request.models) * len(request.shapes))
+    lane_probes = len(set().union(*COMBINATIONS)) + len(COMBINATIONS)
+    steps = _Steps(progress, 5 + lane_probes + len(request.models) * len(request.shapes))
     try:
         steps.next("threads and kernels")
         threads = _warm_up(backend, request.models[0])

@@ -112,11 +112,13 @@ def _budget(searcher: Searcher, thirds: int = 3) -> Budget:
 def fastest(searcher: Searcher, space: Space, slower_than: float = FOREVER) -> Sample | None:
     """The best of the grid and of what lies around the best; None where all steps are `slower_than` or slower."""
     best = searcher.fastest(searcher.number(space.fitting), _budget(searcher, 2), slower_than)
-    before = None
-    while best is not None and best is not before and space.offloads:
-        before = best
+    while best is not None and space.offloads:
         around = searcher.number(searcher.builder.neighbours(best.candidate))
-        best = searcher.fastest([*around, *searcher.number([best.candidate])], _budget(searcher))
+        better = searcher.fastest([*around, *searcher.number([best.candidate])], _budget(searcher))
+        # Equals are neighbours of each other: only a shorter step is worth another look around.
+        if better is None or better.step_ns >= best.step_ns:
+            break
+        best = better
     return best
 
 

@@ -36,6 +36,11 @@ def digest(spec: msgspec.Struct) -> str:
     return hashlib.sha256(msgspec.json.encode(spec, order="deterministic")).hexdigest()[:16]
 
 
+def file_digest(path: Path) -> str:
+    """`digest` of the document as it was written, whatever fields later versions have added to its kind."""
+    return hashlib.sha256(msgspec.json.format(path.read_bytes(), indent=-1)).hexdigest()[:16]
+
+
 def load(path: str | Path, kind: type[D]) -> D:
     """Read a document of this kind.
 
@@ -74,19 +79,27 @@ def save(path: str | Path, document: msgspec.Struct) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; a crash leaves the old file or the new one, never half of one."""
+    """Replace `path` by `content`; a crash leaves the old file or the new one, never half of one.
+
+    A link is followed. Raises ValueError where the path cannot be written or is not a regular file.
+    """
+    path = path.resolve()
+    temporary: Path | None = None
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: is not a regular file; name another")
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         umask = os.umask(0)
         os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes it private; a plan is an ordinary file
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a plan is an ordinary file
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
         raise

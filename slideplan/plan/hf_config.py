@@ -14,6 +14,7 @@ _DEFAULT_RMS_NORM_EPS = 1e-6
 _DEFAULT_MISTRAL_WINDOW = 4096
 _DEFAULT_QWEN_FULL_LAYERS = 28  # `max_window_layers`: the layers before it attend to everything
 _DEFAULT_QWEN3_HEAD_DIM = 128
+_LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _CAUSAL_LM: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",
@@ -226,7 +227,16 @@ def _rope(config: _Fields) -> tuple[float, dict[str, RopeValue] | None]:
     kind = values.setdefault("rope_type", old_name)
     if kind not in _ROPE_TYPES:
         raise config.error(f"{field}.rope_type", f"is {kind!r}; supported are {', '.join(_ROPE_TYPES)}")
-    return theta, None if kind == "default" else values
+    if kind == "default":
+        return theta, None
+    factor = values.get("factor")
+    if kind != "longrope" and (isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < 1e6):
+        raise config.error(f"{field}.factor", f"is {factor!r}, must be a number of at least 1 for {kind}; correct it")
+    for key in _LLAMA3_KEYS if kind == "llama3" else ():
+        if isinstance(values.get(key), bool) or not isinstance(values.get(key), int | float):
+            raise config.error(f"{field}.{key}", f"is {values.get(key)!r}, must be a number for llama3; correct it")
+    # Lists of whole numbers would be read back as fractions, and the plan's digest would change.
+    return theta, {key: [float(v) for v in value] if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _sliding_window(config: _Fields, architecture: Architecture) -> int | None:

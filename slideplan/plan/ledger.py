@@ -61,9 +61,9 @@ class Ledger(Spec, frozen=True):
 
 
 def slot_capacity(machine: MachineProfile, tier: Tier) -> int:
-    """Bytes that slots of a tier may take on this machine. Never negative."""
+    """Bytes that slots of a tier may take on this machine; negative where it is too small for the process alone."""
     capacity, fixed = _capacity(machine)[tier]
-    return max(0, capacity - fixed - capacity * RESERVE_PERCENT[tier] // 100)
+    return capacity - fixed - capacity * RESERVE_PERCENT[tier] // 100
 
 
 def fixed_bytes_of(machine: MachineProfile, tier: Tier) -> int:

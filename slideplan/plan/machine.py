@@ -20,6 +20,10 @@ class Spread(Spec, frozen=True):
     p50: int
     p90: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.p10 <= self.p50 <= self.p90:
+            raise ValueError(f"percentiles {self.p10}, {self.p50}, {self.p90} must be zero or more and ascend")
+
     @classmethod
     def exact(cls, value: int) -> Spread:
         """A figure without spread, as datasheets give it."""
@@ -172,6 +176,16 @@ class ComputeCost(Spec, frozen=True):
     saved_bytes: int | None
     workspace_bytes: int | None
 
+    def __post_init__(self) -> None:
+        for field in ("micro_batch", "seq_len"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"cost of {self.kind}: {field} is {getattr(self, field)}, must be at least 1")
+        if self.duration_ns.p50 < 1:
+            raise ValueError(f"cost of {self.kind}: duration_ns.p50 is {self.duration_ns.p50}, must be at least 1")
+        for field in ("saved_bytes", "workspace_bytes"):
+            if (getattr(self, field) or 0) < 0:
+                raise ValueError(f"cost of {self.kind}: {field} is {getattr(self, field)}, must be zero or more")
+
 
 class Efficiency(Spec, frozen=True):
     """Rates for units that were not measured: matrix products by size, attention, element-wise passes."""
@@ -286,6 +300,9 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
         for field, value in positive.items():
             if value < 1:
                 raise ValueError(f"machine {self.name}: {field} is {value}, must be positive")
+        for field, value in (("gpu.context_bytes", self.gpu.context_bytes), ("host.process_bytes", self.host.process_bytes)):
+            if value < 0:
+                raise ValueError(f"machine {self.name}: {field} is {value}, must be zero or more")
 
     def identity(self) -> MachineIdentity:
         """What must agree for a plan made from this profile to run on a machine."""

@@ -33,6 +33,15 @@ class Measurement(Document, frozen=True, tag="measurement"):
     task_ns: tuple[int, ...]
     record: StepRecord
 
+    def __post_init__(self) -> None:
+        steps = len(self.step_ns)
+        if len(self.losses) != steps or not self.steady_steps or not set(self.steady_steps) <= set(range(steps)):
+            raise ValueError("steady_steps must name some of the steps, and every step has one time and one loss")
+        if min(self.step_ns) < 1 or min(self.task_ns, default=0) < 0 or self.record.step_ns < 1:
+            raise ValueError("step times must be positive and task times not negative")
+        if len(self.record.spans) != len(self.task_ns):
+            raise ValueError("record.spans and task_ns must have one entry per task each")
+
 
 class ComparisonRow(Spec, frozen=True):
     """One line of the comparison, in the unit of its table. `replayed` is missing where it has no meaning."""
@@ -67,13 +76,19 @@ class Comparison(Document, frozen=True, tag="comparison"):
     step_spread: float  # (p90 - p10) / p50 of the measured steady steps
 
 
-def compare(plan: Plan, measurement: Measurement) -> Comparison:
-    """Hold a run against its plan. Raises ValueError where the run was of another plan."""
-    if measurement.plan_digest != digest(plan):
+def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None) -> Comparison:
+    """Hold a run against its plan. Raises ValueError where the run was of another plan.
+
+    `plan_digest`: that of the plan's file, for plans that an earlier version wrote.
+    """
+    plan_digest = plan_digest or digest(plan)
+    if measurement.plan_digest != plan_digest:
         raise ValueError(
-            f"the measurement is of plan {measurement.plan_digest}, the plan given is {digest(plan)}; "
+            f"the measurement is of plan {measurement.plan_digest}, the plan given is {plan_digest}; "
             "compare a run with the plan it executed"
         )
+    if len(measurement.task_ns) != len(plan.graph.tasks) or set(measurement.record.lanes) != set(plan.graph.lanes):
+        raise ValueError("the measurement has other tasks or lanes than the plan; run the plan again")
     predicted, measured = plan.prediction.record, measurement.record
     replayed_ns, spans = replay(plan.graph, measurement.task_ns)
     replayed = step_record(plan.graph, plan.workload, replayed_ns, spans, measured.peak_bytes)

@@ -133,6 +133,13 @@ class Plan(Document, frozen=True, tag="plan"):
             raise ValueError(f"{where}: `graph` is not what `policy` lowers to; one of them was changed; plan again")
         if ledger_items(self.graph) != {tier: part.items for tier, part in self.ledger.tiers.items()}:
             raise ValueError(f"{where}: `ledger` does not sum up the pools of `graph`; plan again")
+        record = self.prediction.record
+        if (len(record.spans), set(record.lanes), set(record.peak_bytes)) != (
+            len(self.graph.tasks),
+            set(self.graph.lanes),
+            set(self.ledger.tiers),
+        ):
+            raise ValueError(f"{where}: `prediction` is not of `graph`: tasks, lanes or tiers differ; plan again")
 
     def _footprint(self) -> Footprint:
         """Sizes that came from the machine profile, as the pools have them."""

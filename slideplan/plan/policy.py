@@ -25,8 +25,8 @@ class Workload(Spec, frozen=True):
 
     def __post_init__(self) -> None:
         for field in ("seq_len", "global_batch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, must be at least 1")
+            if not 1 <= getattr(self, field) <= 1 << 30:
+                raise ValueError(f"{field} is {getattr(self, field)}, must be in 1..{1 << 30}")
 
     @property
     def tokens(self) -> int:

@@ -32,7 +32,7 @@ from slideplan.planner.search import batches_within, search
 from slideplan.planner.shortfall import DoesNotFit
 from slideplan.planner.space import SearchOptions, micro_batch_sizes
 
-EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_DOES_NOT_HOLD = 2, 3, 4
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_DOES_NOT_HOLD = 1, 2, 3, 4
 DEFAULT_SEQ_LEN = 1024
 DEFAULT_BATCH = 8
 
@@ -88,6 +88,9 @@ def main() -> None:
     except ValueError as error:
         print(f"planner: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except (MemoryError, OSError) as error:
+        print(f"planner: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
 
 
 @app.command()
@@ -122,7 +125,7 @@ def simulate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, for `runtime execute`.")] = None,
     as_json: Json = False,
 ) -> None:
-    r"""Plan a model on a machine and predict its step.
+    """Plan a model on a machine and predict its step.
 
     \b
     Examples:
@@ -134,7 +137,7 @@ def simulate(
 
     \b
     Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit.
-    """
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     spec = find_model(model)
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions, spec.sliding_window or spec.max_positions)
@@ -183,7 +186,7 @@ def simulate(
 
 @app.command("models")
 def list_models(as_json: Json = False) -> None:
-    r"""List the models of the catalogue.
+    """List the models of the catalogue.
 
     Training state is 12 bytes per parameter: fp32 weights and two moments.
 
@@ -191,7 +194,7 @@ def list_models(as_json: Json = False) -> None:
     Examples:
       planner models
       planner models --json
-    """
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     if as_json:
         _print_json([{"parameters": model.parameter_count, **msgspec.to_builtins(model)} for model in MODELS.values()])
     else:
@@ -200,7 +203,7 @@ def list_models(as_json: Json = False) -> None:
 
 @app.command("machines")
 def list_machines(as_json: Json = False) -> None:
-    r"""List the machine profiles.
+    """List the machine profiles.
 
     The shipped ones and those in ./profiles, where `planner profile` writes.
 
@@ -208,7 +211,7 @@ def list_machines(as_json: Json = False) -> None:
     Examples:
       planner machines
       planner machines --json
-    """
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     profiles: dict[str, MachineProfile] = {}
     for name, file in machines().items():
         try:
@@ -320,7 +323,7 @@ def compare(
     host_memory: HostMemory = None,
     as_json: Json = False,
 ) -> None:
-    r"""Compare our plan with other systems on a machine.
+    """Compare our plan with other systems on a machine.
 
     SlideFormer, DeepSpeed ZeRO-3 with offload and MegaTrain as policies of our own language, priced by the same
     simulator at the rates of our kernels: what they do, not how well they are written.
@@ -332,7 +335,7 @@ def compare(
 
     \b
     Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit, whatever peers need.
-    """
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     spec = find_model(model)
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions, spec.sliding_window or spec.max_positions)

@@ -15,7 +15,7 @@ from slideplan.plan.plan import MachineReference
 from slideplan.plan.policy import Policy, Tier, Workload
 from slideplan.plan.slots import SlotAssignment
 from slideplan.planner.machines import machines
-from slideplan.planner.space import Candidate, SpaceBuilder
+from slideplan.planner.space import Candidate, SpaceBuilder, divisors
 
 
 class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
@@ -83,8 +83,8 @@ def _fits(builder: SpaceBuilder) -> bool:
 
 def _largest_batch(builder: SpaceBuilder, machine: MachineProfile) -> int | None:
     batch, pinned = builder.workload.global_batch, builder.options.micro_batch or 1
-    for smaller in range(batch - 1, 0, -1):
-        if batch % smaller == 0 and smaller % pinned == 0:
+    for smaller in reversed(divisors(batch)[:-1]):
+        if smaller % pinned == 0:
             workload = msgspec.structs.replace(builder.workload, global_batch=smaller)
             if _fits(SpaceBuilder.on(machine, builder.model, workload, builder.options)):
                 return smaller

@@ -9,6 +9,7 @@ moves a unit in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import isqrt
 from typing import Literal
 
 import msgspec
@@ -375,6 +376,12 @@ SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
 _ENDS = ((False, False), (True, False), (True, True))
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors in ascending order; found up to the root, so that large batches cost nothing."""
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
+
+
 def micro_batch_sizes(workload: Workload, options: SearchOptions) -> list[int]:
     """Divisors of the global batch, or the one that the user fixed.
 
@@ -382,11 +389,11 @@ def micro_batch_sizes(workload: Workload, options: SearchOptions) -> list[int]:
     """
     batch = workload.global_batch
     if options.micro_batch is None:
-        return [size for size in range(1, batch + 1) if batch % size == 0]
+        return divisors(batch)
     if options.micro_batch < 1 or batch % options.micro_batch:
         raise ValueError(
             f"micro-batch {options.micro_batch} does not divide the global batch {batch}; "
-            f"take one of {', '.join(str(size) for size in range(1, batch + 1) if batch % size == 0)}"
+            f"take one of {', '.join(map(str, divisors(batch)))}"
         )
     return [options.micro_batch]
 

@@ -22,7 +22,7 @@ from slideplan.runtime import report, run, session
 from slideplan.runtime.lanes import LaneError, RunError
 from slideplan.runtime.optimizer import AdamW
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Run plans made by `planner simulate`, and check what was predicted.",
@@ -57,6 +57,9 @@ def main() -> None:
         stopped = "all lanes stopped: " if isinstance(error, LaneError) else ""
         print(f"runtime: {stopped}{error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        print(f"runtime: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"runtime: out of memory: {error}; plan with a smaller --gpu-memory or --host-memory", file=sys.stderr)
         sys.exit(EXIT_FAILED)
@@ -87,7 +90,7 @@ def execute(
     warmup: Annotated[int, typer.Option(help="First steps that are not judged.")] = 2,
     as_json: Json = False,
 ) -> None:
-    r"""Train for some steps exactly as planned, then compare with the prediction.
+    """Train for some steps exactly as planned, then compare with the prediction.
 
     The run folder receives plan.json, metrics.jsonl, measurement.json, comparison.json, comparison.txt, trace.json
     (for Perfetto or chrome://tracing) and lanes.png.
@@ -99,7 +102,7 @@ def execute(
 
     \b
     Exit codes: 0 done, 1 the run failed, 2 bad input.
-    """
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     document = load(plan, Plan)
     folder = out or Path("runs") / f"{document.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     request = run.RunRequest(
@@ -116,8 +119,12 @@ def execute(
         warmup_steps=warmup,
         command=shlex.join(["runtime", *sys.argv[1:]]),
     )
-    with ProgressBars(document.workload.tokens) as bars:
-        measurement = run.execute(request, bars.show)
+    try:
+        with ProgressBars(document.workload.tokens) as bars:
+            measurement = run.execute(request, bars.show)
+    except KeyboardInterrupt:
+        print(f"runtime: interrupted; losses so far are in {folder / 'metrics.jsonl'}", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     comparison = report.write_comparison(folder)
     _print(comparison, as_json)
     notes = Console(stderr=True, width=report.WIDTH)
@@ -130,12 +137,12 @@ def compare_run(
     folder: Annotated[Path, typer.Argument(help="A run folder written by `runtime execute`.")],
     as_json: Json = False,
 ) -> None:
-    r"""Compare a run with its plan again, from the files in its folder.
+    """Compare a run with its plan again, from the files in its folder.
 
     \b
     Example:
       runtime compare runs/first
-    """
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     _print(report.write_comparison(folder), as_json)
 
 

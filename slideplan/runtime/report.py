@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from slideplan.plan.codec import load, save
+from slideplan.plan.codec import file_digest, load, save
 from slideplan.plan.graph import TaskGraph, TaskKind
 from slideplan.plan.measurement import Comparison, ComparisonRow, Measurement, compare
 from slideplan.plan.plan import Plan
@@ -29,7 +29,7 @@ def write_comparison(folder: Path) -> Comparison:
     plan = load(folder / "plan.json", Plan)
     plan.check(str(folder / "plan.json"))
     measurement = load(folder / "measurement.json", Measurement)
-    comparison = compare(plan, measurement)
+    comparison = compare(plan, measurement, file_digest(folder / "plan.json"))
     save(folder / "comparison.json", comparison)
     records = {"predicted": plan.prediction.record, "measured": measurement.record}
     write_trace(folder / "trace.json", plan.graph, records)

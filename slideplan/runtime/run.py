@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ from slideplan.runtime.optimizer import AdamW
 from slideplan.runtime.session import Progress, Session
 from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, SafetensorsWeights, WeightSource
+
+# Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
+MARGIN_BYTES = 1 << 30
 
 # Files of a run folder that belong to one run and no other.
 OUTPUTS = ("plan.json", "metrics.jsonl", "measurement.json", "comparison.json")
@@ -64,11 +68,21 @@ def check_request(request: RunRequest) -> None:
         raise ValueError(f"--steps is {request.steps}, must be at least 1")
     if request.warmup_steps < 0:
         raise ValueError(f"--warmup is {request.warmup_steps}, must be zero or more")
+    if not 0 <= request.seed < 1 << 31:
+        raise ValueError(f"--seed is {request.seed}, must be in 0..{(1 << 31) - 1}")
     if request.weights is not None:
         _check_model(plan.model, request.weights)
     earlier = [name for name in OUTPUTS if (request.out / name).exists()]
     if earlier:
         raise ValueError(f"{request.out}: holds {earlier[0]} of an earlier run; name another folder with -o")
+    _check_writable(request.out)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ValueError where the run folder could not be made; nothing is written yet."""
+    ancestor = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written ({ancestor} is no writable folder); name another with -o")
 
 
 def _check_model(planned: ModelSpec, weights: Path) -> None:
@@ -99,7 +113,7 @@ def check_machine(plan: Plan, backend: Backend, where: str) -> None:
     else:  # the device's memory is RAM too
         free[Tier.HOST] -= tier_bytes(plan.graph.pools, Tier.GPU)
     for tier, available in free.items():
-        need = tier_bytes(plan.graph.pools, tier)
+        need = tier_bytes(plan.graph.pools, tier) + (MARGIN_BYTES if tier is Tier.HOST else 0)
         if need > available:
             raise ValueError(
                 f"{where}: needs {format_bytes(need)} of {tier} memory, {format_bytes(max(0, available))} are free: lacks "

@@ -107,7 +107,7 @@ def test_failed_save_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match=r"machine\.json: cannot be written: No space left"):
         codec.save(file, tiny_machine(name="new"))
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]

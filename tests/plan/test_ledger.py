@@ -51,7 +51,7 @@ def test_a_tier_too_small_is_named_with_what_it_lacks():
 def test_slot_capacity_is_what_headroom_leaves():
     machine = machine_with(1000, context_bytes=100)
     assert slot_capacity(machine, Tier.GPU) == 870
-    assert slot_capacity(machine_with(50, context_bytes=100), Tier.GPU) == 0
+    assert slot_capacity(machine_with(50, context_bytes=100), Tier.GPU) == -51
 
 
 @given(cases())

@@ -55,3 +55,9 @@ def test_identity_tells_in_what_machines_differ():
     assert mine.differences(mine) == []
     other = msgspec.structs.replace(mine, gpu="other gpu", cores=8)
     assert mine.differences(other) == ["gpu: test gpu, other gpu", "cores: 4, 8"]
+
+
+@pytest.mark.parametrize("percentiles", [(-1, 2, 3), (3, 2, 4), (1, 5, 4)])
+def test_percentiles_must_ascend_from_zero(percentiles: tuple[int, int, int]):
+    with pytest.raises(ValueError, match="must be zero or more and ascend"):
+        Spread(*percentiles)

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model
+from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_workload
 from slideplan.plan import codec
+from slideplan.plan.graph import TaskKind
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
-from slideplan.plan.machine import LinkProfile, MachineProfile, OptimizerProfile, Spread
-from slideplan.plan.model import ModelSpec
+from slideplan.plan.machine import LaunchCost, LinkProfile, MachineProfile, OptimizerProfile, Spread
+from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import Plan
 from slideplan.plan.policy import Tier, Workload
 from slideplan.plan.quantities import GIB, KIB, MIB
@@ -25,7 +26,7 @@ from slideplan.planner.bounds import BoundModel, durations
 from slideplan.planner.search import Found, batches_within, certificate, fastest, search
 from slideplan.planner.searcher import Budget, Searcher
 from slideplan.planner.shortfall import DoesNotFit
-from slideplan.planner.space import Candidate, SearchOptions, SpaceBuilder, evenly
+from slideplan.planner.space import Candidate, SearchOptions, SpaceBuilder, divisors, evenly
 from slideplan.simulator import capacities, lower_bound, predict, price
 
 PLENTY = 10**12
@@ -357,3 +358,26 @@ def test_evenly() -> None:
     assert evenly(0, 10, 3) == [0, 5, 10]
     assert evenly(2, 3, 4) == [2, 3]
     assert evenly(7, 7, 5) == [7]
+
+
+def test_equal_steps_do_not_send_the_search_around_in_circles() -> None:
+    """Where every layer takes as long as any, neighbours of the best are as good as it: the search must end."""
+    flat = tiny_machine(
+        gpu=msgspec.structs.replace(tiny_machine().gpu, memory_bytes=2 << 20),
+        launches=tuple(
+            LaunchCost(kind=kind, role=role, duration_ns=Spread.exact(10**7)) for kind in TaskKind for role in UnitRole
+        ),
+    )
+    answer = search(tiny_model(), tiny_workload(), flat)
+    assert isinstance(answer, Plan)
+
+
+def test_a_host_too_small_for_the_process_alone_does_not_fit() -> None:
+    host = msgspec.structs.replace(tiny_machine().host, memory_bytes=1 << 20, process_bytes=1 << 30)
+    assert isinstance(search(tiny_model(), tiny_workload(), tiny_machine(host=host)), DoesNotFit)
+
+
+def test_divisors() -> None:
+    assert divisors(1) == [1]
+    assert divisors(36) == [size for size in range(1, 37) if 36 % size == 0]
+    assert divisors(1_000_000_007) == [1, 1_000_000_007]

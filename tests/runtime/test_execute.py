@@ -258,3 +258,23 @@ def test_failure_in_a_lane_is_exit_code_1(tmp_path: Path, plan: Plan) -> None:
     assert "all lanes stopped: lane host_update, step 0, task update_host/head, unit 5: RuntimeError: memory chip missing" in (
         done.stderr.replace("\n", " ").replace("  ", " ")
     )
+
+
+def test_run_folder_that_cannot_be_made_is_refused_before_anything_else(plan: Plan, tmp_path: Path) -> None:
+    save(tmp_path / "plan.json", plan)
+    (tmp_path / "file").write_text("")
+    done = runtime("execute", "plan.json", "--device", "cpu", "-o", "file/run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "file/run: cannot be written" in done.stderr
+    assert runtime("execute", "plan.json", "--seed", "-1", "--device", "cpu", cwd=tmp_path).returncode == 2
+
+
+def test_interrupt_says_where_the_losses_are(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slideplan.runtime.run.measure", interrupt)
+    save(tmp_path / "plan.json", plan)
+    done = runtime("execute", "plan.json", "--device", "cpu", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 130
+    assert "interrupted; losses so far are in run/metrics.jsonl" in done.stderr

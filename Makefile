@@ -13,6 +13,7 @@ $(BIN)/.installed: pyproject.toml
 
 # Profile this machine, plan a small decoder for a "GPU" too small for it, run the plan on real text, compare.
 demo: $(BIN)/.installed
+	rm -rf $(DEMO)/run
 	$(BIN)/planner profile --quick --device cpu --model demo --seq-len 128 --micro-batch 2 --micro-batch 4 --micro-batch 8 \
 	    --name demo-machine -o $(DEMO)/machine.json
 	$(BIN)/planner simulate --model demo --machine $(DEMO)/machine.json --seq-len 128 --global-batch 8 \

@@ -11,7 +11,7 @@ from __future__ import annotations
 from slideplan.plan.edges import derive
 from slideplan.plan.graph import TaskGraph
 from slideplan.plan.model import ModelSpec
-from slideplan.plan.order import compute_order, with_transfers
+from slideplan.plan.order import compute_order, visits, window_slots, with_transfers
 from slideplan.plan.policy import Policy, Workload
 from slideplan.plan.slots import Footprint, SlotAssignment
 
@@ -22,7 +22,9 @@ def lower(model: ModelSpec, policy: Policy, workload: Workload, footprint: Footp
     Raises ValueError, naming the knob, for a policy that does not fit model and workload.
     """
     policy.check(model, workload)
-    slots = SlotAssignment(model, policy, workload, footprint)
-    tasks = [slots.task(action) for action in with_transfers(model, policy, compute_order(model, policy))]
+    order = compute_order(model, policy)
+    windows = window_slots(model, policy, visits(order))
+    slots = SlotAssignment(model, policy, workload, footprint, windows)
+    tasks = [slots.task(action) for action in with_transfers(model, policy, order, windows)]
     graph = TaskGraph(pools=tuple(slots.pools.values()), tasks=tuple(tasks))
     return TaskGraph(pools=graph.pools, tasks=derive(tasks, graph))

@@ -7,6 +7,7 @@ issued. Both give plain action lists; slots and edges come later (`slots`, `edge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from slideplan.plan.graph import TaskKind
@@ -107,8 +108,10 @@ def _streamed(model: ModelSpec, policy: Policy, visit: Visit, now: int) -> int |
     return unit if policy.streams_weights(unit) else None
 
 
-def with_transfers(model: ModelSpec, policy: Policy, actions: list[Action]) -> list[Action]:
-    """Pass 2: the step's actions on all lanes, in issue order.
+def with_transfers(
+    model: ModelSpec, policy: Policy, actions: list[Action], windows: Sequence[WindowUse | None]
+) -> list[Action]:
+    """Pass 2: the step's actions on all lanes, in issue order. `windows`: of `window_slots` for these actions.
 
     Loads stand `prefetch_depth` visits ahead of the visit that needs them, each behind its cast where
     there is one; fetches of boundary activations as many compute actions ahead as their GPU slots allow.
@@ -117,7 +120,6 @@ def with_transfers(model: ModelSpec, policy: Policy, actions: list[Action]) -> l
     """
     before: list[list[Action]] = [[] for _ in actions]
     turns = visits(actions)
-    windows = window_slots(model, policy, turns)
     depth = max(policy.prefetch_depth, 1)
     loaded_once: set[int] = set()
     for now, (visit, window) in enumerate(zip(turns, windows, strict=True)):

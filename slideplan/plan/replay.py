@@ -6,7 +6,7 @@ in its lane and all its dependencies have ended. Stored order is topological, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.timeline import Span, first_compute
@@ -45,25 +45,52 @@ def _next_step(
 
 
 def replay(graph: TaskGraph, durations_ns: Sequence[int]) -> tuple[int, list[Span]]:
-    """Steady step time and spans of one steady step, relative to its first compute task.
+    """Steady step time and spans of one steady step, relative to its first compute task (see `steady_step`).
 
-    Steps are unrolled until one has the same relative spans as an earlier one. Spans are the whole
-    state of the recurrence, so what lies between repeats for good: the step time is the mean over
-    that cycle, mostly of one step. Where MAX_STEPS show no cycle, it is the mean over their second half.
+    Spans are the whole state of the recurrence: what repeats once repeats for good.
     """
-    opener = first_compute(graph)
     lane_free = dict.fromkeys(graph.lanes, 0)
     previous: list[int] = []
-    origins: list[int] = []
-    seen: dict[tuple[Span, ...], int] = {}
-    relative: tuple[Span, ...] = ()
-    for step in range(MAX_STEPS):
+
+    def next_step() -> tuple[list[int], list[int]]:
+        nonlocal previous
         spans, previous = _next_step(graph, durations_ns, lane_free, previous)
-        origin = spans[opener].start_ns
+        return [span.start_ns for span in spans], previous
+
+    return steady_step(next_step, first_compute(graph))
+
+
+def steady_step(
+    next_step: Callable[[], tuple[list[int], list[int]]], opener: int, tolerance_parts: int | None = None
+) -> tuple[int, list[Span]]:
+    """Steady step time, and spans of one steady step relative to the start of task `opener`. Nanoseconds.
+
+    `next_step` gives the absolute starts and ends of one step after another. Steps are taken until one
+    has the same relative times as an earlier one (exactly, or to one of `tolerance_parts` of the step
+    time); the step time is the mean over that cycle, mostly of one step. Where MAX_STEPS show no cycle,
+    it is the mean over their second half.
+    """
+    origins: list[int] = []
+    seen: list[list[int]] = []
+    for step in range(MAX_STEPS):
+        starts, ends = next_step()
+        origin = starts[opener]
+        relative = [time - origin for time in starts + ends]
+        tolerance_ns = (origin - origins[-1]) // tolerance_parts if step and tolerance_parts else 0
+        for earlier in reversed(range(step)):
+            if _equal(relative, seen[earlier], tolerance_ns):
+                return (origin - origins[earlier]) // (step - earlier), _relative_spans(starts, ends, origin)
         origins.append(origin)
-        relative = tuple(Span(start_ns=span.start_ns - origin, end_ns=span.end_ns - origin) for span in spans)
-        if relative in seen:
-            return (origin - origins[seen[relative]]) // (step - seen[relative]), list(relative)
-        seen[relative] = step
+        seen.append(relative)
     half = MAX_STEPS // 2
-    return (origins[-1] - origins[half]) // (MAX_STEPS - 1 - half), list(relative)
+    return (origins[-1] - origins[half]) // (MAX_STEPS - 1 - half), _relative_spans(starts, ends, origin)
+
+
+def _equal(left: list[int], right: list[int], tolerance_ns: int) -> bool:
+    if tolerance_ns == 0:
+        return left == right
+    return all(abs(a - b) <= tolerance_ns for a, b in zip(left, right, strict=True))
+
+
+def _relative_spans(starts: list[int], ends: list[int], origin: int) -> list[Span]:
+    return [Span(start_ns=start - origin, end_ns=end - origin) for start, end in zip(starts, ends, strict=True)]

@@ -7,6 +7,7 @@ and the ring hands out the slot freed longest ago, so the assignment is static a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import UNSET
@@ -14,7 +15,7 @@ from msgspec import UNSET
 from slideplan.plan.codec import Spec
 from slideplan.plan.graph import LANE_OF, Access, Lane, Role, SlotPool, Task, TaskKind, TensorClass
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.order import Action, compute_order, visits, window_slots
+from slideplan.plan.order import Action, WindowUse
 from slideplan.plan.policy import Policy, Tier, Workload
 from slideplan.plan.quantities import MIB
 
@@ -69,9 +70,19 @@ class _Ring:
 
 
 class SlotAssignment:
-    """Pools of a policy, and the accesses of its actions in issue order."""
+    """Pools of a policy, and the accesses of its actions in issue order.
 
-    def __init__(self, model: ModelSpec, policy: Policy, workload: Workload, footprint: Footprint) -> None:
+    `windows`: what each visit needs of the window (`order.window_slots`); pools alone need none.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        policy: Policy,
+        workload: Workload,
+        footprint: Footprint,
+        windows: Sequence[WindowUse | None] = (),
+    ) -> None:
         self.model = model
         self.policy = policy
         self.tokens = policy.micro_batch * workload.seq_len
@@ -91,10 +102,9 @@ class SlotAssignment:
         self._loads: dict[int, int] = {}
         self._ran: set[tuple[int, int]] = set()  # unit, micro-batch: forward once already
         self._loading = False  # whether the step's first cast or load was seen
-        turns = visits(compute_order(model, policy))
         self._window: dict[int, deque[int]] = {}
         self._window_loads: dict[int, deque[int]] = {}
-        for window in window_slots(model, policy, turns):
+        for window in windows:
             if window is not None:
                 self._window.setdefault(window.unit, deque()).append(window.slot)
                 if window.load:

@@ -77,6 +77,13 @@ class Device(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable result, and nothing else, to stdout.")]
+ModelName = Annotated[str, typer.Option(help="Name in `planner models`, or a directory with a Hugging Face config.json.")]
+MachineName = Annotated[
+    str | None, typer.Option(help="Name in `planner machines`, or a profile's file; default: this machine's, if measured.")
+]
+SeqLen = Annotated[
+    int | None, typer.Option(help=f"Tokens per sequence; default {DEFAULT_SEQ_LEN}, or as many as the model takes.")
+]
 GpuMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for this much GPU memory, like 24GiB.")]
 HostMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for this much RAM, like 128GiB.")]
 
@@ -95,13 +102,9 @@ def main() -> None:
 
 @app.command()
 def simulate(
-    model: Annotated[str, typer.Option(help="Name in `planner models`, or a directory with a Hugging Face config.json.")],
-    machine: Annotated[
-        str | None, typer.Option(help="Name in `planner machines`, or a profile's file; default: this machine's, if measured.")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help=f"Tokens per sequence; default {DEFAULT_SEQ_LEN}, or as many as the model takes.")
-    ] = None,
+    model: ModelName,
+    machine: MachineName = None,
+    seq_len: SeqLen = None,
     global_batch: Annotated[int | None, typer.Option(help=f"Sequences per optimizer step; default {DEFAULT_BATCH}.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences that pass a unit at once; default: searched.")] = None,
     gpu_memory: GpuMemory = None,
@@ -139,8 +142,7 @@ def simulate(
     Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit.
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     spec = find_model(model)
-    if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions, spec.sliding_window or spec.max_positions)
+    seq_len = _seq_len(spec, seq_len)
     if max_tokens_per_step is not None and global_batch is not None:
         raise ValueError("--max-tokens-per-step searches the global batch; leave out --global-batch, or it")
     if at_least is not None and objective is not Objective.LEAST_HOST_MEMORY:
@@ -311,14 +313,10 @@ def profile(
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Option(help="Name in `planner models`, or a directory with a Hugging Face config.json.")],
-    machine: Annotated[
-        str | None, typer.Option(help="Name in `planner machines`, or a profile's file; default: this machine's, if measured.")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help=f"Tokens per sequence; default {DEFAULT_SEQ_LEN}, or as many as the model takes.")
-    ] = None,
-    global_batch: Annotated[int, typer.Option(help="Sequences per optimizer step.")] = 8,
+    model: ModelName,
+    machine: MachineName = None,
+    seq_len: SeqLen = None,
+    global_batch: Annotated[int, typer.Option(help="Sequences per optimizer step.")] = DEFAULT_BATCH,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
     as_json: Json = False,
@@ -337,8 +335,7 @@ def compare(
     Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit, whatever peers need.
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     spec = find_model(model)
-    if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions, spec.sliding_window or spec.max_positions)
+    seq_len = _seq_len(spec, seq_len)
     workload = Workload(seq_len=seq_len, global_batch=global_batch)
     check_seq_len(spec, seq_len)
     budget = _size("--gpu-memory", gpu_memory), _size("--host-memory", host_memory)
@@ -398,6 +395,11 @@ def _replaced(output: Path, measured: MachineProfile) -> MachineProfile | None:
 
 
 # -- helpers -----------------------------------------------------------------------------------
+
+
+def _seq_len(model: ModelSpec, given: int | None) -> int:
+    """What the user asked for, or the usual length as far as the model goes."""
+    return min(DEFAULT_SEQ_LEN, model.max_positions, model.sliding_window or model.max_positions) if given is None else given
 
 
 def _search(model: ModelSpec, workload: Workload, machine: MachineProfile, options: SearchOptions) -> Plan | DoesNotFit:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from slideplan.plan.graph import Lane, TaskGraph
+from slideplan.plan.replay import MAX_STEPS, steady_step
 from slideplan.plan.sharing import Resource
 from slideplan.plan.timeline import Span, first_compute
 from slideplan.simulator.costs import TaskCost
 from slideplan.simulator.fluid import FRACTION_BITS, Draw, Speeds
-
-MAX_STEPS = 64
 
 # Under contention ends are rounded up to whole nanoseconds, so steps may repeat to within a few of them
 # only. Two steps then count as equal when no span differs by more than this part of the step time.
@@ -247,41 +246,16 @@ def trace(
     Raises DeadlockError, and ValueError where costs and tasks differ in number.
     """
     run = engine(graph, costs, capacities, steps)
-    return [_spans(*run.next_step(), 0) for _ in range(steps)]
+    found = (run.next_step() for _ in range(steps))
+    return [[Span(start, end) for start, end in zip(starts, ends, strict=True)] for starts, ends in found]
 
 
 def simulate(graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int]) -> tuple[int, list[Span]]:
     """Steady step time, and spans of one steady step relative to its first compute task. Nanoseconds.
 
-    Steps are unrolled until one has the same relative spans as an earlier one (exactly, or under
-    contention to a millionth of the step time); the step time is the mean over that cycle, mostly of
-    one step. Where MAX_STEPS show no cycle, it is the mean over their second half, as in `plan.replay`.
-    Raises DeadlockError, and ValueError where costs and tasks differ in number.
+    As `plan.replay.steady_step` has it; steps are equal exactly, or under contention to a millionth of the
+    step time. Raises DeadlockError, and ValueError where costs and tasks differ in number.
     """
     run = FastEngine(graph, costs, capacities, MAX_STEPS)
     contended = any(cost.demand for cost in costs)
-    opener = first_compute(graph)
-    origins: list[int] = []
-    seen: list[list[int]] = []
-    for step in range(MAX_STEPS):
-        starts, ends = run.next_step()
-        origin = starts[opener]
-        relative = [time - origin for time in starts + ends]
-        tolerance_ns = (origin - origins[-1]) // STEADY_PARTS if step and contended else 0
-        for earlier in reversed(range(step)):
-            if _equal(relative, seen[earlier], tolerance_ns):
-                return (origin - origins[earlier]) // (step - earlier), _spans(starts, ends, origin)
-        origins.append(origin)
-        seen.append(relative)
-    half = MAX_STEPS // 2
-    return (origins[-1] - origins[half]) // (MAX_STEPS - 1 - half), _spans(starts, ends, origin)
-
-
-def _equal(left: list[int], right: list[int], tolerance_ns: int) -> bool:
-    if tolerance_ns == 0:
-        return left == right
-    return all(abs(a - b) <= tolerance_ns for a, b in zip(left, right, strict=True))
-
-
-def _spans(starts: list[int], ends: list[int], origin: int) -> list[Span]:
-    return [Span(start_ns=start - origin, end_ns=end - origin) for start, end in zip(starts, ends, strict=True)]
+    return steady_step(run.next_step, first_compute(graph), STEADY_PARTS if contended else None)

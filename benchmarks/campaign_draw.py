@@ -19,7 +19,7 @@ from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan, SearchRecord
-from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.plan.policy import Kernels, Policy, Tier, UnitPolicy, Workload
 from slideplan.plan.slots import SlotAssignment
 from slideplan.plan.validate import validate
 from slideplan.planner.catalogue import find_model
@@ -154,7 +154,7 @@ def entry_plan(entry: Entry, machine: MachineProfile) -> Plan:
 
 def fixed_plan(model: ModelSpec, policy: Policy, workload: Workload, machine: MachineProfile) -> Plan:
     """The plan of a given policy. Raises ValueError where it makes no sense or does not fit."""
-    graph = lower(model, policy, workload, footprint(model, policy.micro_batch, workload.seq_len, machine))
+    graph = lower(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
     validate(graph)
     memory = ledger(graph, machine)
     if not memory.fits:
@@ -168,7 +168,7 @@ def fixed_plan(model: ModelSpec, policy: Policy, workload: Workload, machine: Ma
         policy=policy,
         graph=graph,
         ledger=memory,
-        prediction=predict(graph, model, policy.micro_batch, workload, machine, memory),
+        prediction=predict(graph, model, policy, workload, machine, memory),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=bool(policy.update_order),
     )
@@ -179,19 +179,17 @@ def fixed_plan(model: ModelSpec, policy: Policy, workload: Workload, machine: Ma
 
 def draw_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, random: Random) -> Policy | None:
     """A policy that fits on the machine, every knob drawn at random; None where TRIES draws held none."""
-    footprints = {}
+    kernels = sorted({cost.kernels for cost in machine.costs}) or ["fused"]
     for _ in range(TRIES):
-        policy = _any_policy(model, workload, random)
-        if policy.micro_batch not in footprints:
-            footprints[policy.micro_batch] = footprint(model, policy.micro_batch, workload.seq_len, machine)
-        slots = SlotAssignment(model, policy, workload, footprints[policy.micro_batch])
+        policy = _any_policy(model, workload, kernels, random)
+        slots = SlotAssignment(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
         # Pools alone tell what a policy takes; edges are made for those that fit.
         if ledger(TaskGraph(pools=tuple(slots.pools.values()), tasks=()), machine).fits:
             return policy
     return None
 
 
-def _any_policy(model: ModelSpec, workload: Workload, random: Random) -> Policy:
+def _any_policy(model: ModelSpec, workload: Workload, kernels: Sequence[Kernels], random: Random) -> Policy:
     """A policy that makes sense for model and workload, whether it fits or not."""
     layers = range(1, model.head_unit)
     batch = workload.global_batch
@@ -216,6 +214,7 @@ def _any_policy(model: ModelSpec, workload: Workload, random: Random) -> Policy:
         host_gradient_slots=min(host_layers, waiting_gradients(model, order) + random.randint(0, 2)),
         boundary_slots=micro_batches + random.randint(1, 4) if offloaded else 0,
         gradient_dtype=random.choice(["bf16", "fp32"]),
+        kernels=random.choice(kernels),
         update_order=order,
         units=tuple(
             UnitPolicy(
@@ -259,14 +258,14 @@ def _some(random: Random, items: Sequence[T]) -> list[T]:
 
 
 def sketch(model: ModelSpec, policy: Policy) -> str:
-    """A policy in one line: `4x2 fp32, window 3/2, ...`; how many layers do what, arrival or deferred updates."""
+    """A policy in one line: `4x2 fp32 fused, window 3/2, ...`; how many layers do what, arrival or deferred updates."""
     layers = [policy.units[unit] for unit in range(1, model.head_unit)]
     state = sum(unit.state is Tier.GPU for unit in layers)
     weights = sum(unit.weights is Tier.GPU for unit in layers)
     kept = sum(unit.inner == "keep" for unit in layers)
     away = sum(unit.boundary is Tier.HOST for unit in policy.units)
     ends = [name for name, unit in (("embedding", 0), ("head", -1)) if policy.units[unit].state is Tier.GPU]
-    parts = [f"{policy.micro_batches}x{policy.micro_batch} {policy.gradient_dtype}"]
+    parts = [f"{policy.micro_batches}x{policy.micro_batch} {policy.gradient_dtype} {policy.kernels}"]
     if policy.window:
         parts.append(f"window {policy.window}/{policy.prefetch_depth}")
     parts += [

@@ -42,8 +42,8 @@ def test_engine_speed(benchmark, micro_batches: int, engine: EngineMaker, gpu_sh
     machine = with_gpu_shared(tiny_machine()) if gpu_shared else tiny_machine()
     policy = tiny_policy(model, micro_batches=micro_batches, window=4, offload_boundaries=True)
     workload = tiny_workload(global_batch=2 * micro_batches)
-    graph = lower(model, policy, workload, footprint(model, 2, workload.seq_len, machine))
-    costs = price(graph, model, 2, workload.seq_len, machine)
+    graph = lower(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
+    costs = price(graph, model, policy, workload.seq_len, machine)
     log = benchmark(trace, graph, costs, capacities(machine), STEPS, engine)
     assert len(log) == STEPS
     if benchmark.stats is not None:

@@ -82,6 +82,7 @@ def tiny_policy(
         "host_gradient_slots": host_layers if "update_order" in changes else min(2, host_layers),
         "boundary_slots": micro_batches + 2 if any(unit.boundary is Tier.HOST for unit in units) else 0,
         "gradient_dtype": gradient_dtype,
+        "kernels": "eager",
         "update_order": order,
         "units": units,
     }

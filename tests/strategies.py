@@ -55,6 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
         host_gradient_slots=draw(st.integers(1, host_layers)) if in_order else host_layers,
         boundary_slots=micro_batches + draw(st.integers(1, 4)) if offloads else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
+        kernels=draw(st.sampled_from(["eager", "fused"])),
         update_order=tuple(order),
         units=tuple(units),
     )
@@ -89,6 +90,7 @@ def foreign_cases(draw: st.DrawFn) -> Case:
         host_gradient_slots=model.units if all_waiting else draw(st.integers(1, 3)),
         boundary_slots=micro_batches * (interval + 1) + 1 if offloads or passing else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
+        kernels=draw(st.sampled_from(["eager", "fused"])),
         update_order=tuple(order),
         units=tuple(
             UnitPolicy(

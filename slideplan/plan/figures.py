@@ -47,12 +47,15 @@ def figure_name(lane: Lane, lanes: tuple[Lane, ...]) -> str:
 
 def cost_name(cost: ComputeCost) -> str:
     """Duration of a compute task."""
-    return f"{cost.kind} {cost.shape.role}, hidden {cost.shape.hidden}, {cost.micro_batch}x{cost.seq_len}"
+    return (
+        f"{cost.kind} {cost.shape.role}, hidden {cost.shape.hidden}, {cost.micro_batch}x{cost.seq_len}, {cost.kernels}, "
+        f"{cost.gradient_dtype}{'+' if cost.accumulate else ''}"
+    )
 
 
 def launch_name(launch: LaunchCost) -> str:
     """Time to issue a task."""
-    return f"launch of {launch.kind}{f' {launch.role}' if launch.role else ''}"
+    return f"launch of {launch.kind}{f' {launch.role}' if launch.role else ''}, {launch.kernels}"
 
 
 def figures(machine: MachineProfile) -> dict[str, Figure]:

@@ -163,6 +163,10 @@ class Task(Spec, frozen=True):
     def has(self, role: Role) -> bool:
         return any(access.role is role for access in self.accesses)
 
+    def builds_on(self, role: Role) -> bool:
+        """Whether the task builds on what its slot in this role holds, as later micro-batches do on gradients."""
+        return any(access.role is role and access.mode == "rw" for access in self.accesses)
+
 
 class TaskGraph(Spec, frozen=True, dict=True):
     """Tasks of one step in topological order; a lane runs its tasks in this order, step after step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import chain
 from typing import Literal
 
@@ -10,6 +11,7 @@ import msgspec
 from slideplan.plan.codec import Document, Spec
 from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import GradientDtype, Kernels
 from slideplan.plan.sharing import Sharing
 
 
@@ -163,6 +165,9 @@ class LayerShape(Spec, frozen=True):
 class ComputeCost(Spec, frozen=True):
     """Measured cost of one task kind on one shape at one micro-batch and sequence length.
 
+    kernels:         how the task was written, as in `Policy`
+    gradient_dtype:  of the gradient slot that a backward or the loss writes; of no meaning for others
+    accumulate:      whether it added to what the slot held
     saved_bytes:     what the task leaves on the GPU beyond its slots (inner activations, if kept)
     workspace_bytes: peak beyond slots and saved_bytes while it runs
     Both are None where the backend cannot tell; formulas stand in.
@@ -175,6 +180,9 @@ class ComputeCost(Spec, frozen=True):
     duration_ns: Spread
     saved_bytes: int | None
     workspace_bytes: int | None
+    kernels: Kernels = "eager"
+    gradient_dtype: GradientDtype = "bf16"
+    accumulate: bool = False
 
     def __post_init__(self) -> None:
         for field in ("micro_batch", "seq_len"):
@@ -185,6 +193,10 @@ class ComputeCost(Spec, frozen=True):
         for field in ("saved_bytes", "workspace_bytes"):
             if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"cost of {self.kind}: {field} is {getattr(self, field)}, must be zero or more")
+
+
+# Shape, kind, kernels, gradient dtype, accumulate.
+CostKey = tuple[LayerShape, TaskKind, Kernels, GradientDtype, bool]
 
 
 class Efficiency(Spec, frozen=True):
@@ -198,12 +210,13 @@ class Efficiency(Spec, frozen=True):
 class LaunchCost(Spec, frozen=True):
     """Time that a host thread takes to issue one task on its lane, without waiting for the work.
 
-    `role` is None for copies and updates, whose handlers are the same for every unit.
+    `role` is None for copies and updates, whose handlers are the same for every unit and all kernels.
     """
 
     kind: TaskKind
     role: UnitRole | None
     duration_ns: Spread
+    kernels: Kernels = "eager"
 
 
 class LaneSpeed(Spec, frozen=True):
@@ -303,6 +316,14 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
         for field, value in (("gpu.context_bytes", self.gpu.context_bytes), ("host.process_bytes", self.host.process_bytes)):
             if value < 0:
                 raise ValueError(f"machine {self.name}: {field} is {value}, must be zero or more")
+
+    @cached_property
+    def cost_index(self) -> dict[CostKey, tuple[ComputeCost, ...]]:
+        """Measured costs by what was measured; sizes are left to the reader."""
+        found: dict[CostKey, list[ComputeCost]] = {}
+        for cost in self.costs:
+            found.setdefault((cost.shape, cost.kind, cost.kernels, cost.gradient_dtype, cost.accumulate), []).append(cost)
+        return {key: tuple(costs) for key, costs in found.items()}
 
     def identity(self) -> MachineIdentity:
         """What must agree for a plan made from this profile to run on a machine."""

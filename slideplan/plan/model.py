@@ -180,13 +180,19 @@ class ModelSpec(Spec, frozen=True, dict=True):
         """
         return 2 * tokens * (seq_len + 1) * self.q_width
 
-    def saved_bytes(self, tokens: int) -> int:
-        """Estimate of a layer's inner activations in eager bf16, kept for backward. Bytes.
+    def saved_bytes(self, tokens: int, eager: bool) -> int:
+        """Estimate of a layer's inner activations in bf16, kept for backward. Bytes.
 
-        Per token: each of two RMSNorms keeps its input in fp32, its normalised value and its output in
+        Per token, fused: two norms' factors in fp32; attention's rotated q and k, v and output, its fp32
+        log-sum-exp, and with norms of their own q and k once more, with fp32 factors; the input of the second
+        norm; gate and up. Eager: each of two RMSNorms keeps its input in fp32, its normalised value and its output in
         bf16 (8 x hidden); attention keeps rotated q and k, v, its output twice (own and projection
         input) and fp32 log-sum-exp; the feed-forward keeps gate, SiLU(gate), up and their product.
         """
+        if not eager:
+            own_norms = 2 * (self.q_width + self.kv_width) + 4 * (self.heads + self.kv_heads) if self.qk_norm else 0
+            attention = 4 * (self.q_width + self.kv_width) + 4 * self.heads + own_norms
+            return tokens * (8 + attention + 2 * self.hidden + 4 * self.ffn)
         qkv = 6 * self.q_width + 4 * self.kv_width + 4 * self.heads
         return tokens * (16 * self.hidden + qkv + 8 * self.ffn)
 

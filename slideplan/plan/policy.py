@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, Protocol
 
 from slideplan.plan.codec import Spec
 from slideplan.plan.model import ModelSpec, UnitRole
+
+# How compute tasks run: as Hugging Face modules by autograd; by our own products and kernels; or the latter
+# captured once and replayed, so that the host issues one launch a task.
+Kernels = Literal["eager", "fused", "graphed"]
+GradientDtype = Literal["bf16", "fp32"]
 
 
 class Tier(StrEnum):
@@ -31,6 +36,22 @@ class Workload(Spec, frozen=True):
     @property
     def tokens(self) -> int:
         return self.seq_len * self.global_batch
+
+
+class ComputePolicy(Protocol):
+    """The knobs of a policy that say what its compute tasks do."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that pass a unit at once."""
+
+    @property
+    def gradient_dtype(self) -> GradientDtype:
+        """Of the gradient slots."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """How tasks are written."""
 
 
 class UnitPolicy(Spec, frozen=True):
@@ -63,6 +84,9 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     host_gradient_slots: host gradient slots shared by the layers whose state is on the host
     boundary_slots:      GPU slots shared by the boundary activations that wait on the host
     gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
+    kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
+                         kernels, which keep less and write weight gradients where they belong. "graphed": the
+                         same, captured once and replayed, for tasks that are shorter than their launch
     update_order:        host-state units in the order of their updates on the host_update lane
     units:               placement per unit
 
@@ -93,7 +117,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     gradient_slots: int
     host_gradient_slots: int
     boundary_slots: int
-    gradient_dtype: Literal["bf16", "fp32"]
+    gradient_dtype: GradientDtype
+    kernels: Kernels
     update_order: tuple[int, ...]
     units: tuple[UnitPolicy, ...]
     master: Literal["split", "fp32", "bf16"] = "split"

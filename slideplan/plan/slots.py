@@ -16,7 +16,7 @@ from slideplan.plan.codec import Spec
 from slideplan.plan.graph import LANE_OF, Access, Lane, Role, SlotPool, Task, TaskKind, TensorClass
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.order import Action, WindowUse
-from slideplan.plan.policy import Policy, Tier, Workload
+from slideplan.plan.policy import Kernels, Policy, Tier, Workload
 from slideplan.plan.quantities import MIB
 
 MOMENT_BYTES = 8  # fp32 m and v per element
@@ -30,15 +30,16 @@ BARRIER_BYTES = 8  # a counter of updated units
 UPDATE_STATE_TRAFFIC_BYTES = 2 * (MASTER_BYTES["split"] + MOMENT_BYTES)
 
 
-# The head computes its loss in chunks of tokens whose fp32 logits stay within this, so that logits are
-# never whole, and the gradient of the projection in blocks of rows whose bf16 product stays within that.
-LOSS_CHUNK_BYTES = 256 * MIB
+# The head computes its loss in chunks of tokens whose logits (in fp32, fused: in bf16) stay within this, so that
+# they are never whole, and eager gradients of the projection in blocks of rows whose bf16 product stays within that.
+LOSS_CHUNK_BYTES: dict[Kernels, int] = {"eager": 256 * MIB, "fused": 512 * MIB, "graphed": 512 * MIB}
+LOGIT_BYTES: dict[Kernels, int] = {"eager": 4, "fused": 2, "graphed": 2}
 PRODUCT_BYTES = 128 * MIB
 
 
-def loss_chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose fp32 logits fit in LOSS_CHUNK_BYTES; at least one."""
-    return max(1, LOSS_CHUNK_BYTES // (4 * vocabulary))
+def loss_chunk_tokens(vocabulary: int, kernels: Kernels) -> int:
+    """Tokens whose logits fit in LOSS_CHUNK_BYTES; at least one."""
+    return max(1, LOSS_CHUNK_BYTES[kernels] // (LOGIT_BYTES[kernels] * vocabulary))
 
 
 class Footprint(Spec, frozen=True):

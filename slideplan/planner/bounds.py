@@ -17,40 +17,40 @@ from slideplan.plan.graph import LANE_OF, Lane, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import Workload
+from slideplan.plan.policy import ComputePolicy, Workload
 from slideplan.plan.slots import Footprint
-from slideplan.planner.space import Candidate, GradientDtype
-from slideplan.simulator import Resource, capacities, price, resource_time
+from slideplan.planner.space import Candidate
+from slideplan.simulator import Resource, accumulates, capacities, price, resource_time
 
 LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one
 
 Kind = tuple[TaskKind, UnitRole]
+Way = tuple[TaskKind, UnitRole, bool]  # whether it adds to gradients of earlier micro-batches
 
 
 class Durations(Spec, frozen=True):
-    """What each kind of task on each role of unit takes, alone on an idle machine; the least of several.
+    """What each kind of task on each role of unit takes alone on an idle machine, by whether it adds to gradients.
 
-    time_ns:    duration
+    time_ns:    duration, the least of several
     work:       what it takes of each shared resource, in bytes/s x ns
     capacities: bytes/s that each resource offers
     """
 
-    time_ns: dict[Kind, int]
-    work: dict[Kind, dict[Resource, int]]
+    time_ns: dict[Way, int]
+    work: dict[Way, dict[Resource, int]]
     capacities: dict[Resource, int]
 
 
-def durations(
-    model: ModelSpec, micro_batch: int, dtype: GradientDtype, seq_len: int, machine: MachineProfile, footprint: Footprint
-) -> Durations:
-    """Prices of all kinds of task at one micro-batch size and gradient type."""
+def durations(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile, footprint: Footprint) -> Durations:
+    """Prices of all kinds of task at one micro-batch size, gradient type and kind of kernels."""
+    micro_batch, dtype, kernels = work.micro_batch, work.gradient_dtype, work.kernels
     short = msgspec.structs.replace(model, layers=LAYERS_PRICED)
     streamed = Candidate(
-        micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, window=2, prefetch_depth=1,
+        micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, window=2, prefetch_depth=1,
         host_gradient_slots=2, boundary_slots=4, offloaded_outputs=LAYERS_PRICED, deferred_updates=1,
     )  # fmt: skip
     resident = Candidate(
-        micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, state_layers=LAYERS_PRICED,
+        micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, state_layers=LAYERS_PRICED,
         weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED,
     )  # fmt: skip
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
@@ -58,8 +58,8 @@ def durations(
     found = Durations({}, {}, offered)
     for candidate in (streamed, resident):
         graph = lower(short, candidate.policy(short), workload, footprint)
-        for task, cost in zip(graph.tasks, price(graph, short, micro_batch, seq_len, machine), strict=True):
-            key = task.kind, short.role(task.unit)
+        for task, cost in zip(graph.tasks, price(graph, short, work, seq_len, machine), strict=True):
+            key = task.kind, short.role(task.unit), accumulates(task)
             if cost.duration_ns <= found.time_ns.get(key, cost.duration_ns):
                 found.time_ns[key] = cost.duration_ns
                 found.work[key] = {r: min(rate, offered[r]) * cost.duration_ns for r, rate in cost.demand.items()}
@@ -126,21 +126,37 @@ class BoundModel:
         """Busy time of each lane in one step. Nanoseconds."""
         return self._busy(self._counts(candidate))
 
-    def _busy(self, counts: dict[Kind, int]) -> dict[Lane, int]:
+    def _busy(self, counts: dict[Way, int]) -> dict[Lane, int]:
         busy = dict.fromkeys(_LANES, 0)
-        for kind, count in counts.items():
-            busy[LANE_OF[kind[0]]] += count * self._times.time_ns[kind]
+        for way, count in counts.items():
+            busy[LANE_OF[way[0]]] += count * self._times.time_ns[way]
         return busy
 
-    def _resources(self, counts: dict[Kind, int]) -> int:
+    def _resources(self, counts: dict[Way, int]) -> int:
         """How long the busiest shared resource takes for what the step needs of it. Nanoseconds."""
         work = dict.fromkeys(self._times.capacities, 0)
-        for kind, count in counts.items():
-            for resource, amount in self._times.work[kind].items():
+        for way, count in counts.items():
+            for resource, amount in self._times.work[way].items():
                 work[resource] += count * amount
         return resource_time(work, self._times.capacities)
 
-    def _counts(self, candidate: Candidate) -> dict[Kind, int]:
+    def _counts(self, candidate: Candidate) -> dict[Way, int]:
+        """How many tasks of each kind and way a step has."""
+        found = {}
+        for kind, count in self._kinds(candidate).items():
+            found.update(self._ways(*kind, count, candidate.micro_batches))
+        return found
+
+    def _ways(self, kind: TaskKind, role: UnitRole, count: int, micros: int) -> dict[Way, int]:
+        """Tasks of a kind by way: of those that may add to gradients, one in `micros` does not."""
+        first, more = (kind, role, False), (kind, role, True)
+        if more not in self._times.time_ns:
+            return {first: count}
+        if first not in self._times.time_ns:  # a tied embedding's gradient builds on the head's
+            return {more: count}
+        return {first: count // micros, more: count - count // micros}
+
+    def _kinds(self, candidate: Candidate) -> dict[Kind, int]:
         """How many tasks of each kind a step has."""
         layers, micros, kept = self.model.layers, candidate.micro_batches, candidate.kept_layers
         streaming = layers - candidate.weight_layers
@@ -249,25 +265,31 @@ class BoundModel:
     def _forward(self, candidate: Candidate, unit: int) -> int:
         """Forward of all micro-batches from `unit` to the last layer."""
         kinds = TaskKind.FORWARD_KEEP, TaskKind.FORWARD
-        embedding = self._time(TaskKind.FORWARD, UnitRole.EMBEDDING) if unit == 0 else 0
-        return candidate.micro_batches * (embedding + self._layer_run(candidate, unit, *kinds))
+        embedding = self._micros(candidate, TaskKind.FORWARD, UnitRole.EMBEDDING) if unit == 0 else 0
+        return embedding + self._layer_run(candidate, unit, *kinds)
 
     def _backward(self, candidate: Candidate, unit: int) -> int:
         """Backward of all micro-batches from the last layer down to `unit`."""
         kinds = TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE
-        embedding = self._time(TaskKind.BACKWARD, UnitRole.EMBEDDING) if unit == 0 else 0
-        return candidate.micro_batches * (embedding + self._layer_run(candidate, unit, *kinds))
+        embedding = self._micros(candidate, TaskKind.BACKWARD, UnitRole.EMBEDDING) if unit == 0 else 0
+        return embedding + self._layer_run(candidate, unit, *kinds)
 
     def _layer_run(self, candidate: Candidate, unit: int, kept_kind: TaskKind, other_kind: TaskKind) -> int:
         run = self.model.layers - max(unit, 1) + 1
         kept = min(run, candidate.kept_layers)
-        return kept * self._time(kept_kind, UnitRole.LAYER) + (run - kept) * self._time(other_kind, UnitRole.LAYER)
+        kept_ns, other_ns = (self._micros(candidate, kind, UnitRole.LAYER) for kind in (kept_kind, other_kind))
+        return kept * kept_ns + (run - kept) * other_ns
+
+    def _micros(self, candidate: Candidate, kind: TaskKind, role: UnitRole) -> int:
+        """One unit's tasks of a kind, of all micro-batches."""
+        ways = self._ways(kind, role, candidate.micro_batches, candidate.micro_batches)
+        return sum(count * self._times.time_ns[way] for way, count in ways.items())
 
     def _loss(self, candidate: Candidate) -> int:
-        return candidate.micro_batches * self._time(TaskKind.LOSS, UnitRole.HEAD)
+        return self._micros(candidate, TaskKind.LOSS, UnitRole.HEAD)
 
     def _unit_time(self, kind: TaskKind, unit: int) -> int:
         return self._time(kind, self.model.role(unit))
 
     def _time(self, kind: TaskKind, role: UnitRole) -> int:
-        return self._times.time_ns[kind, role]
+        return self._times.time_ns[kind, role, False]

@@ -68,6 +68,23 @@ class GradientDtypeChoice(StrEnum):
     FP32 = "fp32"
 
 
+class KernelsChoice(StrEnum):
+    """Choices of --kernels."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    FUSED = "fused"
+    GRAPHED = "graphed"
+
+
+class MeasuredKernels(StrEnum):
+    """Choices of --kernels where they are measured."""
+
+    EAGER = "eager"
+    FUSED = "fused"
+    GRAPHED = "graphed"
+
+
 class Device(StrEnum):
     """Choices of --device."""
 
@@ -115,6 +132,9 @@ def simulate(
     gradient_dtype: Annotated[
         GradientDtypeChoice, typer.Option(help="auto: fp32 sums over several micro-batches, bf16 for a single one.")
     ] = GradientDtypeChoice.AUTO,
+    kernels: Annotated[
+        KernelsChoice, typer.Option(help="auto: those whose layers are fastest on this machine; eager: Hugging Face modules.")
+    ] = KernelsChoice.AUTO,
     objective: Annotated[Objective, typer.Option(help="What the plan is best at.")] = Objective.THROUGHPUT,
     at_least: Annotated[
         str | None, typer.Option(metavar="PERCENT", help="least-host-memory: keep this share of the best speed; default 95%.")
@@ -154,6 +174,7 @@ def simulate(
     options = SearchOptions(
         placement=placement.value,
         gradient_dtype=gradient_dtype.value,
+        kernels=kernels.value,
         micro_batch=micro_batch,
         lowered_tasks=round(usual.lowered_tasks * effort),
         simulated_tasks=round(usual.simulated_tasks * effort),
@@ -239,6 +260,9 @@ def profile(
     ] = None,
     micro_batch: Annotated[list[int] | None, typer.Option(help="Micro-batch to time units at, repeatable.")] = None,
     seq_len: Annotated[list[int] | None, typer.Option(help="Sequence length to time units at, repeatable.")] = None,
+    kernels: Annotated[
+        list[MeasuredKernels] | None, typer.Option(help="Kernels to time units by, repeatable; default: all.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where compute runs; auto: a GPU if there is one.")] = Device.AUTO,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -289,6 +313,7 @@ def profile(
         name=name,
         models=models,
         shapes=tuple(product(sizes, lengths)),
+        kernels=tuple(each.value for each in kernels or MeasuredKernels),
         quick=quick,
         device=device.value,
         gpu_memory_bytes=_size("--gpu-memory", gpu_memory),

@@ -75,7 +75,7 @@ def price_peer(peer: peers.Peer, model: ModelSpec, workload: Workload, machine: 
     graph = lower(model, policy, workload, peers.footprint(model, policy, workload))
     validate(graph)
     memory = ledger(graph, machine)
-    prediction = predict(graph, model, policy.micro_batch, workload, machine, memory)
+    prediction = predict(graph, model, policy, workload, machine, memory)
     return Contender(
         name=peer.name,
         what=peer.what,

@@ -58,6 +58,7 @@ def slideformer(model: ModelSpec, workload: Workload) -> Policy:
         host_gradient_slots=1,
         boundary_slots=2,
         gradient_dtype="bf16",
+        kernels="eager",
         update_order=tuple(reversed(range(model.units))),
         units=tuple(
             UnitPolicy(
@@ -97,6 +98,7 @@ def zero3_offload(model: ModelSpec, workload: Workload) -> Policy:
         host_gradient_slots=model.layers,
         boundary_slots=0,
         gradient_dtype="fp32",
+        kernels="eager",
         update_order=tuple(range(model.units)),
         units=tuple(UnitPolicy() for _ in range(model.units)),
         master="fp32",
@@ -125,6 +127,7 @@ def megatrain(model: ModelSpec, workload: Workload) -> Policy:
         host_gradient_slots=model.layers,
         boundary_slots=max(2, interval - 1) if interval > 1 else 0,
         gradient_dtype="bf16",
+        kernels="eager",
         update_order=tuple(range(model.units)),
         units=tuple(UnitPolicy() for _ in range(model.units)),
         master="bf16",

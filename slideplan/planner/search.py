@@ -183,7 +183,7 @@ def _plan(found: Found, machine: MachineProfile, record: SearchRecord) -> Plan:
     graph = searcher.lower(best.candidate)
     validate(graph, dict(builder.capacity))
     memory = ledger(graph, machine)
-    prediction = predict(graph, builder.model, best.candidate.micro_batch, builder.workload, machine, memory)
+    prediction = predict(graph, builder.model, best.candidate, builder.workload, machine, memory)
     assert prediction.record.step_ns == best.step_ns, "one graph, one step time"
     return Plan(
         version=__version__,

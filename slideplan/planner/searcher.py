@@ -17,10 +17,10 @@ from slideplan.plan.graph import TaskGraph
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
-from slideplan.plan.policy import Tier
+from slideplan.plan.policy import GradientDtype, Tier
 from slideplan.plan.quantities import format_ns
 from slideplan.planner.bounds import Bound, BoundModel, durations
-from slideplan.planner.space import Candidate, GradientDtype, SpaceBuilder
+from slideplan.planner.space import Candidate, SpaceBuilder
 from slideplan.simulator import TaskCost, capacities, lower_bound, price, simulate
 
 Progress = Callable[[str], None]
@@ -167,9 +167,7 @@ class Searcher:
     def lower(self, candidate: Candidate) -> TaskGraph:
         """The candidate's task graph."""
         builder = self.builder
-        return lower(
-            builder.model, candidate.policy(builder.model), builder.workload, builder.footprints[candidate.micro_batch]
-        )
+        return lower(builder.model, candidate.policy(builder.model), builder.workload, builder.footprint(candidate))
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -177,7 +175,7 @@ class Searcher:
         if number not in self._graphs:
             candidate, builder = self.candidates[number], self.builder
             graph = self.lower(candidate)
-            costs = price(graph, builder.model, candidate.micro_batch, builder.workload.seq_len, self._machine)
+            costs = price(graph, builder.model, candidate, builder.workload.seq_len, self._machine)
             if len(self._graphs) == GRAPHS_KEPT:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[number] = graph, costs
@@ -185,13 +183,12 @@ class Searcher:
 
     def _slot_bytes(self, candidate: Candidate) -> dict[Tier, int]:
         builder = self.builder
-        return candidate.slot_bytes(builder.model, builder.workload.seq_len, builder.footprints[candidate.micro_batch])
+        return candidate.slot_bytes(builder.model, builder.workload.seq_len, builder.footprint(candidate))
 
     def _bound_model(self, candidate: Candidate) -> BoundModel:
         key = candidate.micro_batch, candidate.gradient_dtype
         if key not in self._models:
             builder = self.builder
-            footprint = builder.footprints[candidate.micro_batch]
-            times = durations(builder.model, *key, builder.workload.seq_len, self._machine, footprint)
+            times = durations(builder.model, candidate, builder.workload.seq_len, self._machine, builder.footprint(candidate))
             self._models[key] = BoundModel(builder.model, times)
         return self._models[key]

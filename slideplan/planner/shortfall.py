@@ -47,7 +47,7 @@ def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
     least = min(shorts, key=lambda candidate: (shorts[candidate][Tier.GPU] > 0, sum(shorts[candidate].values())))
     assert any(shorts[least].values()), "something fits after all"
     model, policy = builder.model, least.policy(builder.model)
-    slots = SlotAssignment(model, policy, builder.workload, builder.footprints[least.micro_batch])
+    slots = SlotAssignment(model, policy, builder.workload, builder.footprint(least))
     return DoesNotFit(
         version=__version__,
         model=model,

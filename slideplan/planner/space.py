@@ -8,7 +8,7 @@ moves a unit in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
 from typing import Literal
 
@@ -18,22 +18,22 @@ from slideplan.plan.codec import Spec
 from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload, check_seq_len
+from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload, check_seq_len
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, Footprint
-from slideplan.simulator import footprint
+from slideplan.simulator import footprint, layer_ns
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
 DEFERRALS = 5  # update orders, from order of arrival to order of next need
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
-
-GradientDtype = Literal["bf16", "fp32"]
+KERNEL_PERCENT = 2  # by which kernels must be faster than fused ones to be preferred
 
 
 class SearchOptions(Spec, frozen=True):
     """What the user fixes, and how much the search may cost.
 
     placement:      "host" keeps weights and state of every unit on the host, so that all is streamed
+    kernels:        "auto" takes those whose layers take less time on this machine
     gradient_dtype: "auto" sums over several micro-batches in fp32, and takes bf16 for one alone
     micro_batch:    None tries every divisor of the global batch
     lowered_tasks:  size of all task graphs made to bound a step by its longest path
@@ -46,6 +46,7 @@ class SearchOptions(Spec, frozen=True):
     """
 
     placement: Literal["auto", "host"] = "auto"
+    kernels: Literal["auto", "eager", "fused", "graphed"] = "auto"
     gradient_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     micro_batch: int | None = None
     lowered_tasks: int = 200_000
@@ -74,6 +75,7 @@ class Candidate(Spec, frozen=True):
     micro_batch: int
     micro_batches: int
     gradient_dtype: GradientDtype
+    kernels: Kernels
     window: int = 0
     prefetch_depth: int = 0
     gradient_slots: int = 2
@@ -123,7 +125,7 @@ class Candidate(Spec, frozen=True):
             micro_batch=self.micro_batch, micro_batches=self.micro_batches, window=self.window,
             prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
             host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots,
-            gradient_dtype=self.gradient_dtype, update_order=self.update_order(model), units=tuple(units),
+            gradient_dtype=self.gradient_dtype, kernels=self.kernels, update_order=self.update_order(model), units=tuple(units),
         )  # fmt: skip
 
     def slot_bytes(self, model: ModelSpec, seq_len: int, footprint: Footprint) -> dict[Tier, int]:
@@ -159,14 +161,19 @@ class SpaceBuilder:
         self,
         model: ModelSpec,
         workload: Workload,
-        footprints: Mapping[int, Footprint],
+        sizes: Sequence[int],
+        kernels: Kernels,
+        machine: MachineProfile,
         capacity: Mapping[Tier, int],
         options: SearchOptions,
     ) -> None:
-        """`footprints`: per micro-batch size to be tried, as of `micro_batch_sizes`."""
+        """`sizes`: micro-batch sizes to be tried, as of `micro_batch_sizes`."""
         self.model = model
         self.workload = workload
-        self.footprints = footprints
+        self._sizes = sorted(sizes)
+        self._kernels = kernels
+        self._machine = machine
+        self._footprints: dict[tuple[int, GradientDtype], Footprint] = {}
         self.capacity = capacity
         self.options = options
         self._too_large = 0
@@ -177,9 +184,9 @@ class SpaceBuilder:
         """What may be planned for this workload on this machine. Raises ValueError where nothing may."""
         check_seq_len(model, workload.seq_len)
         sizes = micro_batch_sizes(workload, options)
-        footprints = {size: footprint(model, size, workload.seq_len, machine) for size in sizes}
+        kernels = options.kernels if options.kernels != "auto" else faster_kernels(machine, model, max(sizes), workload.seq_len)
         capacity = {tier: slot_capacity(machine, tier) for tier in (Tier.GPU, Tier.HOST)}
-        return cls(model, workload, footprints, capacity, options)
+        return cls(model, workload, sizes, kernels, machine, capacity, options)
 
     def build(self) -> Space:
         """Without offloading if anything fits so; otherwise all that fits with it."""
@@ -191,9 +198,16 @@ class SpaceBuilder:
         fitting = [candidate for candidate in found if candidate is not None]
         return Space(fitting=tuple(fitting), too_large=self._too_large + len(resident), offloads=True)
 
+    def footprint(self, candidate: Candidate) -> Footprint:
+        """What the candidate's kernels take on the GPU beside its slots."""
+        key = candidate.micro_batch, candidate.gradient_dtype
+        if key not in self._footprints:
+            self._footprints[key] = footprint(self.model, candidate, self.workload.seq_len, self._machine)
+        return self._footprints[key]
+
     def spare(self, candidate: Candidate) -> dict[Tier, int]:
         """Bytes of each tier that the candidate leaves; negative where it does not fit."""
-        need = candidate.slot_bytes(self.model, self.workload.seq_len, self.footprints[candidate.micro_batch])
+        need = candidate.slot_bytes(self.model, self.workload.seq_len, self.footprint(candidate))
         return {tier: self.capacity[tier] - count for tier, count in need.items()}
 
     def least_demanding(self) -> Iterator[Candidate]:
@@ -263,12 +277,12 @@ class SpaceBuilder:
     # -- enumeration ---------------------------------------------------------------------------
 
     def _micro_batches(self) -> Iterator[Candidate]:
-        for size in sorted(self.footprints):
+        for size in self._sizes:
             count = self.workload.global_batch // size
             dtype = self.options.gradient_dtype
             if dtype == "auto":
                 dtype = "bf16" if count == 1 else "fp32"
-            yield Candidate(micro_batch=size, micro_batches=count, gradient_dtype=dtype)
+            yield Candidate(micro_batch=size, micro_batches=count, gradient_dtype=dtype, kernels=self._kernels)
 
     def _resident(self) -> Iterator[Candidate | None]:
         layers = self.model.layers
@@ -341,7 +355,7 @@ class SpaceBuilder:
             spare = self.spare(candidate)
             if min(spare.values()) < 0:
                 continue
-            inner = self.footprints[base.micro_batch].inner_bytes * base.micro_batches
+            inner = self.footprint(base).inner_bytes * base.micro_batches
             room = self.model.layers - base.offloaded_outputs
             kept = min(room, spare[Tier.GPU] // inner) if inner else room
             return msgspec.structs.replace(candidate, kept_layers=kept)
@@ -374,6 +388,29 @@ SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))
+
+
+class _LayerWork(Spec, frozen=True):
+    """What a layer does by one kind of kernels."""
+
+    micro_batch: int
+    kernels: Kernels
+    gradient_dtype: GradientDtype = "bf16"
+
+
+def faster_kernels(machine: MachineProfile, model: ModelSpec, micro_batch: int, seq_len: int) -> Kernels:
+    """The kernels by which a layer's forward and backward take less time, of those measured on the machine.
+
+    Where the model's layer was not measured: "fused", which save work and traffic by construction. Others
+    must be faster than those by KERNEL_PERCENT.
+    """
+    kinds: tuple[Kernels, ...] = ("fused", "graphed", "eager")
+    works = [_LayerWork(micro_batch=micro_batch, kernels=kernels) for kernels in kinds]
+    times = {work.kernels: layer_ns(machine, model, work, seq_len) for work in works}
+    measured = {kernels: time_ns for kernels, time_ns in times.items() if time_ns is not None}
+    if "fused" in measured:
+        measured["fused"] -= measured["fused"] * KERNEL_PERCENT // 100
+    return min(measured, key=measured.__getitem__, default="fused")
 
 
 def divisors(number: int) -> list[int]:

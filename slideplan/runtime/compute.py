@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
 import torch
 
-from slideplan.plan.graph import Role, Task, TaskGraph, TaskKind
+from slideplan.plan.graph import Lane, Role, Task, TaskGraph, TaskKind
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import Kernels
 from slideplan.plan.slots import loss_chunk_tokens
+from slideplan.runtime.backend import Backend
 from slideplan.runtime.buffers import Buffers, parameter_views
 from slideplan.runtime.data import MicroBatch, TokenWindows
-from slideplan.runtime.units import BoundHead, BoundLayer, GradientSink, Kept, rotary_positions, skeleton
+from slideplan.runtime.fused_layer import FusedLayer
+from slideplan.runtime.gradients import GradientSink, GradientSlot, Projection
+from slideplan.runtime.head import FusedHead
+from slideplan.runtime.units import EagerHead, EagerLayer, rotary_positions, skeleton
+
+
+class LayerKernels(Protocol):
+    """A decoder layer bound to a weight slot. Activations and gradients are [batch, sequence, hidden]."""
+
+    def forward(self, entered: torch.Tensor, left: torch.Tensor) -> None:
+        """Output of the layer into `left`."""
+
+    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor) -> Any:
+        """Forward; what it returns is for `backward` of a layer bound to the slot that then holds the weights."""
+
+    def backward(self, kept: Any, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
+        """Backward of a kept forward. `gradient`: of the output, replaced by that of the input."""
+
+    def backward_recompute(self, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
+        """Backward from the input alone. `gradient`: of the output, replaced by that of the input."""
 
 
 class ComputeHandlers:
@@ -25,6 +50,7 @@ class ComputeHandlers:
         micro_batch: int,
         micro_batches: int,
         seq_len: int,
+        kernels: Kernels,
     ) -> None:
         self._model = model
         self._buffers = buffers
@@ -32,21 +58,33 @@ class ComputeHandlers:
         self._windows = windows
         self._shape = (micro_batch, seq_len, model.hidden)
         self._scale = 1.0 / (micro_batch * micro_batches * seq_len)
-        self._chunk_tokens = loss_chunk_tokens(model.vocabulary)
         parts = skeleton(model)
         positions = rotary_positions(parts, seq_len, model.hidden, device)
+        chunk_tokens = loss_chunk_tokens(model.vocabulary, kernels)
         layer_slots = {
             task.slot(Role.WEIGHTS)
             for task in graph.tasks
             if task.has(Role.WEIGHTS) and model.role(task.unit) is UnitRole.LAYER
         }
-        layout = model.parameters(UnitRole.LAYER)
-        self._layers = {key: BoundLayer(parts.layer, buffers[key], layout, positions) for key in layer_slots}
-        head_slot = next(task.slot(Role.WEIGHTS) for task in graph.tasks if task.kind is TaskKind.LOSS)
-        self._head = BoundHead(parts.norm, buffers[head_slot], model.parameters(UnitRole.HEAD))
+        head_flat = buffers[next(task.slot(Role.WEIGHTS) for task in graph.tasks if task.kind is TaskKind.LOSS)]
+        self._layers: dict[tuple[str, int], LayerKernels]
+        self._head: EagerHead | FusedHead
+        if kernels != "eager":
+            cos, sin = (table[0] for table in positions)
+            self._layers = {key: FusedLayer(model, buffers[key], cos, sin) for key in layer_slots}
+            self._head = FusedHead(model, head_flat, chunk_tokens)
+        else:
+            layout, own = (model.parameters(role) for role in (UnitRole.LAYER, UnitRole.HEAD))
+            self._layers = {key: EagerLayer(parts.layer, buffers[key], layout, positions) for key in layer_slots}
+            self._head = EagerHead(parts.norm, head_flat, own, chunk_tokens)
         self._embedding_sink = GradientSink(model.parameters(UnitRole.EMBEDDING))
-        self._kept: dict[tuple[str, int], Kept] = {}
-        self._inputs: dict[int, _DeviceBatch] = {}
+        self._kept: dict[tuple[str, int], Any] = {}
+        self._batches: dict[int, MicroBatch] = {}
+        tokens = micro_batch * seq_len
+        # At one address for the whole run, as captured tasks need them; per micro-batch.
+        self._tokens = torch.zeros(micro_batches, 2, tokens, dtype=torch.int64, device=device)
+        self._loss_sum = torch.zeros(micro_batches, dtype=torch.float32, device=device)
+        self._replay: dict[str, Callable[[], None]] = {}
         self.losses: dict[int, torch.Tensor] = {}
         self._run = {
             (UnitRole.EMBEDDING, TaskKind.FORWARD): self._embed,
@@ -61,17 +99,44 @@ class ComputeHandlers:
     def __call__(self, task: Task, step: int) -> None:
         """Issue one compute task on the current stream."""
         with torch.no_grad():
-            self._run[self._model.role(task.unit), task.kind](task, step)
+            if task.name in self._replay:
+                self._replay[task.name]()
+            else:
+                self._run[self._model.role(task.unit), task.kind](task, step)
+            if task.kind is TaskKind.LOSS:
+                assert task.micro is not None
+                loss = self._loss_sum[task.micro].clone()
+                self.losses[step] = self.losses[step] + loss if step in self.losses else loss
+
+    def capture(self, backend: Backend, tasks: Iterable[Task]) -> None:
+        """Capture the layers' and the head's tasks of one step, in this order; slots that they write lose what they held.
+
+        All run once before, so that nothing is compiled or loaded during capture.
+        """
+        with torch.no_grad():
+            captured = [task for task in tasks if self._model.role(task.unit) is not UnitRole.EMBEDDING]
+            with backend.lane(Lane.COMPUTE):
+                for task in captured:
+                    self._run[self._model.role(task.unit), task.kind](task, 0)
+            backend.release_unused()
+            for task in captured:
+                action = partial(self._run[self._model.role(task.unit), task.kind], task, 0)
+                replay = backend.capture(Lane.COMPUTE, action)
+                if replay is not None:
+                    self._replay[task.name] = replay
 
     # -- embedding -----------------------------------------------------------------------------
 
     def _embed(self, task: Task, step: int) -> None:
         assert task.micro is not None
-        batch = _DeviceBatch.upload(self._windows.micro_batch(step, task.micro, self._shape[0]), self.device)
-        self._inputs[task.micro] = batch
+        batch = _uploaded(self._windows.micro_batch(step, task.micro, self._shape[0]), self.device)
+        self._batches[task.micro] = batch
+        inputs, labels = self._tokens[task.micro]
+        inputs.copy_(batch.inputs)
+        labels.copy_(batch.labels)
         table = parameter_views(self._weights(task), self._model.parameters(UnitRole.EMBEDDING))
         left = self._boundary(task, Role.OUTPUT).view(-1, self._model.hidden)
-        torch.index_select(table["model.embed_tokens.weight"], 0, batch.inputs, out=left)
+        torch.index_select(table["model.embed_tokens.weight"], 0, inputs, out=left)
 
     def _embed_backward(self, task: Task, step: int) -> None:
         """Sum the rows of equal tokens first, then add each distinct token's row to the dense gradient.
@@ -80,101 +145,76 @@ class ComputeHandlers:
         deterministic and its result as small as the batch, not as the vocabulary.
         """
         assert task.micro is not None
-        batch = self._inputs.pop(task.micro)
+        batch = self._batches.pop(task.micro)
         gradient = self._boundary(task, Role.BOUNDARY_GRADIENT).view(-1, self._model.hidden)
         rows = torch.ops.aten.embedding_dense_backward(gradient, batch.positions_in_distinct, batch.distinct.numel(), -1, False)
-        accumulate = self._accumulates(task, Role.GRADIENT)
-        flat = self._buffers[task.slot(Role.GRADIENT)]
-        table = self._embedding_sink.aim(flat, accumulate)["model.embed_tokens.weight"]
-        if not accumulate:
+        slot = self._gradient(task, Role.GRADIENT)
+        self._embedding_sink.aim(slot)
+        table = self._embedding_sink.view("model.embed_tokens.weight")
+        if not slot.accumulate:
             table.zero_()
         table.index_add_(0, batch.distinct, rows.to(table.dtype))
 
     # -- layers --------------------------------------------------------------------------------
 
     def _forward(self, task: Task, step: int) -> None:
-        left = self._layer(task).forward(self._boundary(task, Role.INPUT))
-        self._boundary(task, Role.OUTPUT).copy_(left)
+        self._layer(task).forward(self._boundary(task, Role.INPUT), self._boundary(task, Role.OUTPUT))
 
     def _forward_keep(self, task: Task, step: int) -> None:
-        kept = self._layer(task).forward_keep(self._boundary(task, Role.INPUT))
-        self._boundary(task, Role.OUTPUT).copy_(kept.left.detach())
-        # Backward starts from the graph behind `left`, not from its values: the boundary slot has those.
-        kept.left.untyped_storage().resize_(0)
+        kept = self._layer(task).forward_keep(self._boundary(task, Role.INPUT), self._boundary(task, Role.OUTPUT))
         self._kept[task.slot(Role.INNER)] = kept
 
     def _backward(self, task: Task, step: int) -> None:
         kept = self._kept.pop(task.slot(Role.INNER))
-        gradient = self._boundary(task, Role.BOUNDARY_GRADIENT)
-        self._aim(kept.layer.sink, task)
-        gradient.copy_(kept.layer.backward(kept, self._weights(task), gradient))
+        entered, gradient = self._boundary(task, Role.INPUT), self._boundary(task, Role.BOUNDARY_GRADIENT)
+        self._layer(task).backward(kept, entered, gradient, self._gradient(task, Role.GRADIENT))
 
     def _backward_recompute(self, task: Task, step: int) -> None:
-        layer = self._layer(task)
-        gradient = self._boundary(task, Role.BOUNDARY_GRADIENT)
-        self._aim(layer.sink, task)
-        with torch.enable_grad():
-            entered = self._boundary(task, Role.INPUT).detach().requires_grad_()
-            left = layer.forward(entered)
-        torch.autograd.backward(left, gradient)
-        assert entered.grad is not None
-        gradient.copy_(entered.grad)
+        entered, gradient = self._boundary(task, Role.INPUT), self._boundary(task, Role.BOUNDARY_GRADIENT)
+        self._layer(task).backward_recompute(entered, gradient, self._gradient(task, Role.GRADIENT))
 
     # -- head ----------------------------------------------------------------------------------
 
     def _loss(self, task: Task, step: int) -> None:
         assert task.micro is not None
-        own = self._aim(self._head.sink, task)
+        tied = None
         if task.has(Role.TIED_WEIGHTS):
             table = self._model.parameters(UnitRole.EMBEDDING)
-            projection = parameter_views(self._buffers[task.slot(Role.TIED_WEIGHTS)], table)["model.embed_tokens.weight"]
-            accumulate = self._accumulates(task, Role.TIED_GRADIENT)
-            tied = self._embedding_sink.aim(self._buffers[task.slot(Role.TIED_GRADIENT)], accumulate)
-            projection_gradient = tied["model.embed_tokens.weight"]
-        else:
-            projection = self._head.views["lm_head.weight"]
-            accumulate = self._accumulates(task, Role.GRADIENT)
-            projection_gradient = own["lm_head.weight"]
-        loss, gradient = self._head.loss(
+            weight = parameter_views(self._buffers[task.slot(Role.TIED_WEIGHTS)], table)["model.embed_tokens.weight"]
+            slot = self._gradient(task, Role.TIED_GRADIENT)
+            self._embedding_sink.aim(slot)
+            tied = Projection(weight, self._embedding_sink.view("model.embed_tokens.weight"), slot.accumulate)
+        self._loss_sum[task.micro] = self._head.loss(
             self._boundary(task, Role.INPUT).view(-1, self._model.hidden),
-            self._inputs[task.micro].labels,
-            projection,
-            projection_gradient,
-            accumulate,
+            self._tokens[task.micro, 1],
+            tied,
+            self._gradient(task, Role.GRADIENT),
+            self._boundary(task, Role.BOUNDARY_GRADIENT).view(-1, self._model.hidden),
             self._scale,
-            self._chunk_tokens,
         )
-        self._boundary(task, Role.BOUNDARY_GRADIENT).copy_(gradient.view(self._shape))
-        self.losses[step] = self.losses[step] + loss if step in self.losses else loss
 
     # -- slots ---------------------------------------------------------------------------------
 
     def _weights(self, task: Task) -> torch.Tensor:
         return self._buffers[task.slot(Role.WEIGHTS)]
 
-    def _layer(self, task: Task) -> BoundLayer:
+    def _layer(self, task: Task) -> LayerKernels:
         return self._layers[task.slot(Role.WEIGHTS)]
 
     def _boundary(self, task: Task, role: Role) -> torch.Tensor:
         return self._buffers[task.slot(role)].view(self._shape)
 
-    def _aim(self, sink: GradientSink, task: Task) -> dict[str, torch.Tensor]:
-        return sink.aim(self._buffers[task.slot(Role.GRADIENT)], self._accumulates(task, Role.GRADIENT))
-
-    @staticmethod
-    def _accumulates(task: Task, role: Role) -> bool:
-        return any(access.role is role and access.mode == "rw" for access in task.accesses)
+    def _gradient(self, task: Task, role: Role) -> GradientSlot:
+        return GradientSlot(self._buffers[task.slot(role)], task.builds_on(role))
 
 
-class _DeviceBatch(MicroBatch):
+def _uploaded(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """A micro-batch on the device."""
 
-    @classmethod
-    def upload(cls, batch: MicroBatch, device: torch.device) -> _DeviceBatch:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == "cpu":
-                return tensor
-            # torch's own pinned cache keeps the source alive until the copy is over.
-            return tensor.pin_memory().to(device, non_blocking=True)
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cpu":
+            return tensor
+        # torch's own pinned cache keeps the source alive until the copy is over.
+        return tensor.pin_memory().to(device, non_blocking=True)
 
-        return cls(move(batch.inputs), move(batch.labels), move(batch.distinct), move(batch.positions_in_distinct))
+    return MicroBatch(move(batch.inputs), move(batch.labels), move(batch.distinct), move(batch.positions_in_distinct))

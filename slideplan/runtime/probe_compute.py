@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from functools import partial
 
 import msgspec
 import numpy as np
 import torch
 
-from slideplan.plan.graph import Lane, TaskKind, TensorClass
+from slideplan.plan.graph import Lane, Role, TaskKind, TensorClass
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload
 from slideplan.plan.slots import Footprint
 from slideplan.runtime.backend import Backend, Marker
 from slideplan.runtime.buffers import Buffers
@@ -21,70 +22,99 @@ from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.probing import Effort, Work, rate_spread, spread, timed
 
+MICRO_BATCHES = 2  # the first writes gradients, the second adds to them
+STEPPING_NS = 2_000_000_000  # fewer repeats rather than longer
+
 
 class UnitProbe:
     """Two layers of a model with embedding and head: layer 1 recomputes, layer 2 keeps its activations."""
 
-    def __init__(self, backend: Backend, model: ModelSpec, micro_batch: int, seq_len: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        model: ModelSpec,
+        micro_batch: int,
+        seq_len: int,
+        kernels: Kernels = "fused",
+        gradient_dtype: GradientDtype = "bf16",
+    ) -> None:
         self._backend = backend
         self._micro_batch, self._seq_len = micro_batch, seq_len
+        self._kernels, self._gradient_dtype = kernels, gradient_dtype
         self._model = msgspec.structs.replace(model, layers=2)
         units = [UnitPolicy() for _ in range(4)]
         units[2] = UnitPolicy(inner="keep")
         policy = Policy(
             micro_batch=micro_batch,
-            micro_batches=1,
+            micro_batches=MICRO_BATCHES,
             window=2,
             prefetch_depth=1,
             gradient_slots=1,
             host_gradient_slots=1,
             boundary_slots=0,
-            gradient_dtype="bf16",
+            gradient_dtype=gradient_dtype,
+            kernels=kernels,
             update_order=(3, 2, 1, 0),
             units=tuple(units),
         )
-        workload = Workload(seq_len=seq_len, global_batch=micro_batch)
+        workload = Workload(seq_len=seq_len, global_batch=MICRO_BATCHES * micro_batch)
         # Inner activations and workspace are what this probe measures; nothing is reserved for them.
         self._graph = lower(self._model, policy, workload, Footprint(inner_bytes=1, workspace_bytes=1))
         self._tasks = [task for task in self._graph.tasks if task.lane is Lane.COMPUTE]
-        buffers = Buffers(self._graph, backend, torch.bfloat16, wanted=lambda pool: pool.tier is Tier.GPU)
+        dtype = torch.float32 if gradient_dtype == "fp32" else torch.bfloat16
+        buffers = Buffers(self._graph, backend, dtype, wanted=lambda pool: pool.tier is Tier.GPU)
         for pool in self._graph.pools:
             if pool.tier is Tier.GPU and pool.tensor_class is TensorClass.WEIGHTS:
                 for slot in buffers.slots[pool.name]:
                     slot.normal_(0.0, 0.02)  # never zeros: they make products faster than real data does
-        tokens = np.random.default_rng(0).integers(0, model.vocabulary, 4 * micro_batch * seq_len + 1)
-        windows = TokenWindows(tokens.astype(np.uint32), seq_len, micro_batch)
-        self._handlers = ComputeHandlers(self._model, self._graph, buffers, backend.device, windows, micro_batch, 1, seq_len)
+        tokens = np.random.default_rng(0).integers(0, model.vocabulary, 4 * MICRO_BATCHES * micro_batch * seq_len + 1)
+        windows = TokenWindows(tokens.astype(np.uint32), seq_len, MICRO_BATCHES * micro_batch)
+        self._handlers = ComputeHandlers(
+            self._model, self._graph, buffers, backend.device, windows, micro_batch, MICRO_BATCHES, seq_len, kernels
+        )
         backend.synchronize()  # the slots were filled on the default stream, for which no lane waits
 
     def costs(self, repeats: int) -> list[ComputeCost]:
-        """Every compute task kind of this model at this shape."""
+        """Every compute task kind of this model at this shape, and with both ways of writing gradients."""
         saved, workspace = self._memory()
+        if self._kernels == "graphed":
+            self._handlers.capture(self._backend, self._tasks)
         marks: list[list[tuple[Marker, Marker]]] = []
         with self._backend.lane(Lane.COMPUTE):
-            self._step()
+            self._backend.wait(self._step()[-1][1])
+            before = time.perf_counter_ns()
+            self._backend.wait(self._step()[-1][1])
+            repeats = max(min(repeats, 3), min(repeats, STEPPING_NS // (time.perf_counter_ns() - before)))
             for _ in range(repeats):
                 marks.append(self._step())
             self._backend.wait(marks[-1][-1][1])
             anchor = self._backend.anchor()
-        found = []
+        # Layers and micro-batches that do the same share a figure; what they need is the most that any did.
+        alike: dict[tuple[UnitRole, TaskKind, bool], list[int]] = {}
         for number, task in enumerate(self._tasks):
-            durations = [
-                self._backend.elapsed_ns(anchor, step[number][1]) - self._backend.elapsed_ns(anchor, step[number][0])
-                for step in marks
-            ]
-            found.append(
-                ComputeCost(
-                    shape=LayerShape.of(self._model, self._model.role(task.unit)),
-                    kind=task.kind,
-                    micro_batch=self._micro_batch,
-                    seq_len=self._seq_len,
-                    duration_ns=spread(durations),
-                    saved_bytes=saved[number],
-                    workspace_bytes=workspace[number],
-                )
+            role = Role.TIED_GRADIENT if task.has(Role.TIED_GRADIENT) else Role.GRADIENT
+            alike.setdefault((self._model.role(task.unit), task.kind, task.builds_on(role)), []).append(number)
+        return [
+            ComputeCost(
+                shape=LayerShape.of(self._model, role),
+                kind=kind,
+                micro_batch=self._micro_batch,
+                seq_len=self._seq_len,
+                duration_ns=spread(
+                    [
+                        self._backend.elapsed_ns(anchor, step[number][1]) - self._backend.elapsed_ns(anchor, step[number][0])
+                        for step in marks
+                        for number in numbers
+                    ]
+                ),
+                saved_bytes=_most(saved[number] for number in numbers),
+                workspace_bytes=_most(workspace[number] for number in numbers),
+                kernels=self._kernels,
+                gradient_dtype=self._gradient_dtype,
+                accumulate=accumulate,
             )
-        return found
+            for (role, kind, accumulate), numbers in alike.items()
+        ]
 
     def _step(self) -> list[tuple[Marker, Marker]]:
         marks = []
@@ -111,17 +141,17 @@ class UnitProbe:
                     self._handlers(task, 0)
                     key = task.kind, self._model.role(task.unit)
                     taken.setdefault(key, []).append(time.perf_counter_ns() - started)
-        return [LaunchCost(kind=kind, role=role, duration_ns=spread(values)) for (kind, role), values in taken.items()]
+        return [
+            LaunchCost(kind=kind, role=role, duration_ns=spread(values), kernels=self._kernels)
+            for (kind, role), values in taken.items()
+        ]
 
     def work(self) -> Work:
         """Forward of one layer, FLOPs and action: its input stays, so it can run again and again."""
-        self._step_once()
-        forward = next(task for task in self._tasks if task.kind is TaskKind.FORWARD and task.unit > 0)
-        return forward.flops, lambda: self._handlers(forward, 0)
-
-    def _step_once(self) -> None:
         with self._backend.lane(Lane.COMPUTE):
             self._backend.wait(self._step()[-1][1])
+        forward = next(task for task in self._tasks if task.kind is TaskKind.FORWARD and task.unit > 0)
+        return forward.flops, lambda: self._handlers(forward, 0)
 
     def _memory(self) -> tuple[list[int | None], list[int | None]]:
         """For each task, bytes that it leaves behind and its peak beyond them; None without a GPU to ask."""
@@ -141,6 +171,10 @@ class UnitProbe:
                 saved.append(left)
                 workspace.append(max(0, torch.cuda.max_memory_allocated() - before - left))
         return saved, workspace
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def efficiency(backend: Backend, effort: Effort) -> tuple[Efficiency, dict[str, Spread]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import gc
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numba
@@ -30,6 +32,7 @@ from slideplan.plan.machine import (
     Spread,
 )
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import GradientDtype, Kernels
 from slideplan.plan.quantities import format_bytes
 from slideplan.runtime.backend import Backend, make_backend
 from slideplan.runtime.machine import identity, resident_bytes, total_host_bytes, usable_cores
@@ -47,6 +50,8 @@ ProgressCallback = Callable[[str, int, int], None]
 class ProfileRequest:
     """What to measure. `shapes`: (micro_batch, seq_len) pairs at which every model's units are timed.
 
+    kernels: those to time; nothing can be captured on a CPU, so there "graphed" is left out.
+
     Memory sizes override what the system reports: a part of the GPU, or RAM that a virtual machine
     shows only as it is used.
     """
@@ -54,6 +59,7 @@ class ProfileRequest:
     name: str
     models: tuple[ModelSpec, ...]
     shapes: tuple[tuple[int, int], ...]
+    kernels: tuple[Kernels, ...] = ("fused", "graphed", "eager")
     quick: bool = False
     device: str = "auto"
     gpu_memory_bytes: int | None = None
@@ -70,7 +76,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     backend = make_backend(request.device)
     effort = Effort.of(request.quick, backend.name)
     lane_probes = len(set().union(*COMBINATIONS)) + len(COMBINATIONS)
-    steps = _Steps(progress, 5 + lane_probes + len(request.models) * len(request.shapes))
+    kernels = [each for each in request.kernels if each != "graphed" or backend.name == "cuda"]
+    steps = _Steps(progress, 5 + lane_probes + len(request.models) * len(request.shapes) * len(kernels))
     try:
         steps.next("threads and kernels")
         threads = _warm_up(backend, request.models[0])
@@ -94,7 +101,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         del probes, work
         steps.next("matrix products and attention")
         rates, spreads = efficiency(backend, effort)
-        costs, unit_launches, notes = _unit_costs(backend, request, effort.repeats, steps)
+        costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort.repeats, steps)
         steps.finish()
     finally:
         backend.close()
@@ -149,23 +156,25 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
 
 
 def _unit_costs(
-    backend: Backend, request: ProfileRequest, repeats: int, steps: _Steps
+    backend: Backend, request: ProfileRequest, kernels: Sequence[Kernels], repeats: int, steps: _Steps
 ) -> tuple[list[ComputeCost], list[LaunchCost], list[str]]:
-    """Costs of every model's units at every shape, launches of the first, and what did not fit."""
+    """Costs of every model's units at every shape by all kernels, launches of the first, and what did not fit."""
     costs: list[ComputeCost] = []
     launches: list[LaunchCost] = []
     notes = []
     for model in request.models:
-        for micro_batch, seq_len in request.shapes:
-            shape = f"{model.name} {micro_batch}x{seq_len}"
+        for (micro_batch, seq_len), written in product(request.shapes, kernels):
+            shape = f"{model.name} {micro_batch}x{seq_len} {written}"
             steps.next(shape)
-            gc.collect()
-            backend.release_unused()
             try:
-                probe = UnitProbe(backend, model, micro_batch, seq_len)
-                costs += probe.costs(repeats)
-                if not launches:
-                    launches += probe.launches(repeats)
+                for dtype in get_args(GradientDtype):
+                    gc.collect()
+                    backend.release_unused()
+                    probe = UnitProbe(backend, model, micro_batch, seq_len, written, dtype)
+                    costs += probe.costs(repeats)
+                    if all(launch.kernels != written for launch in launches):
+                        launches += probe.launches(repeats)
+                    del probe
             except torch.OutOfMemoryError:
                 notes.append(f"{shape} does not fit in device memory")
     return costs, launches, notes
@@ -205,7 +214,10 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
         backend.release_unused()
         if cost is not None:
             steps.next("a layer")
-            for measured in UnitProbe(backend, _layer_model(cost.shape), cost.micro_batch, cost.seq_len).costs(effort.repeats):
+            probe = UnitProbe(
+                backend, _layer_model(cost.shape), cost.micro_batch, cost.seq_len, cost.kernels, cost.gradient_dtype
+            )
+            for measured in probe.costs(effort.repeats):
                 if measured.shape == cost.shape:
                     found[cost_name(measured)] = measured.duration_ns
         steps.finish()

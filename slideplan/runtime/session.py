@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slideplan.plan.graph import Role, SlotPool, Task, TaskKind
+from slideplan.plan.graph import Lane, Role, SlotPool, Task, TaskKind
 from slideplan.plan.plan import Plan
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.buffers import DYNAMIC, Buffers, parameter_views
@@ -69,11 +69,15 @@ class Session:
             policy.micro_batch,
             policy.micro_batches,
             plan.workload.seq_len,
+            policy.kernels,
         )
         host_update = HostUpdate(threads.optimizer)
         self.handlers = Handlers(self.buffers, self.compute, settings, host_update)
         self._warm_up(host_update)
         self._steps_done = 0
+        if policy.kernels == "graphed":
+            backend.synchronize()  # slots were filled on the default stream, for which no lane waits
+            self.compute.capture(backend, [task for task in graph.tasks if task.lane is Lane.COMPUTE])
         # All of the above ran on the default stream, for which no lane waits.
         backend.release_unused()
 

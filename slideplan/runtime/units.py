@@ -1,7 +1,8 @@
-"""Units as Hugging Face modules, bound once to the weight slots that they compute with.
+"""Units as Hugging Face modules run by autograd, bound once to the weight slots that they compute with.
 
 A slot has one address for the whole run, so each weight slot gets a module of its own whose parameters
-are views of it: which layer computes depends only on what was last copied into the slot.
+are views of it: which layer computes depends only on what was last copied into the slot. This is the
+reference that `fused_layer` is held against, and what runs where a plan says kernels "eager".
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from slideplan.plan.hf_config import config_of
 from slideplan.plan.model import ModelSpec, Parameter, UnitRole
 from slideplan.plan.slots import PRODUCT_BYTES
-from slideplan.runtime.buffers import padding_views, parameter_views
+from slideplan.runtime.buffers import parameter_views
+from slideplan.runtime.gradients import GradientSink, GradientSlot, Projection
+from slideplan.runtime.head import chunked_loss
 
 
 @dataclass(frozen=True)
@@ -50,37 +53,6 @@ def skeleton(model: ModelSpec) -> Skeleton:
     return Skeleton(layer=layer.train(), norm=norm.train(), rotary=rotary)
 
 
-class GradientSink:
-    """Takes the gradients that autograd produces for a module's parameters into a flat gradient slot.
-
-    Each gradient is added or copied and freed as soon as it is complete, so that a layer's gradients
-    never exist twice.
-    """
-
-    def __init__(self, layout: tuple[Parameter, ...]) -> None:
-        self._layout = layout
-        self._views: dict[str, torch.Tensor] = {}
-        self._accumulate = False
-
-    def aim(self, flat: torch.Tensor, accumulate: bool) -> dict[str, torch.Tensor]:
-        """Direct what comes next into this slot; returns its views per parameter."""
-        self._views = parameter_views(flat, self._layout)
-        self._accumulate = accumulate
-        if not accumulate:
-            for gap in padding_views(flat, self._layout):
-                gap.zero_()
-        return self._views
-
-    def take(self, name: str, parameter: torch.Tensor) -> None:
-        """Hook after a parameter's gradient is complete."""
-        assert parameter.grad is not None
-        if self._accumulate:
-            self._views[name].add_(parameter.grad)
-        else:
-            self._views[name].copy_(parameter.grad)
-        parameter.grad = None
-
-
 def bind(module: nn.Module, prefix: str, views: dict[str, torch.Tensor], sink: GradientSink) -> nn.Module:
     """A copy of a meta module whose parameters are the views named prefix + their own name."""
     module = copy.deepcopy(module)
@@ -96,27 +68,30 @@ def bind(module: nn.Module, prefix: str, views: dict[str, torch.Tensor], sink: G
 class Kept:
     """What FORWARD_KEEP leaves for BACKWARD: the ends of the unit's autograd graph."""
 
-    layer: BoundLayer
+    layer: EagerLayer
     entered: torch.Tensor
     left: torch.Tensor
 
 
-class BoundLayer:
-    """A decoder layer whose weights are one weight slot."""
+class EagerLayer:
+    """A decoder layer whose weights are one weight slot. Boundary activations are [batch, sequence, hidden]."""
 
     def __init__(self, prototype: nn.Module, flat: torch.Tensor, layout: tuple[Parameter, ...], positions: Any) -> None:
-        self.sink = GradientSink(layout)
-        self.module = bind(prototype, "", parameter_views(flat, layout), self.sink)
+        self._sink = GradientSink(layout)
+        self._module = bind(prototype, "", parameter_views(flat, layout), self._sink)
         self._flat = flat
         self._backward_flat = flat
         self._positions = positions
 
-    def forward(self, entered: torch.Tensor) -> torch.Tensor:
-        """Output of [batch, sequence, hidden] input; differentiable where gradients are enabled."""
-        left = self.module(entered, attention_mask=None, position_embeddings=self._positions)
+    def _run(self, entered: torch.Tensor) -> torch.Tensor:
+        left = self._module(entered, attention_mask=None, position_embeddings=self._positions)
         return left if isinstance(left, torch.Tensor) else left[0]
 
-    def forward_keep(self, entered: torch.Tensor) -> Kept:
+    def forward(self, entered: torch.Tensor, left: torch.Tensor) -> None:
+        """Output of the layer into `left`."""
+        left.copy_(self._run(entered))
+
+    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor) -> Kept:
         """Forward with the graph kept, though the weights may have left the slot when backward comes.
 
         Saved weights are remembered by their place in the unit, and found again in the slot that holds
@@ -139,70 +114,68 @@ class BoundLayer:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             entered = entered.detach().requires_grad_()
-            left = self.forward(entered)
-        return Kept(self, entered, left)
+            result = self._run(entered)
+        left.copy_(result.detach())
+        # Backward starts from the graph behind `result`, not from its values: the boundary slot has those.
+        result.untyped_storage().resize_(0)
+        return Kept(self, entered, result)
 
-    def backward(self, kept: Kept, flat: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Backward of a kept forward with the unit's weights in `flat`; returns the input's gradient."""
-        self._backward_flat = flat
+    def backward(self, kept: Kept, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
+        """Backward of a kept forward. `gradient`: of the output, replaced by that of the input."""
+        kept.layer._backward_flat = self._flat
+        kept.layer._sink.aim(into)
         torch.autograd.backward(kept.left, gradient)
         assert kept.entered.grad is not None
-        return kept.entered.grad
+        gradient.copy_(kept.entered.grad)
+
+    def backward_recompute(self, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
+        """Backward from the input alone. `gradient`: of the output, replaced by that of the input."""
+        self._sink.aim(into)
+        with torch.enable_grad():
+            entered = entered.detach().requires_grad_()
+            left = self._run(entered)
+        torch.autograd.backward(left, gradient)
+        assert entered.grad is not None
+        gradient.copy_(entered.grad)
 
 
-class BoundHead:
-    """Final norm, output projection and cross-entropy, a chunk of tokens at a time."""
+class EagerHead:
+    """Final norm by its module and loss by torch's cross-entropy, on the head's weight slot."""
 
-    def __init__(self, prototype: nn.Module, flat: torch.Tensor, layout: tuple[Parameter, ...]) -> None:
-        self.sink = GradientSink(layout)
-        self.views = parameter_views(flat, layout)
-        self.norm = bind(prototype, "model.norm.", self.views, self.sink)
+    def __init__(self, prototype: nn.Module, flat: torch.Tensor, layout: tuple[Parameter, ...], chunk_tokens: int) -> None:
+        self._sink = GradientSink(layout)
+        self._views = parameter_views(flat, layout)
+        self._norm = bind(prototype, "model.norm.", self._views, self._sink)
+        self._chunk_tokens = chunk_tokens
 
     def loss(
         self,
         entered: torch.Tensor,
         labels: torch.Tensor,
-        projection: torch.Tensor,
-        projection_gradient: torch.Tensor,
-        accumulate: bool,
+        tied: Projection | None,
+        into: GradientSlot,
+        gradient: torch.Tensor,
         scale: float,
-        chunk_tokens: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and the gradient of the input; weight gradients go to the sink and `projection_gradient`.
+    ) -> torch.Tensor:
+        """Loss; weight gradients go `into` the head's slot, that of the input [tokens, hidden] to `gradient`.
 
-        entered: [tokens, hidden] bf16; labels: [tokens]; projection and its gradient: [vocabulary, hidden].
-        The loss is the sum over tokens of the cross-entropy times `scale`. Logits are bf16 products with
-        fp32 softmax, as in Hugging Face models, and exist for `chunk_tokens` tokens at a time. With one
-        chunk every value is that of the unchunked computation; with several, the projection's gradient
-        is their sum in fp32, rounded once where the slot is bf16.
+        `tied`: the projection where the embedding owns it.
         """
+        sink = self._sink
+        sink.aim(into)
+        own = tied or Projection(self._views["lm_head.weight"], sink.view("lm_head.weight"), into.accumulate)
         with torch.enable_grad():
             leaf = entered.detach().requires_grad_()
-            normed = self.norm(leaf)
-        hidden = normed.detach()
-        hidden_gradient = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=entered.device)
-        several = hidden.shape[0] > chunk_tokens
-        rounds = several and projection_gradient.dtype is not torch.float32
-        sums = torch.zeros_like(projection_gradient, dtype=torch.float32) if rounds else projection_gradient
-        for first in range(0, hidden.shape[0], chunk_tokens):
-            rows = slice(first, first + chunk_tokens)
-            chunk_loss, logits_gradient = _cross_entropy(nn.functional.linear(hidden[rows], projection), labels[rows], scale)
-            total += chunk_loss
-            torch.mm(logits_gradient, projection, out=hidden_gradient[rows])
-            _add_product(sums, logits_gradient, hidden[rows], accumulate or first > 0)
-        if rounds:
-            if accumulate:
-                projection_gradient.add_(sums.to(projection_gradient.dtype))
-            else:
-                projection_gradient.copy_(sums)
-        torch.autograd.backward(normed, hidden_gradient)
+            normed = self._norm(leaf)
+        total, of_normed = chunked_loss(normed.detach(), labels, own, scale, self._chunk_tokens, _cross_entropy, _add_rounded)
+        torch.autograd.backward(normed, of_normed)
         assert leaf.grad is not None
-        return total, leaf.grad
+        gradient.copy_(leaf.grad)
+        return total
 
 
-def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, accumulate: bool) -> None:
-    """Sums (+)= left^T right, a block of rows at a time, so that the product never exists whole."""
+def _add_rounded(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, accumulate: bool) -> None:
+    """Sums (+)= left^T right, the product rounded as autograd does; by blocks of rows, so that it never exists whole."""
     block = max(1, PRODUCT_BYTES // (right.element_size() * right.shape[1]))
     for first in range(0, sums.shape[0], block):
         rows = slice(first, first + block)

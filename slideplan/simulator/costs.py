@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
-from slideplan.plan.machine import ComputeCost, Curve, LayerShape, MachineProfile, Spread
+from slideplan.plan.graph import LANE_OF, Lane, Role, Task, TaskGraph, TaskKind
+from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import ComputePolicy, GradientDtype, Kernels
 from slideplan.plan.sharing import Resource
-from slideplan.simulator.formulas import compute_ns
-from slideplan.simulator.measured import nearest, neighbours
+from slideplan.simulator import formulas
+from slideplan.simulator.measured import measurements, nearest, neighbours
 from slideplan.simulator.resources import sharing
 
 Source = Literal["measured", "interpolated", "derived", "datasheet"]
@@ -46,42 +47,63 @@ class TaskCost(Spec, frozen=True):
     uncertainty_percent: float = 0.0
 
 
-def price(graph: TaskGraph, model: ModelSpec, micro_batch: int, seq_len: int, machine: MachineProfile) -> tuple[TaskCost, ...]:
-    """One cost per task, in the order of the graph's tasks.
+def price(
+    graph: TaskGraph, model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile
+) -> tuple[TaskCost, ...]:
+    """One cost per task, in the order of the graph's tasks; `work` is the policy that the graph was lowered from.
 
     Copies take what the link's curve says, updates bytes_moved / rate of the optimizer. Compute tasks
-    take what was measured for this shape, kind, micro-batch and sequence length; or lie on the line
+    take what was measured for this shape, kind, way of writing gradients, micro-batch and sequence length; or lie on the line
     through two micro-batches measured at this sequence length; or take derived(here) x measured(there) /
     derived(there); or what `formulas` derives. What was not measured takes no less than its launch.
     """
-    pricer = _Pricer(model, micro_batch, seq_len, machine)
+    pricer = _Pricer(model, work, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
-    known: dict[tuple[TaskKind, UnitRole, int], TaskCost] = {}
+    known: dict[tuple[TaskKind, UnitRole, int, bool], TaskCost] = {}
     costs = []
     for task in graph.tasks:
         role = model.role(task.unit)
-        key = task.kind, role, task.bytes_moved
+        key = task.kind, role, task.bytes_moved, accumulates(task)
         if key not in known:
             known[key] = pricer.cost(task, role)
         costs.append(known[key])
     return tuple(costs)
 
 
+def layer_ns(machine: MachineProfile, model: ModelSpec, work: ComputePolicy, seq_len: int) -> int | None:
+    """Forward and backward with recompute of one layer; None where they were not measured on this machine."""
+    pricer = _Pricer(model, work, seq_len, machine)
+    total_ns = 0
+    for kind in (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE):
+        duration_ns, source, _ = pricer.compute_ns(kind, UnitRole.LAYER, accumulate=False)
+        if source == "derived":
+            return None
+        total_ns += duration_ns
+    return total_ns
+
+
+def accumulates(task: Task) -> bool:
+    """Whether the task adds to weight gradients of earlier micro-batches; of the loss, to the projection's."""
+    return task.builds_on(Role.TIED_GRADIENT if task.has(Role.TIED_GRADIENT) else Role.GRADIENT)
+
+
 class _Pricer:
-    def __init__(self, model: ModelSpec, micro_batch: int, seq_len: int, machine: MachineProfile) -> None:
+    def __init__(self, model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> None:
         self._model = model
-        self._micro_batch = micro_batch
+        self._work = work
         self._seq_len = seq_len
         self._machine = machine
         self._sharing = sharing(machine)
         self._from_datasheet = machine.provenance.source == "datasheet"
-        self._launch_ns = {(launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches}
+        self._launch_ns = {
+            (launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches if launch.kernels == work.kernels
+        }
 
     def cost(self, task: Task, role: UnitRole) -> TaskCost:
         optimizer, link = self._machine.optimizer, self._machine.link
         match LANE_OF[task.kind]:
             case Lane.COMPUTE:
-                return self._compute(task.kind, role)
+                return self._compute(task.kind, role, accumulates(task))
             case Lane.H2D:
                 return self._copy(Lane.H2D, task, link.h2d)
             case Lane.D2H:
@@ -111,33 +133,43 @@ class _Pricer:
         point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
         return self._cost(lane, duration_ns, rate, "measured", measured_percent(point.rate))
 
-    def _compute(self, kind: TaskKind, role: UnitRole) -> TaskCost:
-        duration_ns, source, percent = self._compute_ns(kind, role)
+    def _compute(self, kind: TaskKind, role: UnitRole, accumulate: bool) -> TaskCost:
+        duration_ns, source, percent = self.compute_ns(kind, role, accumulate)
         if source != "measured":
             duration_ns = max(duration_ns, self._launch_ns.get((kind, role), 0))
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.
         return self._cost(Lane.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)
 
-    def _compute_ns(self, kind: TaskKind, role: UnitRole) -> tuple[int, Source, float]:
-        micro_batch, seq_len, shape = self._micro_batch, self._seq_len, LayerShape.of(self._model, role)
-        cost = nearest(self._machine, shape, kind, micro_batch, seq_len)
+    def compute_ns(self, kind: TaskKind, role: UnitRole, accumulate: bool) -> tuple[int, Source, float]:
+        micro_batch, seq_len = self._work.micro_batch, self._seq_len
+        costs = measurements(self._machine, self._model, role, kind, self._work, accumulate)
+        cost = nearest(costs, micro_batch, seq_len)
         if cost is None:
-            return self._derived_ns(kind, role, micro_batch, seq_len), "derived", DERIVED_PERCENT
+            return self._derived_ns(kind, role, self._work, seq_len, accumulate), "derived", DERIVED_PERCENT
         percent = measured_percent(cost.duration_ns)
         if (cost.micro_batch, cost.seq_len) == (micro_batch, seq_len):
             return cost.duration_ns.p50, "measured", percent
-        pair = neighbours(self._machine, shape, kind, micro_batch, seq_len)
+        pair = neighbours(costs, micro_batch, seq_len)
         if pair is None:
-            here, there = (
-                self._derived_ns(kind, role, *at) for at in ((micro_batch, seq_len), (cost.micro_batch, cost.seq_len))
-            )
+            # What was measured is a policy's work at another size.
+            sizes = (self._work, seq_len), (_Resized(cost.micro_batch, self._work), cost.seq_len)
+            here, there = (self._derived_ns(kind, role, *at, accumulate) for at in sizes)
             return here * cost.duration_ns.p50 // there, "interpolated", percent + SCALED_PERCENT
         between = pair[0].micro_batch < micro_batch < pair[1].micro_batch
         percent = max(measured_percent(each.duration_ns) for each in pair) + (BETWEEN_PERCENT if between else BEYOND_PERCENT)
         return _on_line(*pair, micro_batch), "interpolated", percent
 
-    def _derived_ns(self, kind: TaskKind, role: UnitRole, micro_batch: int, seq_len: int) -> int:
-        return compute_ns(self._model, role, kind, micro_batch, seq_len, self._machine.efficiency)
+    def _derived_ns(self, kind: TaskKind, role: UnitRole, work: ComputePolicy, seq_len: int, accumulate: bool) -> int:
+        return formulas.compute_ns(self._model, role, kind, work, seq_len, accumulate, self._machine.efficiency)
+
+
+class _Resized:
+    """A policy's work at another micro-batch size."""
+
+    def __init__(self, micro_batch: int, work: ComputePolicy) -> None:
+        self.micro_batch = micro_batch
+        self.gradient_dtype: GradientDtype = work.gradient_dtype
+        self.kernels: Kernels = work.kernels
 
 
 def measured_percent(spread: Spread) -> float:

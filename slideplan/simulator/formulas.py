@@ -5,6 +5,7 @@ from __future__ import annotations
 from slideplan.plan.graph import TaskKind
 from slideplan.plan.machine import Efficiency
 from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import ComputePolicy, GradientDtype, Kernels
 from slideplan.plan.slots import loss_chunk_tokens
 
 # Memory traffic of an eager layer beside its matrix products, in units of the activations it saves:
@@ -13,36 +14,66 @@ from slideplan.plan.slots import loss_chunk_tokens
 FORWARD_PASSES = 2.5
 BACKWARD_PASSES = 5.0
 
-# Bytes per logit beside the products: bf16 -> fp32 (2 + 4), log-sum-exp (4), probabilities minus
-# target in place (4 + 4), fp32 -> bf16 (4 + 2).
-LOGIT_TRAFFIC_BYTES = 24
+# Bytes per logit beside the products. Eager: bf16 -> fp32 (2 + 4), log-sum-exp (4), probabilities minus
+# target in place (4 + 4), fp32 -> bf16 (4 + 2). Fused: read for the normaliser, read and replaced by the gradient.
+LOGIT_TRAFFIC_BYTES: dict[Kernels, int] = {"eager": 24, "fused": 6, "graphed": 6}
+
+BACKWARD_KINDS = (TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE, TaskKind.LOSS)
 
 
-def compute_ns(model: ModelSpec, role: UnitRole, kind: TaskKind, micro_batch: int, seq_len: int, rates: Efficiency) -> int:
+def compute_ns(
+    model: ModelSpec, role: UnitRole, kind: TaskKind, work: ComputePolicy, seq_len: int, accumulate: bool, rates: Efficiency
+) -> int:
     """Time of one compute task, at least 1 ns: forward, backward (twice the products), or both.
 
-    BACKWARD_RECOMPUTE is forward plus backward; LOSS is the head's forward and backward in one.
+    LOSS is the head's forward and backward in one. What writes weight gradients takes `gradient_bytes`
+    at the element-wise rate, too.
     """
-    tokens = micro_batch * seq_len
+    tokens = work.micro_batch * seq_len
     if role is UnitRole.HEAD:
         assert kind is TaskKind.LOSS, f"the head runs {TaskKind.LOSS} only, not {kind}"
-        duration = _loss_ns(model, tokens, rates)
+        duration = _loss_ns(model, tokens, work, rates)
     elif role is UnitRole.EMBEDDING:
-        duration = _embedding_ns(model, kind, tokens, rates)
+        # Rows read and written; backward reads gradients and adds them to their rows (read, write).
+        traffic = (4 if kind is TaskKind.FORWARD else 6) * tokens * model.hidden
+        duration = traffic * 1e9 / rates.elementwise_bytes_per_s
     else:
-        duration = _layer_ns(model, kind, tokens, seq_len, rates)
-    return max(1, round(duration))
+        layer_ns = _eager_layer_ns if work.kernels == "eager" else _fused_layer_ns
+        duration = layer_ns(model, kind, tokens, seq_len, rates)
+    written = gradient_bytes(model, role, kind, work.gradient_dtype, accumulate)
+    return max(1, round(duration + written * 1e9 / rates.elementwise_bytes_per_s))
 
 
-def _layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, seq_len: int, rates: Efficiency) -> float:
-    """Forward: sum of gemm(2 tokens in out) over the seven products + attention_flops / rate + 2.5 saved_bytes / rate.
+def gradient_bytes(model: ModelSpec, role: UnitRole, kind: TaskKind, dtype: GradientDtype, accumulate: bool) -> int:
+    """Traffic of a task's weight gradients: each written once, where they add to a sum read too.
+
+    The embedding's are zeroed once; what is added to them then is as small as the batch.
+    """
+    if kind not in BACKWARD_KINDS or (role is UnitRole.EMBEDDING and accumulate):
+        return 0
+    elements = model.vocabulary * model.hidden if role is UnitRole.HEAD else model.flat_elements(role)
+    return elements * (4 if dtype == "fp32" else 2) * (2 if accumulate else 1)
+
+
+def _products_ns(model: ModelSpec, tokens: int, rates: Efficiency) -> tuple[float, float]:
+    """All seven products of a layer's forward, gemm(2 tokens in out) each, and the last of them alone."""
+    hidden, q, kv, ffn = model.hidden, model.q_width, model.kv_width, model.ffn
+
+    def product(width: int) -> int:
+        return rates.gemm.duration_ns(2 * tokens * hidden * width)
+
+    return 2 * product(q) + 2 * product(kv) + 3 * product(ffn), product(ffn)
+
+
+def _eager_layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, seq_len: int, rates: Efficiency) -> float:
+    """Forward: products + attention_flops / rate + 2.5 saved_bytes / rate.
 
     Backward: two products per forward product (one per operand), 2.5 times the attention, 5 saved_bytes / rate.
+    Recomputing is all of forward.
     """
-    hidden, q, kv, ffn = model.hidden, model.q_width, model.kv_width, model.ffn
-    products = sum(count * rates.gemm.duration_ns(2 * tokens * hidden * width) for count, width in ((2, q), (2, kv), (3, ffn)))
+    products, _ = _products_ns(model, tokens, rates)
     attention = model.attention_flops(tokens, seq_len) * 1e9 / rates.attention_flops_per_s
-    saved = model.saved_bytes(tokens) * 1e9 / rates.elementwise_bytes_per_s
+    saved = model.saved_bytes(tokens, eager=True) * 1e9 / rates.elementwise_bytes_per_s
     forward = products + attention + FORWARD_PASSES * saved
     if kind in (TaskKind.FORWARD, TaskKind.FORWARD_KEEP):
         return forward
@@ -50,25 +81,32 @@ def _layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, seq_len: int, rates
     return backward if kind is TaskKind.BACKWARD else forward + backward
 
 
-def _embedding_ns(model: ModelSpec, kind: TaskKind, tokens: int, rates: Efficiency) -> float:
-    """Forward: rows read and written, 4 bytes x tokens x hidden.
+def _fused_layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, seq_len: int, rates: Efficiency) -> float:
+    """Products and attention as eager, beside the traffic of the kernels; recomputing leaves out the last product.
 
-    Backward: the vocabulary matrix zeroed, 2 bytes an element; then gradients read and added to
-    their rows (read, write), 6 bytes x tokens x hidden.
+    Bytes per token, forward: two norms (read, write) and two residuals 12 hidden, rotation 4 (q + kv), gated
+    SiLU 6 ffn. Backward: two norms again and their backward 24 hidden, rotation 4 (q + kv), gated SiLU 12 ffn.
     """
-    if kind is TaskKind.FORWARD:
-        traffic = 4 * tokens * model.hidden
-    else:
-        traffic = 2 * model.vocabulary * model.hidden + 6 * tokens * model.hidden
-    return traffic * 1e9 / rates.elementwise_bytes_per_s
+    products, last = _products_ns(model, tokens, rates)
+    attention = model.attention_flops(tokens, seq_len) * 1e9 / rates.attention_flops_per_s
+    rotation = 4 * (model.q_width + model.kv_width)
+    per_byte = tokens * 1e9 / rates.elementwise_bytes_per_s
+    forward = products + attention + (12 * model.hidden + rotation + 6 * model.ffn) * per_byte
+    if kind in (TaskKind.FORWARD, TaskKind.FORWARD_KEEP):
+        return forward
+    backward = 2 * products + 2.5 * attention + (24 * model.hidden + rotation + 12 * model.ffn) * per_byte
+    return backward if kind is TaskKind.BACKWARD else forward - last - 6 * model.ffn * per_byte + backward
 
 
-def _loss_ns(model: ModelSpec, tokens: int, rates: Efficiency) -> float:
-    """Three products (logits, gradient of the input, gradient of the weights) + 24 bytes per logit / rate.
+def _loss_ns(model: ModelSpec, tokens: int, work: ComputePolicy, rates: Efficiency) -> float:
+    """Three products (logits, gradient of the input, gradient of the weights) + the logits' traffic.
 
-    The products run in chunks of tokens whose fp32 logits stay within LOSS_CHUNK_BYTES, so each is
-    priced at its chunk's size. The final norm is left out: one part in vocabulary / 8 of the rest.
+    The products run in chunks of tokens, so each is priced at its chunk's size; with several, each but the
+    first reads and writes an fp32 sum of the projection's gradient. The final norm is left out: one part in
+    vocabulary / 8 of the rest.
     """
-    chunk = min(tokens, loss_chunk_tokens(model.vocabulary))
+    chunk = min(tokens, loss_chunk_tokens(model.vocabulary, work.kernels))
     product = rates.gemm.duration_ns(model.matmul_flops(UnitRole.HEAD, chunk)) * tokens / chunk
-    return 3 * product + LOGIT_TRAFFIC_BYTES * tokens * model.vocabulary * 1e9 / rates.elementwise_bytes_per_s
+    traffic = LOGIT_TRAFFIC_BYTES[work.kernels] * tokens * model.vocabulary
+    traffic += (-(-tokens // chunk) - 1) * 8 * model.vocabulary * model.hidden
+    return 3 * product + traffic * 1e9 / rates.elementwise_bytes_per_s

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log
 
+import msgspec
+
 from slideplan.plan.graph import TaskKind
-from slideplan.plan.machine import ComputeCost, LayerShape, MachineProfile
+from slideplan.plan.machine import ComputeCost, LayerShape, MachineProfile, Spread
+from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.policy import ComputePolicy
+from slideplan.simulator.formulas import gradient_bytes
 
 
-def nearest(machine: MachineProfile, shape: LayerShape, kind: TaskKind, micro_batch: int, seq_len: int) -> ComputeCost | None:
-    """The measurement of this shape and kind at the nearest size; None where there is none at all.
+def measurements(
+    machine: MachineProfile, model: ModelSpec, role: UnitRole, kind: TaskKind, work: ComputePolicy, accumulate: bool
+) -> tuple[ComputeCost, ...]:
+    """What was measured of this kind of task, at any size.
+
+    Where only other ways of writing gradients were measured, those times, less the traffic of theirs and
+    with that of this one, at the rate of the device's memory.
+    """
+    shape = LayerShape.of(model, role)
+    index = machine.cost_index
+    exact = index.get((shape, kind, work.kernels, work.gradient_dtype, accumulate))
+    if exact is not None:
+        return exact
+    wanted = gradient_bytes(model, role, kind, work.gradient_dtype, accumulate)
+    for dtype, adds in (("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True)):
+        found = index.get((shape, kind, work.kernels, dtype, adds), ())  # type: ignore[arg-type]
+        if found:
+            more_ns = (wanted - gradient_bytes(model, role, kind, dtype, adds)) * 1_000_000_000  # type: ignore[arg-type]
+            more_ns //= machine.gpu.memory_bytes_per_s
+            return tuple(msgspec.structs.replace(cost, duration_ns=_later(cost.duration_ns, more_ns)) for cost in found)
+    return ()
+
+
+def _later(spread: Spread, by_ns: int) -> Spread:
+    return Spread(*(max(1, value + by_ns) for value in (spread.p10, spread.p50, spread.p90)))
+
+
+def nearest(costs: Sequence[ComputeCost], micro_batch: int, seq_len: int) -> ComputeCost | None:
+    """The measurement at the nearest size; None where there is none at all.
 
     Distance: |log ratio of tokens| + |log ratio of sequence lengths|, so an exact match is nearest.
     """
@@ -19,18 +52,15 @@ def nearest(machine: MachineProfile, shape: LayerShape, kind: TaskKind, micro_ba
         apart = abs(log(cost.micro_batch * cost.seq_len / tokens)) + abs(log(cost.seq_len / seq_len))
         return apart, cost.micro_batch, cost.seq_len
 
-    return min((cost for cost in machine.costs if cost.kind is kind and cost.shape == shape), key=distance, default=None)
+    return min(costs, key=distance, default=None)
 
 
-def neighbours(
-    machine: MachineProfile, shape: LayerShape, kind: TaskKind, micro_batch: int, seq_len: int
-) -> tuple[ComputeCost, ComputeCost] | None:
+def neighbours(costs: Sequence[ComputeCost], micro_batch: int, seq_len: int) -> tuple[ComputeCost, ComputeCost] | None:
     """Two measurements at this sequence length to draw a line through: around the micro-batch, else the two nearest.
 
     The smaller micro-batch first; None where fewer than two were measured.
     """
-    same = [cost for cost in machine.costs if cost.kind is kind and cost.shape == shape and cost.seq_len == seq_len]
-    sizes = {cost.micro_batch: cost for cost in same}
+    sizes = {cost.micro_batch: cost for cost in costs if cost.seq_len == seq_len}
     if len(sizes) < 2:
         return None
     below = sorted(size for size in sizes if size <= micro_batch)

@@ -9,7 +9,7 @@ from slideplan.plan.ledger import Ledger
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.plan import Prediction
-from slideplan.plan.policy import Workload
+from slideplan.plan.policy import ComputePolicy, Workload
 from slideplan.plan.timeline import step_record
 from slideplan.simulator.analysis import critical_path, lower_bound
 from slideplan.simulator.costs import Source, TaskCost, price
@@ -20,13 +20,13 @@ _WORSE: tuple[Source, ...] = ("measured", "interpolated", "derived", "datasheet"
 
 
 def predict(
-    graph: TaskGraph, model: ModelSpec, micro_batch: int, workload: Workload, machine: MachineProfile, ledger: Ledger
+    graph: TaskGraph, model: ModelSpec, work: ComputePolicy, workload: Workload, machine: MachineProfile, ledger: Ledger
 ) -> Prediction:
     """Price and simulate a graph on a machine; peak bytes are the ledger's.
 
     Raises DeadlockError for a graph that cannot run.
     """
-    costs = price(graph, model, micro_batch, workload.seq_len, machine)
+    costs = price(graph, model, work, workload.seq_len, machine)
     shared = capacities(machine)
     bound_ns = lower_bound(graph, costs, shared)
     step_ns, spans = simulate(graph, costs, shared)

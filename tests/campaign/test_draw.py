@@ -50,7 +50,7 @@ def test_what_is_drawn_fits_and_is_safe(layers: int, tied: bool, batch: int, gpu
     policy = draw_policy(model, workload, machine, Random(seed))
     if policy is None:
         return
-    graph = lower(model, policy, workload, footprint(model, policy.micro_batch, workload.seq_len, machine))
+    graph = lower(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
     validate(graph)
     assert ledger(graph, machine).fits
     plan = fixed_plan(model, policy, workload, machine)

@@ -203,6 +203,7 @@ class FakeRequest:
     name: str
     models: tuple[Any, ...]
     shapes: tuple[tuple[int, int], ...]
+    kernels: tuple[str, ...]
     quick: bool
     device: str
     gpu_memory_bytes: int | None

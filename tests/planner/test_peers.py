@@ -129,7 +129,7 @@ def test_a_comparison_holds_ours_first_and_all_peers() -> None:
 @given(foreign_cases())
 def test_without_contention_the_engine_takes_the_longest_path_of_any_such_graph(case: Case) -> None:
     graph = case.graph()
-    costs = price(graph, case.model, case.policy.micro_batch, case.workload.seq_len, tiny_machine())
+    costs = price(graph, case.model, case.policy, case.workload.seq_len, tiny_machine())
     alone = [msgspec.structs.replace(cost, demand={}) for cost in costs]
     durations = [cost.duration_ns for cost in costs]
     assert simulate(graph, alone, {}) == replay(graph, durations)

@@ -51,8 +51,8 @@ def builder(model: ModelSpec, at: MachineProfile, workload: Workload, **options:
 
 
 def predicted_ns(space: SpaceBuilder, at: MachineProfile, candidate: Candidate) -> int:
-    graph = lower(space.model, candidate.policy(space.model), space.workload, space.footprints[candidate.micro_batch])
-    prediction = predict(graph, space.model, candidate.micro_batch, space.workload, at, ledger(graph, at))
+    graph = lower(space.model, candidate.policy(space.model), space.workload, space.footprint(candidate))
+    prediction = predict(graph, space.model, candidate, space.workload, at, ledger(graph, at))
     return prediction.record.step_ns
 
 
@@ -82,7 +82,7 @@ def candidates(draw: st.DrawFn) -> tuple[SpaceBuilder, MachineProfile, Candidate
 @given(candidates())
 def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuilder, MachineProfile, Candidate]) -> None:
     space, at, candidate = case
-    model, seq_len, footprint = space.model, space.workload.seq_len, space.footprints[candidate.micro_batch]
+    model, seq_len, footprint = space.model, space.workload.seq_len, space.footprint(candidate)
     graph = lower(model, candidate.policy(model), space.workload, footprint)
     validate(graph)
     memory = ledger(graph, at)
@@ -90,9 +90,9 @@ def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuil
     assert {tier: sum(part.items.values()) for tier, part in memory.tiers.items()} == counted
     assert memory.fits == (min(space.spare(candidate).values()) >= 0)
 
-    times = durations(model, candidate.micro_batch, candidate.gradient_dtype, seq_len, at, footprint)
+    times = durations(model, candidate, seq_len, at, footprint)
     bounds = BoundModel(model, times)
-    priced = price(graph, model, candidate.micro_batch, seq_len, at)
+    priced = price(graph, model, candidate, seq_len, at)
     costs = [cost.duration_ns for cost in priced]
     counted_lanes = {lane: busy for lane, busy in bounds.lanes(candidate).items() if busy}
     assert counted_lanes == {lane: sum(costs[number] for number in queue) for lane, queue in graph.lanes.items()}

@@ -49,6 +49,31 @@ def deterministic():
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("kernels", ["fused", "graphed"])
+def test_kernels_train_alike_by_every_policy(name: str, kernels: str) -> None:
+    """Bit for bit what fused kernels do with everything resident, and nearly what Hugging Face modules do in memory."""
+    model, workload = gpu_model(qk_norm=True, architecture="qwen3", tied_embeddings=True), tiny_workload(seq_len=128)
+    policy = tiny_policy(model, **POLICIES[name], kernels=kernels)
+    same = {"micro_batch": policy.micro_batch, "micro_batches": policy.micro_batches, "gradient_dtype": policy.gradient_dtype}
+    layers = tuple(range(1, model.head_unit))
+    whole = tiny_policy(model, **same, kernels="fused", resident_state=tuple(range(model.units)), keep=layers)
+    found = []
+    for each in (policy, whole):
+        backend = CudaBackend()
+        session = session_for(plan_for(model, each, workload, backend), backend)
+        try:
+            found.append(train(session, STEPS))
+        finally:
+            backend.close()
+    (losses, weights), (expected_losses, expected) = found
+    unequal = [parameter for parameter, value in expected.items() if not torch.equal(weights[parameter], value)]
+    assert not unequal
+    assert losses == expected_losses
+    eager_losses, _ = plain_training(model, policy, workload, STEPS, backend.device)
+    assert losses == pytest.approx(eager_losses, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_trains_as_in_memory(name: str, tied: bool) -> None:
 

@@ -23,6 +23,7 @@ POLICIES = {
     "boundaries on the host": {"offload_boundaries": True, "boundary_slots": 3},
     "hybrid": {"resident_state": (1, 4), "keep": (3,), "offload_boundaries": True},
     "next need": {"update_order": (0, 1, 2, 3, 4), "window": 3},
+    "fused": {"kernels": "fused", "resident_state": (1,), "keep": (3,), "offload_boundaries": True},
 }
 
 
@@ -57,7 +58,7 @@ def _prefer(lanes: list[Lane], wanted: Lane) -> Lane:
     return wanted if wanted in lanes else lanes[0]
 
 
-@pytest.mark.parametrize("name", ["streamed", "hybrid"])
+@pytest.mark.parametrize("name", ["streamed", "hybrid", "fused"])
 def test_without_any_one_edge_some_order_fails(name: str) -> None:
     """The consumer hurries, the producer dawdles: without the edge between them the result is wrong."""
     plan = make_plan(name)

@@ -69,7 +69,7 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [file.name for file in tmp_path.iterdir()] == ["profile.json"], "the disk probe cleans up"
     checked = check_machine(profile, lambda *_: None)
     assert len(changes(figures(profile), checked)) == len(checked), "what is checked is in the profile by the same name"
-    assert {"AdamW on the host", "h2d with d2h", "backward_recompute layer, hidden 64, 2x64"} <= set(checked)
+    assert {"AdamW on the host", "h2d with d2h", "backward_recompute layer, hidden 64, 2x64, fused, bf16+"} <= set(checked)
     other = msgspec.structs.replace(profile, host=msgspec.structs.replace(profile.host, cpu="another"))
     with pytest.raises(ValueError, match=r"of another machine: .*cpu: another, "):
         check_machine(other, lambda *_: None)

@@ -10,7 +10,11 @@ from running import masters, plain_training, plan_for, session_for, train
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Policy
 from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.units import BoundHead, skeleton
+from slideplan.runtime.buffers import parameter_views
+from slideplan.runtime.gradients import GradientSlot
+from slideplan.runtime.head import FusedHead
+from slideplan.runtime.operators import rms_norm
+from slideplan.runtime.units import EagerHead, skeleton
 
 STEPS = 5
 
@@ -71,30 +75,65 @@ def test_every_policy_trains_as_in_memory(name: str, model: str) -> None:
     check_equal(MODELS[model], tiny_policy(MODELS[model], **POLICIES[name]))
 
 
+def resident(model: ModelSpec, policy: Policy) -> Policy:
+    """The same computation with nothing offloaded and nothing recomputed."""
+    layers = tuple(range(1, model.head_unit))
+    same = {"micro_batch": policy.micro_batch, "micro_batches": policy.micro_batches, "gradient_dtype": policy.gradient_dtype}
+    return tiny_policy(model, **same, kernels=policy.kernels, resident_state=tuple(range(model.units)), keep=layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [*(("llama-tied", name) for name in POLICIES), *((model, "mixed") for model in MODELS)]
+)
+def test_fused_kernels_train_alike_by_every_policy(model: str, name: str) -> None:
+    """Bit for bit what they do with everything resident, and nearly what Hugging Face modules do in memory."""
+    spec, backend, workload = MODELS[model], CpuBackend(), tiny_workload()
+    policy = tiny_policy(spec, **POLICIES[name], kernels="fused")
+    session = session_for(plan_for(spec, policy, workload, backend), backend)
+    start = masters(session)
+    losses, weights = train(session, STEPS)
+    whole = session_for(plan_for(spec, resident(spec, policy), workload, backend), backend)
+    expected_losses, expected = train(whole, STEPS)
+    assert losses == expected_losses
+    assert all(torch.equal(weights[parameter], value) for parameter, value in expected.items())
+    eager_losses, eager = plain_training(spec, policy, workload, STEPS, backend.device)
+    assert losses == pytest.approx(eager_losses, rel=1e-3)
+    # AdamW's first steps are of one size whatever the gradient's, so rounding shows where gradients are near zero.
+    apart, moved = (
+        sum((each[parameter] - start_or[parameter]).square().sum().item() for parameter in start)
+        for each, start_or in ((weights, eager), (eager, start))
+    )
+    assert apart < 0.06**2 * moved
+
+
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_many_chunks_of_the_loss_are_as_exact_as_one(
-    dtype: torch.dtype, accumulate: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: str, dtype: torch.dtype, accumulate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Error of the projection's gradient against float64, in norm: sixteen chunks and blocks of rows against one."""
     monkeypatch.setattr("slideplan.runtime.units.PRODUCT_BYTES", 2 * 64 * 100)
     torch.manual_seed(0)
     tokens, model = 512, tiny_model(vocabulary=700)
     flat = torch.randn(model.flat_elements(UnitRole.HEAD)).bfloat16()
-    head = BoundHead(skeleton(model).norm, flat, model.parameters(UnitRole.HEAD))
+    layout = model.parameters(UnitRole.HEAD)
+    norm = parameter_views(flat, layout)["model.norm.weight"]
+    projection = parameter_views(flat, layout)["lm_head.weight"]
     entered, labels = torch.randn(tokens, 64).bfloat16(), torch.randint(0, 700, (tokens,))
     before = torch.randn(700, 64).to(dtype) if accumulate else torch.zeros(700, 64, dtype=dtype)
 
-    normed = head.norm(entered).detach()
-    logits = torch.nn.functional.linear(normed, head.views["lm_head.weight"]).double()
+    normed = rms_norm(entered, norm, model.rms_norm_eps)[0]
+    logits = torch.nn.functional.linear(normed, projection).double()
     probabilities = logits.softmax(1) - torch.nn.functional.one_hot(labels, 700)
     exact = before.double() + (probabilities / tokens).T @ normed.double()
     expected_loss = torch.nn.functional.cross_entropy(logits, labels).item()
     errors = {}
     for chunk in (tokens, tokens // 16):
-        head.sink.aim(torch.zeros_like(flat), accumulate=False)
-        gradient = before.clone()
-        loss, _ = head.loss(entered, labels, head.views["lm_head.weight"], gradient, accumulate, 1 / tokens, chunk)
+        head = FusedHead(model, flat, chunk) if kernels == "fused" else EagerHead(skeleton(model).norm, flat, layout, chunk)
+        slot = torch.zeros_like(flat, dtype=dtype)
+        gradient = parameter_views(slot, layout)["lm_head.weight"].copy_(before)
+        loss = head.loss(entered, labels, None, GradientSlot(slot, accumulate), torch.empty_like(entered), 1 / tokens)
         assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
         errors[chunk] = ((gradient.double() - exact).norm() / exact.norm()).item()
     # Each chunk's product is rounded to bf16 once, its sum is not: a little more than one rounding in all.

@@ -102,7 +102,7 @@ class TestSteadyStep:
     def test_contention_that_never_fits_the_nanosecond_still_settles(self) -> None:
         model, machine, workload = tiny_model(layers=12), tiny_machine(), tiny_workload()
         lowered = lower(model, tiny_policy(model, offload_boundaries=True), workload, Footprint(1, 1))
-        costs = price(lowered, model, 2, workload.seq_len, machine)
+        costs = price(lowered, model, tiny_policy(model), workload.seq_len, machine)
         step_ns, _ = simulate(lowered, costs, capacities(machine))
         origins = [step[0].start_ns for step in trace(lowered, costs, capacities(machine), 12)]
         assert (origins[-1] - origins[-7]) / 6 == pytest.approx(step_ns, rel=1e-4)
@@ -237,7 +237,7 @@ class TestOracle:
 def test_lowered_graphs_settle_above_their_bounds(knobs: dict) -> None:
     model, machine, workload = tiny_model(), tiny_machine(), tiny_workload()
     lowered = lower(model, tiny_policy(model, **knobs), workload, Footprint(inner_bytes=1 << 20, workspace_bytes=1 << 20))
-    costs = price(lowered, model, 2, workload.seq_len, machine)
+    costs = price(lowered, model, tiny_policy(model), workload.seq_len, machine)
     step_ns, spans = simulate(lowered, costs, capacities(machine))
     free_ns, _ = replay(lowered, [each.duration_ns for each in costs])
     assert step_ns >= free_ns >= carried_cycle(lowered, [each.duration_ns for each in costs])

@@ -115,9 +115,9 @@ class TestPredict:
                 for kind, micro in ((TaskKind.FORWARD, 2), (TaskKind.BACKWARD_RECOMPUTE, 4))
             )
         )  # fmt: skip
-        lowered = lower(model, tiny_policy(model), workload, footprint(model, 2, 32, machine))
+        lowered = lower(model, tiny_policy(model), workload, footprint(model, tiny_policy(model), 32, machine))
         memory = ledger(lowered, machine)
-        found = predict(lowered, model, 2, workload, machine, memory)
+        found = predict(lowered, model, tiny_policy(model), workload, machine, memory)
         assert found.record.step_ns >= found.lower_bound_ns > 0
         assert found.record.tokens_per_s == pytest.approx(128 * 1e9 / found.record.step_ns)
         assert found.record.peak_bytes == memory.peak_bytes()
@@ -136,6 +136,10 @@ class TestPredict:
 
     def test_the_same_input_gives_the_same_prediction(self) -> None:
         model, workload, machine = tiny_model(), tiny_workload(), tiny_machine()
-        lowered = lower(model, tiny_policy(model, offload_boundaries=True), workload, footprint(model, 2, 32, machine))
+        lowered = lower(
+            model, tiny_policy(model, offload_boundaries=True), workload, footprint(model, tiny_policy(model), 32, machine)
+        )
         memory = ledger(lowered, machine)
-        assert predict(lowered, model, 2, workload, machine, memory) == predict(lowered, model, 2, workload, machine, memory)
+        assert predict(lowered, model, tiny_policy(model), workload, machine, memory) == predict(
+            lowered, model, tiny_policy(model), workload, machine, memory
+        )

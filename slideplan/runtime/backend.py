@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -69,11 +69,10 @@ class Backend(Protocol):
     def peak_gpu_bytes(self) -> int | None:
         """Most device memory taken so far, driver and libraries included; None where nobody counts it."""
 
-    def capture(self, lane: Lane, action: Callable[[], None]) -> Callable[[], None] | None:
-        """What the action issues, as one launch; nothing is run now. None where there is no such thing.
+    def capture(self, lane: Lane, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
+        """What each action issues, as one launch each; nothing is run now. Empty where there is no such thing.
 
-        To be called by one thread, while no other uses the device, and replayed in the order of capture: what
-        was allocated meanwhile is shared with earlier and later captures.
+        While no other thread uses the device, and to be replayed in this order: they share what they allocate.
         """
 
     def close(self) -> None:
@@ -134,8 +133,8 @@ class CpuBackend:
     def peak_gpu_bytes(self) -> int | None:
         return None
 
-    def capture(self, lane: Lane, action: Callable[[], None]) -> None:
-        return None
+    def capture(self, lane: Lane, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
+        return []
 
     def close(self) -> None:
         pass
@@ -153,7 +152,6 @@ class CudaBackend:
         self._streams = {lane: torch.cuda.Stream(self.device) for lane in STREAM_LANES}
         self._clock = torch.cuda.Stream(self.device)
         self._registered: list[torch.Tensor] = []
-        self._graph_pool: Any = None  # made at the first capture
 
     @contextlib.contextmanager
     def lane(self, lane: Lane) -> Iterator[None]:
@@ -228,18 +226,19 @@ class CudaBackend:
         outside_torch = total - free - torch.cuda.memory_reserved(self.device)
         return torch.cuda.max_memory_reserved(self.device) + outside_torch
 
-    def capture(self, lane: Lane, action: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
+    def capture(self, lane: Lane, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
+        replays: list[Callable[[], None]] = []
         with self.lane(lane):
-            if self._graph_pool is None:
-                self._graph_pool = torch.cuda.graph_pool_handle()
-            # "thread_local": page-locking by other threads must not break the capture.
-            graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
-            try:
-                action()
-            finally:
-                graph.capture_end()
-        return graph.replay
+            pool = torch.cuda.graph_pool_handle()
+            for action in actions:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    action()
+                finally:
+                    graph.capture_end()
+                replays.append(graph.replay)
+        return replays
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -119,11 +119,9 @@ class ComputeHandlers:
                 for task in captured:
                     self._run[self._model.role(task.unit), task.kind](task, 0)
             backend.release_unused()
-            for task in captured:
-                action = partial(self._run[self._model.role(task.unit), task.kind], task, 0)
-                replay = backend.capture(Lane.COMPUTE, action)
-                if replay is not None:
-                    self._replay[task.name] = replay
+            actions = [partial(self._run[self._model.role(task.unit), task.kind], task, 0) for task in captured]
+            replays = backend.capture(Lane.COMPUTE, actions)
+            self._replay = {task.name: replay for task, replay in zip(captured, replays, strict=False)}
 
     # -- embedding -----------------------------------------------------------------------------
 

@@ -9,15 +9,16 @@ the first run and nothing is fitted on the runs.
     python benchmarks/campaign.py --resume runs/validation --budget-s 570         # go on, as often as runs are left
     python benchmarks/campaign.py --report runs/validation                        # the report again, from the folder
 
-(with the package installed, or PYTHONPATH=. in front). The defaults are three model shapes of 1.5B, 3B and 8B, ten
-configurations, three runs of each: thirty runs in about twenty-five minutes on an H100 with 125 GiB of RAM. A call
+(with the package installed, or PYTHONPATH=. in front). The defaults are three model shapes of 1.5B, 3B and 8B, eight
+configurations, three runs of each: twenty-four runs in about twenty minutes on an H100 with 125 GiB of RAM. A call
 stops before its budget is over and can be repeated; without --budget-s one call does it all. `--profile FILE` takes
 a profile made before, by
 
     python -m slideplan.planner profile --model qwen2.5-1.5b --model llama-3.2-3b --model llama-3.1-8b \\
-        --micro-batch 1 --micro-batch 8 --seq-len 512 --seq-len 2048 -o profiles/here.json
+        --micro-batch 1 --micro-batch 8 --seq-len 512 --seq-len 1024 --seq-len 2048 --seq-len 4096 --kernels graphed \\
+        -o profiles/here.json
 
-(few sizes on purpose: the others are for the cost model to interpolate). `-o DIR --list` draws and predicts, prints
+(two micro-batches on purpose: the others are for the cost model to interpolate). `-o DIR --list` draws and predicts, prints
 the runs and what they will take, and runs nothing; `--resume DIR` runs them, on the machine of the profile. Smaller
 machines take smaller models:
 
@@ -55,10 +56,10 @@ MODELS = ("qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b")
 SEQ_LENS = (512, 1024, 2048, 4096)
 GLOBAL_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 GPU_MEMORIES = ("all", "40GiB", "24GiB")
-PROFILE_MICRO_BATCHES, PROFILE_SEQ_LENS = (1, 8), (512, 2048)
+PROFILE_MICRO_BATCHES, PROFILE_SEQ_LENS = (1, 8), (512, 1024, 2048, 4096)
 
-WARMUP_STEPS, STEADY_STEPS, LEAST_STEADY_STEPS = 2, 5, 2
-STEPPING_S = 20.0  # fewer steady steps rather than longer
+WARMUP_STEPS, STEADY_STEPS, LEAST_STEADY_STEPS = 2, 4, 2
+STEPPING_S = 10.0  # fewer steady steps rather than longer
 # Wall time of a run beside its steps; what the folder's finished runs took corrects it.
 START_S = 8.0
 RESERVE_BYTES_PER_S = 4 * GIB
@@ -291,11 +292,11 @@ def parser() -> argparse.ArgumentParser:
     drawn.add_argument("--seq-len", nargs="+", type=int, default=SEQ_LENS)
     drawn.add_argument("--global-batch", nargs="+", type=int, default=GLOBAL_BATCHES)
     drawn.add_argument("--gpu-memory", nargs="+", default=GPU_MEMORIES, help="how much of it to plan for: all, 24GiB")
-    drawn.add_argument("--configurations", type=int, default=10)
+    drawn.add_argument("--configurations", type=int, default=8)
     drawn.add_argument("--runs-per-config", type=int, default=3, help="the second is the planner's choice")
     drawn.add_argument("--seed", type=int, default=0)
     drawn.add_argument("--name", default="here", help="name of the profile to be measured")
-    drawn.add_argument("--kernels", nargs="+", default=("fused", "graphed"), help="kernels to measure and draw from")
+    drawn.add_argument("--kernels", nargs="+", default=("graphed",), help="kernels to measure and plan with")
     drawn.add_argument("--quick", action="store_true", help="a quick profile")
     drawn.add_argument("--profile-micro-batch", nargs="+", type=int, default=PROFILE_MICRO_BATCHES)
     drawn.add_argument("--profile-seq-len", nargs="+", type=int, default=PROFILE_SEQ_LENS)

@@ -1,6 +1,7 @@
 """Which runs a campaign makes: configurations spread over the ranges asked for, policies drawn from what fits.
 
-A random policy is no good policy: each knob is drawn for itself, and the draw counts if the whole fits.
+A random policy is no good policy: each knob is drawn for itself, and the draw counts if the whole fits. Only
+kernels are as the planner would choose them.
 So the predictions are held against schedules that no search would have proposed.
 """
 
@@ -19,13 +20,14 @@ from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan, SearchRecord
-from slideplan.plan.policy import Kernels, Policy, Tier, UnitPolicy, Workload
+from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
 from slideplan.plan.slots import SlotAssignment
 from slideplan.plan.validate import validate
 from slideplan.planner.catalogue import find_model
 from slideplan.planner.machines import with_budget
 from slideplan.planner.search import search
 from slideplan.planner.shortfall import DoesNotFit
+from slideplan.planner.space import faster_kernels
 from slideplan.simulator import footprint, predict
 
 MICRO_BATCHES = 16  # at most: more make graphs of thousands of tasks that show nothing new
@@ -179,9 +181,8 @@ def fixed_plan(model: ModelSpec, policy: Policy, workload: Workload, machine: Ma
 
 def draw_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, random: Random) -> Policy | None:
     """A policy that fits on the machine, every knob drawn at random; None where TRIES draws held none."""
-    kernels = sorted({cost.kernels for cost in machine.costs}) or ["fused"]
     for _ in range(TRIES):
-        policy = _any_policy(model, workload, kernels, random)
+        policy = _any_policy(model, workload, machine, random)
         slots = SlotAssignment(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
         # Pools alone tell what a policy takes; edges are made for those that fit.
         if ledger(TaskGraph(pools=tuple(slots.pools.values()), tasks=()), machine).fits:
@@ -189,7 +190,7 @@ def draw_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
     return None
 
 
-def _any_policy(model: ModelSpec, workload: Workload, kernels: Sequence[Kernels], random: Random) -> Policy:
+def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, random: Random) -> Policy:
     """A policy that makes sense for model and workload, whether it fits or not."""
     layers = range(1, model.head_unit)
     batch = workload.global_batch
@@ -214,7 +215,7 @@ def _any_policy(model: ModelSpec, workload: Workload, kernels: Sequence[Kernels]
         host_gradient_slots=min(host_layers, waiting_gradients(model, order) + random.randint(0, 2)),
         boundary_slots=micro_batches + random.randint(1, 4) if offloaded else 0,
         gradient_dtype=random.choice(["bf16", "fp32"]),
-        kernels=random.choice(kernels),
+        kernels=faster_kernels(machine, model, batch // micro_batches, workload.seq_len),
         update_order=order,
         units=tuple(
             UnitPolicy(

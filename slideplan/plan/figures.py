@@ -69,6 +69,8 @@ def figures(machine: MachineProfile) -> dict[str, Figure]:
     curve("d2h copy", machine.link.d2h)
     rates["AdamW on the host"] = machine.optimizer.host_bytes_per_s
     rates["AdamW on the device"] = machine.optimizer.gpu_bytes_per_s
+    if machine.optimizer.host_by_bytes is not None:
+        curve("AdamW on the host", machine.optimizer.host_by_bytes)
     for at in machine.optimizer.by_threads:
         rates[f"AdamW on the host, {at.threads} threads"] = at.host_bytes_per_s
     if machine.ssd is not None:

@@ -79,6 +79,7 @@ class GpuProfile(Spec, frozen=True):
     memory_bytes: int
     context_bytes: int  # taken by the driver and libraries before the first tensor
     memory_bytes_per_s: int  # device memory bandwidth, read + write
+    capture_bytes: int = 0  # taken by the driver for each captured task
 
 
 class HostProfile(Spec, frozen=True):
@@ -110,12 +111,14 @@ class OptimizerProfile(Spec, frozen=True):
     """AdamW on split master with fp32 moments: memory traffic per second when nothing else runs.
 
     by_threads: the host's rate over thread counts, ascending; empty where it was not measured
+    host_by_bytes: the host's rate over the traffic of one update; None where one size stands for all
     """
 
     threads: int
     host_bytes_per_s: Spread
     gpu_bytes_per_s: Spread
     by_threads: tuple[ThreadPoint, ...] = ()
+    host_by_bytes: Curve | None = None
 
 
 class SsdProfile(Spec, frozen=True):

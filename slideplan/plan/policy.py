@@ -46,6 +46,10 @@ class ComputePolicy(Protocol):
         """Sequences that pass a unit at once."""
 
     @property
+    def micro_batches(self) -> int:
+        """How many of them make the global batch."""
+
+    @property
     def gradient_dtype(self) -> GradientDtype:
         """Of the gradient slots."""
 

@@ -20,13 +20,13 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload, check_seq_len
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, Footprint
-from slideplan.simulator import footprint, layer_ns
+from slideplan.simulator import footprint, layer_launch_ns, layer_ns
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
 DEFERRALS = 5  # update orders, from order of arrival to order of next need
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
-KERNEL_PERCENT = 2  # by which kernels must be faster than fused ones to be preferred
+LAUNCH_MARGIN = 3  # of a task's time over its launch, for launches to be hidden whatever else the host does
 
 
 class SearchOptions(Spec, frozen=True):
@@ -162,7 +162,6 @@ class SpaceBuilder:
         model: ModelSpec,
         workload: Workload,
         sizes: Sequence[int],
-        kernels: Kernels,
         machine: MachineProfile,
         capacity: Mapping[Tier, int],
         options: SearchOptions,
@@ -171,7 +170,6 @@ class SpaceBuilder:
         self.model = model
         self.workload = workload
         self._sizes = sorted(sizes)
-        self._kernels = kernels
         self._machine = machine
         self._footprints: dict[tuple[int, GradientDtype], Footprint] = {}
         self.capacity = capacity
@@ -184,9 +182,8 @@ class SpaceBuilder:
         """What may be planned for this workload on this machine. Raises ValueError where nothing may."""
         check_seq_len(model, workload.seq_len)
         sizes = micro_batch_sizes(workload, options)
-        kernels = options.kernels if options.kernels != "auto" else faster_kernels(machine, model, max(sizes), workload.seq_len)
         capacity = {tier: slot_capacity(machine, tier) for tier in (Tier.GPU, Tier.HOST)}
-        return cls(model, workload, sizes, kernels, machine, capacity, options)
+        return cls(model, workload, sizes, machine, capacity, options)
 
     def build(self) -> Space:
         """Without offloading if anything fits so; otherwise all that fits with it."""
@@ -282,7 +279,10 @@ class SpaceBuilder:
             dtype = self.options.gradient_dtype
             if dtype == "auto":
                 dtype = "bf16" if count == 1 else "fp32"
-            yield Candidate(micro_batch=size, micro_batches=count, gradient_dtype=dtype, kernels=self._kernels)
+            kernels = self.options.kernels
+            if kernels == "auto":
+                kernels = faster_kernels(self._machine, self.model, size, self.workload.seq_len)
+            yield Candidate(micro_batch=size, micro_batches=count, gradient_dtype=dtype, kernels=kernels)
 
     def _resident(self) -> Iterator[Candidate | None]:
         layers = self.model.layers
@@ -395,21 +395,26 @@ class _LayerWork(Spec, frozen=True):
 
     micro_batch: int
     kernels: Kernels
+    micro_batches: int = 1
     gradient_dtype: GradientDtype = "bf16"
 
 
 def faster_kernels(machine: MachineProfile, model: ModelSpec, micro_batch: int, seq_len: int) -> Kernels:
     """The kernels by which a layer's forward and backward take less time, of those measured on the machine.
 
-    Where the model's layer was not measured: "fused", which save work and traffic by construction. Others
-    must be faster than those by KERNEL_PERCENT.
+    Where the model's layer was not measured: "fused", which save work and traffic by construction. Where they
+    take less than LAUNCH_MARGIN times their launch, "graphed": what the host issues is late as soon as its cores
+    are wanted elsewhere.
     """
     kinds: tuple[Kernels, ...] = ("fused", "graphed", "eager")
-    works = [_LayerWork(micro_batch=micro_batch, kernels=kernels) for kernels in kinds]
-    times = {work.kernels: layer_ns(machine, model, work, seq_len) for work in works}
+    works = {kernels: _LayerWork(micro_batch=micro_batch, kernels=kernels) for kernels in kinds}
+    times = {kernels: layer_ns(machine, model, work, seq_len) for kernels, work in works.items()}
     measured = {kernels: time_ns for kernels, time_ns in times.items() if time_ns is not None}
-    if "fused" in measured:
-        measured["fused"] -= measured["fused"] * KERNEL_PERCENT // 100
+    launch_ns = layer_launch_ns(machine, "fused")
+    if "graphed" in measured and measured.get("fused", 0) >= LAUNCH_MARGIN * launch_ns:
+        del measured["graphed"]
+    elif "graphed" in measured:
+        measured.pop("fused", None)
     return min(measured, key=measured.__getitem__, default="fused")
 
 

@@ -58,6 +58,14 @@ class Saved:
     up: torch.Tensor
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention, [batch, heads, seq_len, head_dim]; keys and values may have fewer heads."""
+    with sdpa_kernel(ATTENTION, set_priority=True):
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=key.shape[1] < query.shape[1]
+        )
+
+
 class FusedLayer:
     """A decoder layer whose weights are one weight slot. Boundary activations are [batch, sequence, hidden]."""
 
@@ -103,12 +111,10 @@ class FusedLayer:
                 rotate(value, self._cos, self._sin)
             heads.append(value.view(*entered.shape[:2], -1, model.head_dim).transpose(1, 2))
         del normal
-        with torch.enable_grad(), sdpa_kernel(ATTENTION, set_priority=True):
+        with torch.enable_grad():
             leaves = [head.detach().requires_grad_() for head in heads]
             query, key, value = leaves
-            attended = functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=model.kv_heads < model.heads
-            )
+            attended = attend(query, key, value)
         out = self._weights["self_attn.o_proj.weight"]
         middle = torch.addmm(x, _rows(attended.detach()), out.t())
         if "self_attn.o_proj.bias" in self._weights:

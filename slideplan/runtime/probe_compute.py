@@ -20,10 +20,12 @@ from slideplan.runtime.backend import Backend, Marker
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
-from slideplan.runtime.probing import Effort, Work, rate_spread, spread, timed
+from slideplan.runtime.fused_layer import attend
+from slideplan.runtime.probing import Effort, Work, outside_bytes, rate_spread, spread, timed
 
 MICRO_BATCHES = 2  # the first writes gradients, the second adds to them
-STEPPING_NS = 2_000_000_000  # fewer repeats rather than longer
+CAPTURES = 40  # of a step of the probe, so that the driver's memory grows by more than its granularity
+STEPPING_NS = 1_000_000_000  # fewer repeats rather than longer
 
 
 class UnitProbe:
@@ -146,6 +148,15 @@ class UnitProbe:
             for (kind, role), values in taken.items()
         ]
 
+    def capture_bytes(self) -> int:
+        """Device memory that the driver takes for one captured task, beside what its tensors take."""
+        layers = [task for task in self._tasks if self._model.role(task.unit) is UnitRole.LAYER]
+        with self._backend.lane(Lane.COMPUTE):
+            self._backend.wait(self._step()[-1][1])
+        before = outside_bytes(self._backend)
+        captured = self._backend.capture(Lane.COMPUTE, [partial(self._handlers, task, 0) for task in layers * CAPTURES])
+        return max(0, outside_bytes(self._backend) - before) // max(1, len(captured))
+
     def work(self) -> Work:
         """Forward of one layer, FLOPs and action: its input stays, so it can run again and again."""
         with self._backend.lane(Lane.COMPUTE):
@@ -191,14 +202,11 @@ def efficiency(backend: Backend, effort: Effort) -> tuple[Efficiency, dict[str, 
         out = torch.empty_like(a)
         durations = timed(backend, Lane.COMPUTE, partial(torch.mm, a, b, out=out), effort.repeats)
         points.append(RatePoint(size=2 * side**3, rate=rate_spread(2 * side**3, durations)))
-    batch, heads, seq_len, width = (1, 4, 256, 64) if backend.name == "cpu" else (8, 32, 1024, 128)
+    batch, heads, seq_len, width = (1, 4, 256, 64) if backend.name == "cpu" else (8, 32, 2048, 128)
     query, key, value = (random(batch, heads, seq_len, width) for _ in range(3))
 
-    def attend() -> None:
-        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
     flops = 2 * batch * seq_len * (seq_len + 1) * heads * width
-    attention = rate_spread(flops, timed(backend, Lane.COMPUTE, attend, effort.repeats))
+    attention = rate_spread(flops, timed(backend, Lane.COMPUTE, partial(attend, query, key, value), effort.repeats))
     side = 1024 if backend.name == "cpu" else 8192
     left, right = random(side, side), random(side, side)
     out = torch.empty_like(left)

@@ -21,6 +21,8 @@ from slideplan.runtime.handlers import gpu_update
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.probing import Effort, Work, issue_ns, rate_spread, spread, timed
 
+UPDATE_SIZES = (0.25, 0.5, 1, 2)  # of one update, in the effort's elements: units of models differ so
+UPDATE_SIZES = (0.25, 0.5, 1, 2)  # of one update, in the effort's elements: units of models differ so
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
 SSD_BLOCK_BYTES = 16 << 20
 
@@ -66,7 +68,7 @@ class MemoryProbes:
 
     def _update_buffers(self, tier: Tier) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weights, remainder, moments and gradient, in memory as the executor's slots have it."""
-        elements = self._effort.optimizer_elements
+        elements = self._effort.optimizer_elements * UPDATE_SIZES[-1]
         weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=True).view(torch.bfloat16) for _ in range(2))
         weights.normal_()
         gradient.normal_()
@@ -74,25 +76,33 @@ class MemoryProbes:
         moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
         return weights, remainder, moments, gradient
 
-    def _update(self, lane: Lane, threads: int) -> Callable[[], object]:
+    def _update(self, lane: Lane, threads: int, times: float = 1) -> Callable[[], object]:
+        """An update of as many elements as the effort says, `times` over."""
         host = HostUpdate(threads)
         update = gpu_update(self._backend.device, host) if lane is Lane.GPU_UPDATE else host
+        elements = round(self._effort.optimizer_elements * times)
         weights, remainder, moments, gradient = self._state[lane]
-        return lambda: update(weights, remainder, moments, gradient, AdamW(), 0)
+        moments = moments.view(-1)[: 2 * elements].view(2, elements)
+        return lambda: update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
 
     def optimizer(self, cores: int) -> OptimizerProfile:
-        """AdamW on either side alone, and the host's over thread counts up to all cores."""
-        size = self._effort.optimizer_elements * BF16_UPDATE_BYTES
+        """AdamW on either side alone, and the host's over sizes and over thread counts up to all cores."""
 
-        def rate(lane: Lane, threads: int) -> Spread:
-            return rate_spread(size, timed(self._backend, lane, self._update(lane, threads), self._effort.repeats))
+        def rate(lane: Lane, threads: int, times: float = 1) -> RatePoint:
+            size = round(self._effort.optimizer_elements * times) * BF16_UPDATE_BYTES
+            durations = timed(self._backend, lane, self._update(lane, threads, times), self._effort.repeats)
+            return RatePoint(size=size, rate=rate_spread(size, durations))
 
+        sizes = {times: rate(Lane.HOST_UPDATE, self._threads, times) for times in UPDATE_SIZES}
         counts = sorted({max(1, count) for count in (cores // 4, cores // 2, cores * 3 // 4, cores - 1, cores)})
         return OptimizerProfile(
             threads=HostUpdate(self._threads).threads,
-            host_bytes_per_s=rate(Lane.HOST_UPDATE, self._threads),
-            gpu_bytes_per_s=rate(Lane.GPU_UPDATE, self._threads),
-            by_threads=tuple(ThreadPoint(threads=count, host_bytes_per_s=rate(Lane.HOST_UPDATE, count)) for count in counts),
+            host_bytes_per_s=sizes[1].rate,
+            gpu_bytes_per_s=rate(Lane.GPU_UPDATE, self._threads).rate,
+            by_threads=tuple(
+                ThreadPoint(threads=count, host_bytes_per_s=rate(Lane.HOST_UPDATE, count).rate) for count in counts
+            ),
+            host_by_bytes=Curve(points=tuple(sizes.values())),
         )
 
     def launches(self) -> list[LaunchCost]:

@@ -40,7 +40,7 @@ from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
 from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
-from slideplan.runtime.probing import Effort, Work, rate_spread, timed, together
+from slideplan.runtime.probing import Effort, Work, outside_bytes, rate_spread, timed, together
 from slideplan.runtime.threads import ThreadBudget
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -81,7 +81,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     try:
         steps.next("threads and kernels")
         threads = _warm_up(backend, request.models[0])
-        context_bytes = _context_bytes(backend)
+        context_bytes = outside_bytes(backend)
+        capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
         process_bytes = resident_bytes()
         probes = MemoryProbes(backend, effort, threads.optimizer)
         steps.next("links")
@@ -123,6 +124,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             memory_bytes=gpu_memory,
             context_bytes=context_bytes,
             memory_bytes_per_s=device_rate.p50,
+            capture_bytes=capture_bytes,
         ),
         host=HostProfile(
             cpu=found.cpu,
@@ -248,7 +250,7 @@ def _warm_up(backend: Backend, model: ModelSpec | None) -> ThreadBudget:
     threads.apply()
     HostUpdate(threads.optimizer).compile()
     if model is not None:
-        UnitProbe(backend, _small(model), 1, 16).costs(1)
+        UnitProbe(backend, _small(model), 1, 128).costs(1)
     return threads
 
 
@@ -288,22 +290,10 @@ def _layer_model(shape: LayerShape) -> ModelSpec:
 
 
 def _small(model: ModelSpec) -> ModelSpec:
-    """A few megabytes of the same architecture."""
+    """A few megabytes of the same architecture, with the same heads, so that libraries load the same kernels."""
     return msgspec.structs.replace(
-        model, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocabulary=256, max_positions=max(16, model.max_positions)
+        model, hidden=64, heads=2, kv_heads=1, ffn=128, vocabulary=256, max_positions=max(128, model.max_positions)
     )
-
-
-def _context_bytes(backend: Backend) -> int:
-    """Device memory outside torch's allocator: driver, kernels, libraries.
-
-    What other programs hold on the device counts too, for a plan cannot have it either.
-    """
-    if backend.name == "cpu":
-        return 0
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info(backend.device)
-    return total - free - torch.cuda.memory_reserved(backend.device)
 
 
 def _device_memory_bytes(backend: Backend) -> int:

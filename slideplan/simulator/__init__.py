@@ -2,7 +2,7 @@
 
 from slideplan.plan.sharing import Resource, fair_speeds
 from slideplan.simulator.analysis import carried_cycle, critical_path, lower_bound, resource_time
-from slideplan.simulator.costs import TaskCost, accumulates, layer_ns, price
+from slideplan.simulator.costs import TaskCost, accumulates, layer_launch_ns, layer_ns, price
 from slideplan.simulator.engine import DeadlockError, simulate, trace
 from slideplan.simulator.footprint import footprint
 from slideplan.simulator.predict import predict
@@ -18,6 +18,7 @@ __all__ = [
     "critical_path",
     "fair_speeds",
     "footprint",
+    "layer_launch_ns",
     "layer_ns",
     "lower_bound",
     "predict",

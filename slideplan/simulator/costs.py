@@ -6,7 +6,7 @@ from typing import Literal
 
 from slideplan.plan.codec import Spec
 from slideplan.plan.graph import LANE_OF, Lane, Role, Task, TaskGraph, TaskKind
-from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, Spread
+from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, GradientDtype, Kernels
 from slideplan.plan.sharing import Resource
@@ -82,6 +82,16 @@ def layer_ns(machine: MachineProfile, model: ModelSpec, work: ComputePolicy, seq
     return total_ns
 
 
+def layer_launch_ns(machine: MachineProfile, kernels: Kernels) -> int:
+    """Host time to issue one layer's forward and backward with recompute; zero where it was not measured."""
+    kinds = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)
+    return sum(
+        launch.duration_ns.p50
+        for launch in machine.launches
+        if launch.kernels == kernels and launch.role is UnitRole.LAYER and launch.kind in kinds
+    )
+
+
 def accumulates(task: Task) -> bool:
     """Whether the task adds to weight gradients of earlier micro-batches; of the loss, to the projection's."""
     return task.builds_on(Role.TIED_GRADIENT if task.has(Role.TIED_GRADIENT) else Role.GRADIENT)
@@ -105,13 +115,14 @@ class _Pricer:
             case Lane.COMPUTE:
                 return self._compute(task.kind, role, accumulates(task))
             case Lane.H2D:
-                return self._copy(Lane.H2D, task, link.h2d)
+                return self._moved(Lane.H2D, task, link.h2d)
             case Lane.D2H:
-                return self._copy(Lane.D2H, task, link.d2h)
+                return self._moved(Lane.D2H, task, link.d2h)
             case Lane.HOST_UPDATE | Lane.HOST_CAST:  # every pass over host memory runs at the rate of the fused update
-                return self._update(Lane.HOST_UPDATE, task, optimizer.host_bytes_per_s)
+                point = RatePoint(size=1, rate=optimizer.host_bytes_per_s)
+                return self._moved(Lane.HOST_UPDATE, task, optimizer.host_by_bytes or Curve(points=(point,)))
             case Lane.GPU_UPDATE:
-                return self._update(Lane.GPU_UPDATE, task, optimizer.gpu_bytes_per_s)
+                return self._moved(Lane.GPU_UPDATE, task, Curve(points=(RatePoint(size=1, rate=optimizer.gpu_bytes_per_s),)))
         raise ValueError(f"task {task.name}: lane {task.lane} has no price")
 
     def _cost(self, lane: Lane, duration_ns: int, bytes_per_s: int, source: Source, percent: float) -> TaskCost:
@@ -123,11 +134,7 @@ class _Pricer:
             uncertainty_percent=DATASHEET_PERCENT if self._from_datasheet else percent,
         )
 
-    def _update(self, lane: Lane, task: Task, rate: Spread) -> TaskCost:
-        duration_ns = -(-task.bytes_moved * 1_000_000_000 // rate.p50)
-        return self._cost(lane, duration_ns, rate.p50, "measured", measured_percent(rate))
-
-    def _copy(self, lane: Lane, task: Task, curve: Curve) -> TaskCost:
+    def _moved(self, lane: Lane, task: Task, curve: Curve) -> TaskCost:
         duration_ns = max(1, curve.duration_ns(task.bytes_moved))
         rate = task.bytes_moved * 1_000_000_000 // duration_ns
         point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
@@ -168,6 +175,7 @@ class _Resized:
 
     def __init__(self, micro_batch: int, work: ComputePolicy) -> None:
         self.micro_batch = micro_batch
+        self.micro_batches = work.micro_batches
         self.gradient_dtype: GradientDtype = work.gradient_dtype
         self.kernels: Kernels = work.kernels
 

@@ -29,6 +29,7 @@ def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
     Eager, the first holds the recomputed activations, bf16 gradients of the feed-forward's four tensors and
     of the hidden state's four, and one weight gradient; the second a chunk's logits and their gradient in
     bf16 and three times in fp32, and a block of the projection's gradient. Fused, most happens in place.
+    Captured tasks, layers' and the head's, take capture_bytes of the profile each.
     Inner activations measured at another size are scaled by tokens; a workspace is moved by what its
     formula differs by, since much of it does not depend on tokens.
     """
@@ -50,7 +51,9 @@ def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
                 needs.append(cost.workspace_bytes + formula(model, work, tokens) - formula(model, work, measured_tokens))
             else:
                 needs.append(-(-cost.workspace_bytes * tokens // measured_tokens))
-    return Footprint(inner_bytes=_inner_bytes(model, work, seq_len, machine), workspace_bytes=max(needs))
+    captured = work.micro_batches * (2 * model.layers + 1) if work.kernels == "graphed" else 0
+    workspace_bytes = max(needs) + captured * machine.gpu.capture_bytes
+    return Footprint(inner_bytes=_inner_bytes(model, work, seq_len, machine), workspace_bytes=workspace_bytes)
 
 
 def _inner_bytes(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> int:

@@ -62,8 +62,9 @@ class TestCopiesAndUpdates:
                     assert cost.duration_ns == -(-size // 10)
                     assert cost.demand == dict.fromkeys((Resource.PCIE, Resource.HOST_DRAM), size * 10**9 // cost.duration_ns)
                 case "host_update":
+                    duration_ns = -(-size // 30)
                     assert cost == TaskCost(
-                        duration_ns=-(-size // 30), demand={Resource.HOST_DRAM: 30 * GB_PER_S}, source="measured",
+                        duration_ns=duration_ns, demand={Resource.HOST_DRAM: size * 10**9 // duration_ns}, source="measured",
                         uncertainty_percent=1.0,
                     )  # fmt: skip
                 case "gpu_update":

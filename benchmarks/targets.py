@@ -1,0 +1,185 @@
+"""Step times of planned runs beside a run without any offload, and beside what the planner predicted of each.
+
+    python benchmarks/targets.py -o runs/targets                    # all rows: profile, reference, plan, run, compare
+    python benchmarks/targets.py -o runs/targets --rows 8b-16 3b-2  # some; what the folder holds already is kept
+
+A row is a model shape and a global batch at a sequence length of 1024, with random weights and exact fp32 state.
+The reference is the Hugging Face model with all bf16 weights and gradients resident, gradient checkpointing,
+liger-kernel's operators where that is installed, forward and backward without any optimizer: a ceiling that a run
+with an optimizer is not expected to pass. `peer` is SlideFormer's step time on the same kind of machine, as published
+with `tests/reference`. The folder gets profile.json, ROW/ with plan, measurement and comparison, table.json, table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slideplan.plan.hf_config import config_of
+from slideplan.planner.catalogue import find_model
+
+SEQ_LEN = 1024
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+
+
+class Row(NamedTuple):
+    """A model shape at a global batch. goal_s, peer_s: step times; reference_micro_batch: of the run without offload."""
+
+    model: str
+    batch: int
+    goal_s: float
+    peer_s: float
+    reference_micro_batch: int
+
+
+ROWS = {
+    "8b-64": Row("llama-3.1-8b", 64, 5.6, 6.32, 16),
+    "8b-16": Row("llama-3.1-8b", 16, 1.45, 3.43, 16),
+    "8b-4": Row("llama-3.1-8b", 4, 0.9, 3.5, 4),
+    "8b-1": Row("llama-3.1-8b", 1, 0.8, 3.5, 1),
+    "3b-2": Row("llama-3.2-3b", 2, 0.2, 1.75, 2),
+}
+
+
+def call(*arguments: object) -> None:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    print("$", " ".join(command[2:]), flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def profile(folder: Path, name: str) -> None:
+    path = folder / "profile.json"
+    if not path.exists():
+        models = [part for row in ROWS.values() for part in ("--model", row.model)]
+        sizes = [part for size in MICRO_BATCHES for part in ("--micro-batch", str(size))]
+        chosen = dict.fromkeys(zip(models[::2], models[1::2], strict=True))
+        options = [part for pair in chosen for part in pair]
+        kernels = ("--kernels", "fused", "--kernels", "graphed")
+        call("slideplan.planner", "profile", *options, *sizes, "--seq-len", SEQ_LEN, *kernels, "--name", name, "-o", path)
+
+
+def run_row(folder: Path, name: str, steps: int) -> None:
+    row = ROWS[name]
+    if (folder / name / "comparison.json").exists():
+        return
+    plan = folder / f"{name}.json"
+    call(
+        "slideplan.planner", "simulate", "--model", row.model, "--machine", folder / "profile.json", "--seq-len", SEQ_LEN,
+        "--global-batch", row.batch, "-o", plan,
+    )  # fmt: skip
+    call("slideplan.runtime", "execute", plan, "--steps", steps, "-o", folder / name)
+    plan.unlink()
+    (folder / name / "trace.json").unlink()
+
+
+def reference(folder: Path, name: str) -> None:
+    """Step time without offload, in a process of its own."""
+    path = folder / f"{name}-reference.json"
+    if not path.exists():
+        subprocess.run([sys.executable, __file__, "--reference", name, "-o", str(folder)], check=True)
+
+
+def run_reference(name: str) -> dict[str, Any]:
+    row = ROWS[name]
+    kernels = "torch"
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # noqa: PLC0415 - may be absent
+
+        apply_liger_kernel_to_llama()
+        kernels = "liger"
+    except ImportError:
+        pass
+    arguments = {**config_of(find_model(row.model)), "attn_implementation": "sdpa", "dtype": torch.bfloat16}
+    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = torch.randint(0, config.vocab_size, (row.reference_micro_batch, SEQ_LEN), device="cuda")
+    took = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(row.batch // row.reference_micro_batch):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return {"step_s": statistics.median(took[2:]), "kernels": kernels, "steps_s": [round(each, 4) for each in took]}
+
+
+def table(folder: Path) -> None:
+    rows = []
+    for name, row in ROWS.items():
+        if not (folder / name / "comparison.json").exists():
+            continue
+        comparison = json.loads((folder / name / "comparison.json").read_text())
+        plan = json.loads((folder / name / "plan.json").read_text())
+        found = folder / f"{name}-reference.json"
+        beside = json.loads(found.read_text()) if found.exists() else None
+        step = comparison["step"]
+        measured_s = step["measured"] / 1e9
+        rows.append({
+            "row": name, "model": row.model, "global_batch": row.batch, "predicted_s": step["predicted"] / 1e9,
+            "measured_s": measured_s, "error": step["predicted"] / step["measured"] - 1,
+            "tokens_per_s": row.batch * SEQ_LEN / measured_s, "goal_s": row.goal_s, "peer_s": row.peer_s,
+            "reference": beside, "of_reference": beside["step_s"] / measured_s if beside else None,
+            "bound_s": plan["prediction"]["lower_bound_ns"] / 1e9, "search_bound_s": plan["search"].get("bound_ns", 0) / 1e9,
+            "lanes": {each["name"]: each["predicted"] / 1e9 for each in comparison["lanes"]},
+            "memory": comparison["memory"],
+        })  # fmt: skip
+    result = {
+        "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "rows": rows,
+    }  # fmt: skip
+    (folder / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [
+        f"# Planned steps against a run without offload, {result['device']}, {result['date']}", "",
+        "| row | predicted | measured | error | tokens/s | goal | no offload | of that | SlideFormer |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for each in rows:
+        beside = f"{each['reference']['step_s']:.3f} s | {each['of_reference']:.0%}" if each["reference"] else "- | -"
+        lines.append(
+            f"| {each['row']} | {each['predicted_s']:.3f} s | {each['measured_s']:.3f} s | {each['error']:+.1%} | "
+            f"{each['tokens_per_s']:,.0f} | {each['goal_s']} s | {beside} | {each['peer_s']} s |"
+        )
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--name", default="here", help="name of the profile to be measured")
+    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--reference", choices=ROWS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.reference:
+        found = run_reference(options.reference)
+        (options.output / f"{options.reference}-reference.json").write_text(json.dumps(found) + "\n")
+        return
+    profile(options.output, options.name)
+    for name in options.rows:
+        if not options.no_reference:
+            reference(options.output, name)
+        run_row(options.output, name, options.steps)
+        table(options.output)
+
+
+if __name__ == "__main__":
+    main()

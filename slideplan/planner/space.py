@@ -410,11 +410,9 @@ def faster_kernels(machine: MachineProfile, model: ModelSpec, micro_batch: int, 
     works = {kernels: _LayerWork(micro_batch=micro_batch, kernels=kernels) for kernels in kinds}
     times = {kernels: layer_ns(machine, model, work, seq_len) for kernels, work in works.items()}
     measured = {kernels: time_ns for kernels, time_ns in times.items() if time_ns is not None}
-    launch_ns = layer_launch_ns(machine, "fused")
-    if "graphed" in measured and measured.get("fused", 0) >= LAUNCH_MARGIN * launch_ns:
-        del measured["graphed"]
-    elif "graphed" in measured:
-        measured.pop("fused", None)
+    if {"fused", "graphed"} <= measured.keys():
+        hidden = measured["fused"] >= LAUNCH_MARGIN * layer_launch_ns(machine, "fused")
+        del measured["graphed" if hidden else "fused"]
     return min(measured, key=measured.__getitem__, default="fused")
 
 

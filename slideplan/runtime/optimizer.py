@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,6 @@ import torch
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
-
-# One and a half milliseconds of a thread's work, on machines measured: long beside handing it out, short beside a unit.
-CHUNK_ELEMENTS = 1 << 19
-BLOCK_ELEMENTS = 1024
 
 
 @dataclass(frozen=True)
@@ -83,65 +78,48 @@ def _as_bits(typing_context: Any, value: Any) -> Any:
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _widened(raw: Any) -> Any:
+def _gradient(raw: Any) -> Any:
     """fp32 gradient of a bf16 bit pattern."""
     return _as_float(np.uint32(raw) << np.uint32(16))  # type: ignore[call-arg]
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _same(value: Any) -> Any:
-    return value
-
-
-# Two loops over a block that stays in the first cache: one over all arrays together has more pairs of them than
-# the compiler is willing to tell apart at run time, and would not be vectorised. fastmath stays off: results must not
-# depend on how the compiler contracts or reorders.
 @numba.njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
-def _adamw(first, last, high, remainder, m, v, gradient, widen, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
-    change = np.empty(BLOCK_ELEMENTS, np.float32)
-    for start in range(first, last, BLOCK_ELEMENTS):
-        end = min(start + BLOCK_ELEMENTS, last)
-        m_block, v_block, g_block = m[start:end], v[start:end], gradient[start:end]
-        for i in range(end - start):
-            g = widen(g_block[i])
-            m_new = m_block[i] + w1 * (g - m_block[i])
-            v_new = v_block[i] * beta2 + w2 * g * g
-            denominator = np.sqrt(v_new) / root2 + eps
-            m_block[i] = m_new
-            v_block[i] = v_new
-            change[i] = step_size * m_new / denominator
-        high_block, low_block = high[start:end], remainder[start:end]
-        for i in range(end - start):
-            bits = (np.uint32(high_block[i]) << np.uint32(16)) + np.uint32(np.int32(low_block[i]))
-            p = _as_float(bits) * decay - change[i]  # type: ignore[call-arg]
-            bits = _as_bits(p)
-            # In a NaN the carry would run into the sign and leave a zero weight: see `split_master.split`.
-            half = np.uint32(0x8000) if p == p else np.uint32(0)  # noqa: PLR0124 - false for NaN alone
-            rounded = (bits + half) >> np.uint32(16)
-            high_block[i] = np.uint16(rounded)
-            low_block[i] = np.int16(np.int32(bits - (rounded << np.uint32(16))))
+def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    bits = (np.uint32(high[i]) << np.uint32(16)) + np.uint32(np.int32(remainder[i]))
+    p = _as_float(bits) * decay  # type: ignore[call-arg]
+    m_new = m[i] + w1 * (g - m[i])
+    v_new = v[i] * beta2 + w2 * g * g
+    denominator = np.sqrt(v_new) / root2 + eps
+    p = p - step_size * m_new / denominator
+    m[i] = m_new
+    v[i] = v_new
+    bits = _as_bits(p)
+    # In a NaN the carry would run into the sign and leave a zero weight: see `split_master.split`.
+    half = np.uint32(0x8000) if p == p else np.uint32(0)  # noqa: PLR0124 - false for NaN alone
+    rounded = (bits + half) >> np.uint32(16)
+    high[i] = np.uint16(rounded)
+    remainder[i] = np.int16(np.int32(bits - (rounded << np.uint32(16))))
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
-def _adamw_bf16(first, last, high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
-    _adamw(first, last, high, remainder, m, v, gradient, _widened, decay, w1, beta2, w2, root2, eps, step_size)
+# fastmath stays off: results must not depend on how the compiler contracts or reorders.
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+def _adamw_bf16(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    for i in numba.prange(high.size):
+        g = _gradient(gradient[i])
+        _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_size)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
-def _adamw_fp32(first, last, high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
-    _adamw(first, last, high, remainder, m, v, gradient, _same, decay, w1, beta2, w2, root2, eps, step_size)
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+def _adamw_fp32(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    for i in numba.prange(high.size):
+        _update(i, high, remainder, m, v, gradient[i], decay, w1, beta2, w2, root2, eps, step_size)
 
 
 class HostUpdate:
-    """The host's AdamW on a fixed number of threads, the caller's among them.
-
-    Threads take chunks as they finish them, so that one whose core is wanted elsewhere delays no other, and
-    sleep between updates: threads that spin would take cores from those that feed the GPU.
-    """
+    """The host's AdamW on a fixed number of threads."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = max(1, threads)
-        self._helpers = ThreadPoolExecutor(self.threads, thread_name_prefix="adamw")
+        self.threads = min(threads, int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
     def __call__(
         self,
@@ -157,24 +135,14 @@ class HostUpdate:
         weights: bf16 [n]; remainder: int16 [n]; moments: fp32 [2, n]; gradient: bf16 or fp32 [n].
         Every operation is an IEEE fp32 operation in the order that `AdamW.scalars` writes down.
         """
-        elements = weights.numel()
-        scalars = [np.float32(value) for value in settings.scalars(step)]
+        numba.set_num_threads(self.threads)  # numba keeps this per calling thread
+        scalars = (np.float32(value) for value in settings.scalars(step))
         high = weights.view(torch.int16).numpy().view(np.uint16)
         state = (high, remainder.numpy(), moments[0].numpy(), moments[1].numpy())
         if gradient.dtype is torch.float32:
-            kernel, raw = _adamw_fp32, gradient.numpy()
+            _adamw_fp32(*state, gradient.numpy(), *scalars)
         else:
-            kernel, raw = _adamw_bf16, gradient.view(torch.int16).numpy().view(np.uint16)
-        chunks = iter(range(0, elements, CHUNK_ELEMENTS))  # shared: each chunk goes to whoever asks next
-
-        def work() -> None:
-            for first in chunks:
-                kernel(first, min(first + CHUNK_ELEMENTS, elements), *state, raw, *scalars)
-
-        helping = [self._helpers.submit(work) for _ in range(min(self.threads, -(-elements // CHUNK_ELEMENTS)) - 1)]
-        work()
-        for helper in helping:
-            helper.result()
+            _adamw_bf16(*state, gradient.view(torch.int16).numpy().view(np.uint16), *scalars)
 
     def compile(self) -> None:
         """Compile for both gradient dtypes now, so that no measured task pays for it."""

@@ -2,6 +2,7 @@
 
     python benchmarks/targets.py -o runs/targets                    # all rows: profile, reference, plan, run, compare
     python benchmarks/targets.py -o runs/targets --rows 8b-16 3b-2  # some; what the folder holds already is kept
+    python benchmarks/targets.py -o runs/targets --rows 8b-16 --without "fused kernels" residency    # and their gains
 
 A row is a model shape and a global batch at a sequence length of 1024, with random weights and exact fp32 state.
 The reference is the Hugging Face model with all bf16 weights and gradients resident, gradient checkpointing,
@@ -13,23 +14,35 @@ with `tests/reference`. The folder gets profile.json, ROW/ with plan, measuremen
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from campaign_draw import fixed_plan
+from slideplan.plan.codec import load, save
+from slideplan.plan.graph import Lane
 from slideplan.plan.hf_config import config_of
+from slideplan.plan.machine import MachineProfile
+from slideplan.plan.measurement import Comparison, Measurement
+from slideplan.plan.plan import Plan
 from slideplan.planner.catalogue import find_model
+from slideplan.planner.search import search
+from slideplan.planner.space import SearchOptions
 
 SEQ_LEN = 1024
+MECHANISMS = ("fused kernels", "kept activations", "residency", "updates across the step")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -80,7 +93,57 @@ def run_row(folder: Path, name: str, steps: int) -> None:
     )  # fmt: skip
     call("slideplan.runtime", "execute", plan, "--steps", steps, "-o", folder / name)
     plan.unlink()
-    (folder / name / "trace.json").unlink()
+
+
+def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
+    """The plan with one mechanism switched off and all else as it is; without residency, the best that is left."""
+    policy, model = plan.policy, plan.model
+    units = policy.units
+    if mechanism == "kept activations":
+        units = tuple(msgspec.structs.replace(unit, inner="recompute") for unit in units)
+        policy = msgspec.structs.replace(policy, units=units)
+    elif mechanism == "updates across the step":
+        order = tuple(sorted(policy.update_order, reverse=True))
+        policy = msgspec.structs.replace(policy, update_order=order)
+    elif mechanism == "residency":
+        answer = search(model, plan.workload, machine, SearchOptions(placement="host", kernels=policy.kernels))
+        assert isinstance(answer, Plan), "what fits with residency fits with less on the GPU"
+        return answer
+    elif mechanism == "fused kernels":
+        policy = msgspec.structs.replace(policy, kernels="eager")
+        # Eager layers keep more than twice as much: fewer of them can.
+        kept = [unit for unit, placed in enumerate(units) if placed.inner == "keep"]
+        for count in range(len(kept), -1, -1):
+            fewer = {unit: "keep" if unit in kept[len(kept) - count :] else "recompute" for unit in range(len(units))}
+            changed = tuple(msgspec.structs.replace(placed, inner=fewer[unit]) for unit, placed in enumerate(units))
+            with contextlib.suppress(ValueError):
+                return fixed_plan(model, msgspec.structs.replace(policy, units=changed), plan.workload, machine)
+    else:
+        raise ValueError(f"no mechanism {mechanism!r}")
+    return fixed_plan(model, policy, plan.workload, machine)
+
+
+def run_without(folder: Path, name: str, mechanisms: list[str], steps: int) -> None:
+    """Runs of a row's plan with one mechanism off each; gains go to ROW-gains.json. The row must have been run."""
+    machine = load(folder / "profile.json", MachineProfile)
+    plan = load(folder / name / "plan.json", Plan)
+    whole = load(folder / name / "comparison.json", Comparison).step
+    path = folder / f"{name}-gains.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for mechanism in mechanisms:
+        place = folder / f"{name}-without-{mechanism.replace(' ', '-')}"
+        if not (place / "comparison.json").exists():
+            made = folder / "without.json"
+            save(made, without(mechanism, plan, machine))
+            call("slideplan.runtime", "execute", made, "--steps", steps, "-o", place)
+            made.unlink()
+        step = load(place / "comparison.json", Comparison).step
+        found[mechanism] = {
+            "predicted_s": step.predicted / 1e9, "measured_s": step.measured / 1e9, "error": step.error,
+            "gain_predicted": step.predicted / whole.predicted - 1, "gain_measured": step.measured / whole.measured - 1,
+        }  # fmt: skip
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(mechanism, json.dumps(found[mechanism]), flush=True)
 
 
 def reference(folder: Path, name: str) -> None:
@@ -118,6 +181,22 @@ def run_reference(name: str) -> dict[str, Any]:
     return {"step_s": statistics.median(took[2:]), "kernels": kernels, "steps_s": [round(each, 4) for each in took]}
 
 
+def compute_gaps(folder: Path) -> dict[str, float]:
+    """Shares of the measured step in which the compute lane waits: the longest wait within it, and all of them."""
+    plan, measurement = load(folder / "plan.json", Plan), load(folder / "measurement.json", Measurement)
+    record = measurement.record
+    spans = sorted(
+        (span.start_ns, span.end_ns)
+        for task, span in zip(plan.graph.tasks, record.spans, strict=True)
+        if task.lane is Lane.COMPUTE
+    )
+    waits = [max(0, start - end) for (_, end), (start, _) in pairwise(spans)]
+    outside = max(0, record.step_ns - spans[-1][1])
+    return {
+        "longest": max(waits) / record.step_ns, "within": sum(waits) / record.step_ns, "at_the_start": outside / record.step_ns
+    }  # fmt: skip
+
+
 def table(folder: Path) -> None:
     rows = []
     for name, row in ROWS.items():
@@ -136,7 +215,7 @@ def table(folder: Path) -> None:
             "reference": beside, "of_reference": beside["step_s"] / measured_s if beside else None,
             "bound_s": plan["prediction"]["lower_bound_ns"] / 1e9, "search_bound_s": plan["search"].get("bound_ns", 0) / 1e9,
             "lanes": {each["name"]: each["predicted"] / 1e9 for each in comparison["lanes"]},
-            "memory": comparison["memory"],
+            "memory": comparison["memory"], "compute_waits": compute_gaps(folder / name),
         })  # fmt: skip
     result = {
         "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
@@ -166,6 +245,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--name", default="here", help="name of the profile to be measured")
     parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=MECHANISMS, help="run the rows again with one of these off each"
+    )
     parser.add_argument("--reference", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -178,6 +260,7 @@ def main() -> None:
         if not options.no_reference:
             reference(options.output, name)
         run_row(options.output, name, options.steps)
+        run_without(options.output, name, options.without, options.steps)
         table(options.output)
 
 

@@ -84,6 +84,12 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         context_bytes = outside_bytes(backend)
         capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
         process_bytes = resident_bytes()
+        steps.next("matrix products and attention")
+        rates, spreads = efficiency(backend, effort)
+        costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort.repeats, steps)
+        gc.collect()
+        backend.release_unused()
+        # Host memory last: that of a virtual machine just started was seen to gain a quarter within minutes.
         probes = MemoryProbes(backend, effort, threads.optimizer)
         steps.next("links")
         h2d, d2h = probes.link_curves()
@@ -100,9 +106,6 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             disk_duplex = lanes.total(Lane.SSD_READ, Lane.SSD_WRITE)
             ssd = disk.profile(disk_duplex.p50) if disk and disk_duplex else None
         del probes, work
-        steps.next("matrix products and attention")
-        rates, spreads = efficiency(backend, effort)
-        costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort.repeats, steps)
         steps.finish()
     finally:
         backend.close()

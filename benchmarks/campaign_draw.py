@@ -156,7 +156,8 @@ def entry_plan(entry: Entry, machine: MachineProfile) -> Plan:
 
 def fixed_plan(model: ModelSpec, policy: Policy, workload: Workload, machine: MachineProfile) -> Plan:
     """The plan of a given policy. Raises ValueError where it makes no sense or does not fit."""
-    graph = lower(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
+    taken = footprint(model, policy, workload.seq_len, machine)
+    graph = lower(model, policy, workload, taken)
     validate(graph)
     memory = ledger(graph, machine)
     if not memory.fits:
@@ -168,6 +169,7 @@ def fixed_plan(model: ModelSpec, policy: Policy, workload: Workload, machine: Ma
         machine=MachineReference.of(machine),
         workload=workload,
         policy=policy,
+        footprint=taken,
         graph=graph,
         ledger=memory,
         prediction=predict(graph, model, policy, workload, machine, memory),

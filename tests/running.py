@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from builders import tiny_machine
 from slideplan import __version__
 from slideplan.plan.codec import digest
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.hf_config import config_of
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
@@ -17,7 +18,6 @@ from slideplan.plan.model import ModelSpec
 from slideplan.plan.plan import MachineReference, Plan, Prediction, SearchRecord
 from slideplan.plan.policy import Policy, Workload
 from slideplan.plan.replay import replay
-from slideplan.plan.slots import Footprint
 from slideplan.plan.timeline import step_record
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.data import TokenWindows
@@ -33,7 +33,8 @@ SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
 def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Backend) -> Plan:
     """A plan of this policy for this machine; its prediction gives every task a microsecond."""
     machine = tiny_machine()
-    graph = lower(model, policy, workload, Footprint(inner_bytes=1 << 16, workspace_bytes=1 << 20))
+    footprint = Footprint(inner_bytes=1 << 16, workspace_bytes=1 << 20)
+    graph = lower(model, policy, workload, footprint)
     memory = ledger(graph, machine)
     step_ns, spans = replay(graph, [1000] * len(graph.tasks))
     record = step_record(graph, workload, step_ns, spans, memory.peak_bytes())
@@ -44,6 +45,7 @@ def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Back
         machine=MachineReference(name="test", digest=digest(machine), identity=identity(backend), source="measured"),
         workload=workload,
         policy=policy,
+        footprint=footprint,
         graph=graph,
         ledger=memory,
         prediction=Prediction(record=record, lower_bound_ns=0, critical_ns={}, cost_sources={}),

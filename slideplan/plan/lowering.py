@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 from slideplan.plan.edges import derive
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import TaskGraph
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.order import compute_order, visits, window_slots, with_transfers
 from slideplan.plan.policy import Policy, Workload
-from slideplan.plan.slots import Footprint, SlotAssignment
+from slideplan.plan.slots import SlotAssignment
 
 
 def lower(model: ModelSpec, policy: Policy, workload: Workload, footprint: Footprint) -> TaskGraph:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from slideplan import __version__
 from slideplan.plan.codec import Document, Spec, digest
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import TaskGraph
 from slideplan.plan.ledger import Ledger, ledger_items
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineIdentity, MachineProfile
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.policy import Policy, Workload
-from slideplan.plan.slots import Footprint
 from slideplan.plan.timeline import StepRecord
 from slideplan.plan.validate import validate
 
@@ -108,6 +108,7 @@ class Plan(Document, frozen=True, tag="plan"):
     machine: MachineReference
     workload: Workload
     policy: Policy
+    footprint: Footprint  # from the machine profile
     graph: TaskGraph
     ledger: Ledger
     prediction: Prediction
@@ -126,7 +127,7 @@ class Plan(Document, frozen=True, tag="plan"):
             raise ValueError(f"{where}: `model` was changed after planning (digest differs from `model_digest`); plan again")
         try:
             validate(self.graph)
-            lowered = lower(self.model, self.policy, self.workload, self._footprint())
+            lowered = lower(self.model, self.policy, self.workload, self.footprint)
         except ValueError as error:
             raise ValueError(f"{where}: {error}; plan again") from None
         if lowered != self.graph:
@@ -140,9 +141,3 @@ class Plan(Document, frozen=True, tag="plan"):
             set(self.ledger.tiers),
         ):
             raise ValueError(f"{where}: `prediction` is not of `graph`: tasks, lanes or tiers differ; plan again")
-
-    def _footprint(self) -> Footprint:
-        """Sizes that came from the machine profile, as the pools have them."""
-        pools = self.graph.pool
-        sizes = [pools[name].slot_bytes if name in pools else 0 for name in ("gpu.inner", "gpu.workspace")]
-        return Footprint(inner_bytes=sizes[0], workspace_bytes=sizes[1])

@@ -12,7 +12,7 @@ from typing import Literal
 
 from msgspec import UNSET
 
-from slideplan.plan.codec import Spec
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import LANE_OF, Access, Lane, Role, SlotPool, Task, TaskKind, TensorClass
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.order import Action, WindowUse
@@ -40,17 +40,6 @@ PRODUCT_BYTES = 128 * MIB
 def loss_chunk_tokens(vocabulary: int, kernels: Kernels) -> int:
     """Tokens whose logits fit in LOSS_CHUNK_BYTES; at least one."""
     return max(1, LOSS_CHUNK_BYTES[kernels] // (LOGIT_BYTES[kernels] * vocabulary))
-
-
-class Footprint(Spec, frozen=True):
-    """GPU bytes that depend on kernels, not on the schedule: from the machine profile or estimated.
-
-    inner_bytes:     inner activations that one layer keeps for one micro-batch
-    workspace_bytes: largest transient need of any task beside its slots
-    """
-
-    inner_bytes: int
-    workspace_bytes: int
 
 
 class _Ring:
@@ -189,7 +178,9 @@ class SlotAssignment:
         self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
         self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, self.footprint.inner_bytes, len(kept) * micros)
         self._rank.update({("gpu.inner", unit): micros * place for place, unit in enumerate(kept)})
-        self._add_shared("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, self.footprint.workspace_bytes, 1)
+        flags = [policy.units[unit].inner == "keep" for unit in range(1, model.head_unit)]
+        workspace = self.footprint.workspace_beside(flags, micros)
+        self._add_shared("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, workspace, 1)
 
     def _own(self, role: Role, pool: str, unit: int, mode: Literal["r", "w", "rw"], micro: int = 0) -> Access:
         return Access(role=role, pool=pool, slot=self._rank[pool, unit] + micro, mode=mode)

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import msgspec
 
 from slideplan.plan.codec import Spec
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import LANE_OF, Lane, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, Workload
-from slideplan.plan.slots import Footprint
 from slideplan.planner.space import Candidate
 from slideplan.simulator import Resource, accumulates, capacities, price, resource_time
 

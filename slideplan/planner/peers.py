@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from slideplan.plan.codec import Spec
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
-from slideplan.plan.slots import WEIGHT_BYTES, Footprint
+from slideplan.plan.slots import WEIGHT_BYTES
 
 # Defaults of DeepSpeed's ZeRO-3 configuration, in elements.
 ZERO3_MAX_LIVE_PARAMETERS = 10**9

@@ -192,6 +192,7 @@ def _plan(found: Found, machine: MachineProfile, record: SearchRecord) -> Plan:
         machine=MachineReference.of(machine),
         workload=builder.workload,
         policy=best.candidate.policy(builder.model),
+        footprint=builder.footprint(best.candidate),
         graph=graph,
         ledger=memory,
         prediction=prediction,

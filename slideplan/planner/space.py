@@ -15,11 +15,12 @@ from typing import Literal
 import msgspec
 
 from slideplan.plan.codec import Spec
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload, check_seq_len
-from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, Footprint
+from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 from slideplan.simulator import footprint, layer_launch_ns, layer_ns
 
 WINDOWS = (2, 3, 4, 6)
@@ -139,7 +140,8 @@ class Candidate(Spec, frozen=True):
         gpu += STATE_BYTES * (ends_on_gpu + layer * self.state_layers)
         gpu += gradient * (embedding + head + layer * self.gradient_slots)
         gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
-        gpu += footprint.inner_bytes * self.kept_layers * micros + footprint.workspace_bytes
+        kept = [layer >= layers - self.kept_layers for layer in range(layers)]
+        gpu += footprint.inner_bytes * self.kept_layers * micros + footprint.workspace_beside(kept, micros)
         host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.state_layers))
         host += gradient * (ends_on_host + layer * self.host_gradient_slots)
         host += boundary * self.offloaded_outputs * micros
@@ -358,7 +360,13 @@ class SpaceBuilder:
             inner = self.footprint(base).inner_bytes * base.micro_batches
             room = self.model.layers - base.offloaded_outputs
             kept = min(room, spare[Tier.GPU] // inner) if inner else room
-            return msgspec.structs.replace(candidate, kept_layers=kept)
+            # The first of them may work where without any there was workspace: then there is room for more.
+            while True:
+                candidate = msgspec.structs.replace(candidate, kept_layers=kept)
+                more = msgspec.structs.replace(candidate, kept_layers=kept + 1)
+                if kept == room or min(self.spare(more).values()) < 0:
+                    return candidate
+                kept += 1
         return None
 
     def _with_slots(self, base: Candidate, spare_slots: Mapping[str, int]) -> Candidate:

@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 import torch
 
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import Lane, Role, TaskKind, TensorClass
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload
-from slideplan.plan.slots import Footprint
 from slideplan.runtime.backend import Backend, Marker
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers

@@ -4,56 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from slideplan.plan.footprint import Footprint, transient_key
 from slideplan.plan.graph import TaskKind
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy
-from slideplan.plan.slots import LOGIT_BYTES, PRODUCT_BYTES, WEIGHT_BYTES, Footprint, loss_chunk_tokens
+from slideplan.plan.slots import LOGIT_BYTES, PRODUCT_BYTES, WEIGHT_BYTES, loss_chunk_tokens
 from slideplan.simulator.measured import measurements, nearest
 
 EAGER_LOSS_BUFFERS = 3  # logits, log-softmax and gradient of a chunk in fp32
 
 
 def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> Footprint:
-    """Bytes of inner activations of one layer, and the largest transient need of any task.
+    """Bytes of inner activations of one layer, and the transient needs of tasks.
 
     inner_bytes: saved_bytes measured for the layer's FORWARD_KEEP, else `model.saved_bytes(tokens)`.
-    workspace_bytes: the largest need of any kind and role, by measurement where there is one, of
+    transient_bytes: of each role and kind that was measured, and else of
 
-        eager  backward of a layer with recompute  saved_bytes(tokens) + 8 (ffn + hidden) tokens + 2 largest parameter
-               loss                                16 bytes x chunk tokens x vocabulary + PRODUCT_BYTES at most + sums
-        fused  backward of a layer with recompute  saved_bytes(tokens) + 2 ffn tokens
-               loss                                2 bytes x chunk tokens x vocabulary + 4 hidden tokens + sums
+        eager  forward             8 ffn tokens
+               forward that keeps  6 hidden tokens
+               backward            8 (ffn + hidden) tokens + 2 largest parameter
+               loss                16 bytes x chunk tokens x vocabulary + PRODUCT_BYTES at most + sums
+        fused  forward             saved_bytes(tokens) + 2 hidden tokens
+               forward that keeps  2 ffn tokens
+               backward            2 ffn tokens
+               loss                2 bytes x chunk tokens x vocabulary + 4 hidden tokens + sums
 
-    where sums = 4 vocabulary hidden, if there are several chunks and gradients are not in fp32 themselves.
-    Eager, the first holds the recomputed activations, bf16 gradients of the feed-forward's four tensors and
-    of the hidden state's four, and one weight gradient; the second a chunk's logits and their gradient in
-    bf16 and three times in fp32, and a block of the projection's gradient. Fused, most happens in place.
-    Captured tasks, layers' and the head's, take capture_bytes of the profile each.
+    where sums = 4 vocabulary hidden, if there are several chunks and gradients are not in fp32 themselves;
+    backward with recompute has the recomputed activations beside, saved_bytes(tokens). Eager, backward holds
+    bf16 gradients of the feed-forward's four tensors and of the hidden state's four, and one weight gradient;
+    the loss a chunk's logits and their gradient in bf16 and three times in fp32, and a block of the
+    projection's gradient. Fused, most happens in place.
+    workspace_bytes: captured tasks, layers' and the head's, take capture_bytes of the profile each.
     Inner activations measured at another size are scaled by tokens; a workspace is moved by what its
     formula differs by, since much of it does not depend on tokens.
     """
     tokens = work.micro_batch * seq_len
     formulas: dict[tuple[UnitRole, TaskKind], Callable[[ModelSpec, ComputePolicy, int], int]] = {
+        (UnitRole.LAYER, TaskKind.FORWARD): _forward_bytes,
+        (UnitRole.LAYER, TaskKind.FORWARD_KEEP): _forward_keep_bytes,
+        (UnitRole.LAYER, TaskKind.BACKWARD): _backward_bytes,
         (UnitRole.LAYER, TaskKind.BACKWARD_RECOMPUTE): _recompute_bytes,
         (UnitRole.HEAD, TaskKind.LOSS): _loss_bytes,
     }
-    needs = []
+    transient: dict[str, int] = {}
     for role in UnitRole:
         for kind in TaskKind:
             formula = formulas.get((role, kind))
             cost = nearest(measurements(machine, model, role, kind, work, accumulate=False), work.micro_batch, seq_len)
             if cost is None or cost.workspace_bytes is None:
-                needs.append(formula(model, work, tokens) if formula else 0)
+                if formula:
+                    transient[transient_key(role, kind)] = formula(model, work, tokens)
                 continue
             measured_tokens = cost.micro_batch * cost.seq_len
             if formula:
-                needs.append(cost.workspace_bytes + formula(model, work, tokens) - formula(model, work, measured_tokens))
+                moved = formula(model, work, tokens) - formula(model, work, measured_tokens)
+                transient[transient_key(role, kind)] = cost.workspace_bytes + moved
             else:
-                needs.append(-(-cost.workspace_bytes * tokens // measured_tokens))
+                transient[transient_key(role, kind)] = -(-cost.workspace_bytes * tokens // measured_tokens)
     captured = work.micro_batches * (2 * model.layers + 1) if work.kernels == "graphed" else 0
-    workspace_bytes = max(needs) + captured * machine.gpu.capture_bytes
-    return Footprint(inner_bytes=_inner_bytes(model, work, seq_len, machine), workspace_bytes=workspace_bytes)
+    return Footprint(
+        inner_bytes=_inner_bytes(model, work, seq_len, machine),
+        workspace_bytes=captured * machine.gpu.capture_bytes,
+        transient_bytes=transient,
+    )
 
 
 def _inner_bytes(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> int:
@@ -65,12 +79,25 @@ def _inner_bytes(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: M
     return -(-cost.saved_bytes * tokens // (cost.micro_batch * cost.seq_len))
 
 
-def _recompute_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
-    saved = model.saved_bytes(tokens, work.kernels == "eager")
+def _forward_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
+    if work.kernels == "eager":
+        return 8 * model.ffn * tokens
+    return model.saved_bytes(tokens, eager=False) + 2 * model.hidden * tokens
+
+
+def _forward_keep_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
+    return (6 * model.hidden if work.kernels == "eager" else 2 * model.ffn) * tokens
+
+
+def _backward_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
     if work.kernels != "eager":
-        return saved + 2 * model.ffn * tokens
+        return 2 * model.ffn * tokens
     largest = max(parameter.elements for parameter in model.parameters(UnitRole.LAYER))
-    return saved + 8 * (model.ffn + model.hidden) * tokens + WEIGHT_BYTES * largest
+    return 8 * (model.ffn + model.hidden) * tokens + WEIGHT_BYTES * largest
+
+
+def _recompute_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
+    return model.saved_bytes(tokens, work.kernels == "eager") + _backward_bytes(model, work, tokens)
 
 
 def _loss_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:

@@ -38,6 +38,7 @@ def plan() -> Plan:
         machine=MachineReference.of(machine),
         workload=tiny_workload(),
         policy=policy,
+        footprint=FOOTPRINT,
         graph=graph,
         ledger=ledger(graph, machine),
         prediction=Prediction(record=predicted, lower_bound_ns=1, critical_ns={}, cost_sources={}),

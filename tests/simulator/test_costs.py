@@ -6,13 +6,14 @@ import msgspec
 import pytest
 
 from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import TaskGraph, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Policy
 from slideplan.plan.quantities import MIB
-from slideplan.plan.slots import LOSS_CHUNK_BYTES, PRODUCT_BYTES, Footprint, loss_chunk_tokens
+from slideplan.plan.slots import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
 from slideplan.simulator import Resource, TaskCost, capacities, footprint, price
 from slideplan.simulator.formulas import compute_ns
 
@@ -233,16 +234,33 @@ class TestFootprint:
     def test_formulas_where_nothing_was_measured(self) -> None:
         model = tiny_model()
         found = footprint(model, work(2), 32, tiny_machine())
-        recompute = model.saved_bytes(64, eager=True) + 8 * (128 + 64) * 64 + 2 * 128 * 64
-        loss = 16 * 256 * 64 + 2 * 256 * 64
-        assert found == Footprint(inner_bytes=model.saved_bytes(64, eager=True), workspace_bytes=max(recompute, loss))
+        backward = 8 * (128 + 64) * 64 + 2 * 128 * 64
+        assert found.inner_bytes == model.saved_bytes(64, eager=True)
+        assert found.workspace_bytes == 0
+        assert found.transient_bytes == {
+            "layer/forward": 8 * 128 * 64, "layer/forward_keep": 6 * 64 * 64, "layer/backward": backward,
+            "layer/backward_recompute": found.inner_bytes + backward, "head/loss": 16 * 256 * 64 + 2 * 256 * 64,
+        }  # fmt: skip
+
+    def test_fused_kernels_keep_less_and_capturing_takes_memory(self) -> None:
+        model = tiny_model(qk_norm=True, architecture="qwen3")
+        gpu = msgspec.structs.replace(tiny_machine().gpu, capture_bytes=1000)
+        machine = tiny_machine(gpu=gpu)
+        fused, graphed = (footprint(model, work(2, kernels=kernels), 32, machine) for kernels in ("fused", "graphed"))
+        # Per token: factors of two norms; q, k, v, output and log-sum-exp; q and k before their norms with factors; ...
+        attention = 2 * (64 + 32 + 32 + 64) + 4 * 4 + 2 * (64 + 32) + 4 * (4 + 2)
+        assert fused.inner_bytes == 64 * (8 + attention + 2 * 64 + 2 * 2 * 128)
+        assert fused.transient_bytes["layer/backward_recompute"] == fused.inner_bytes + 2 * 128 * 64
+        assert graphed == msgspec.structs.replace(fused, workspace_bytes=1000 * 2 * (2 * 4 + 1))
 
     def test_logits_are_never_whole(self) -> None:
         """Beyond one chunk the need stays: a chunk's logits, a block of the gradient, and its fp32 sum."""
         wide = tiny_model(vocabulary=10**6)
-        need = footprint(wide, work(8), 512, tiny_machine()).workspace_bytes
+        need, half = (footprint(wide, work(size), 512, tiny_machine()).transient_bytes["head/loss"] for size in (8, 4))
         assert need <= 4 * LOSS_CHUNK_BYTES["eager"] + PRODUCT_BYTES + 4 * 64 * 10**6
-        assert need == footprint(wide, work(4), 512, tiny_machine()).workspace_bytes
+        assert need == half
+        fp32 = footprint(wide, work(8, gradient_dtype="fp32"), 512, tiny_machine())
+        assert need - fp32.transient_bytes["head/loss"] == 4 * 64 * 10**6
 
     def test_measurements_replace_formulas(self) -> None:
         model = tiny_model()
@@ -253,19 +271,35 @@ class TestFootprint:
                 measured(model, TaskKind.LOSS, 2, 32, 1, workspace=60_000),
             )
         )
-        assert footprint(model, work(2), 32, machine) == Footprint(inner_bytes=111, workspace_bytes=60_000)
-        # At another size the workspace moves by what the formulas of either task differ by.
-        recompute = 50_000 + model.saved_bytes(32, eager=True) + 8 * (128 + 64) * 32
-        loss = 60_000 + 16 * 256 * 32
-        assert footprint(model, work(3), 32, machine) == Footprint(
-            inner_bytes=-(-111 * 3 // 2), workspace_bytes=max(recompute, loss)
-        )
+        found = footprint(model, work(2), 32, machine)
+        assert found.inner_bytes == 111
+        measured_here = ("layer/forward_keep", "layer/backward_recompute", "head/loss")
+        assert [found.transient_bytes[key] for key in measured_here] == [40_000, 50_000, 60_000]
+        # At another size the workspace moves by what the formula of the task differs by.
+        moved = [
+            40_000 + 6 * 64 * 32,
+            50_000 + model.saved_bytes(32, eager=True) + 8 * (128 + 64) * 32,
+            60_000 + 16 * 256 * 32,
+        ]
+        found = footprint(model, work(3), 32, machine)
+        assert found.inner_bytes == -(-111 * 3 // 2)
+        assert [found.transient_bytes[key] for key in measured_here] == moved
 
-    def test_what_was_not_measured_keeps_its_formula(self) -> None:
-        model = tiny_model()
-        machine = tiny_machine(costs=(measured(model, TaskKind.LOSS, 2, 32, 1, workspace=1),))
-        recompute = model.saved_bytes(64, eager=True) + 8 * (128 + 64) * 64 + 2 * 128 * 64
-        assert footprint(model, work(2), 32, machine).workspace_bytes == recompute
+    def test_workspace_is_what_tasks_need_beyond_activations_that_are_kept_then(self) -> None:
+        needs = {
+            "layer/forward": 50, "layer/forward_keep": 5, "layer/backward": 20, "layer/backward_recompute": 90,
+            "head/loss": 10, "embedding/forward": 1,
+        }  # fmt: skip
+        taken = Footprint(inner_bytes=30, workspace_bytes=7, transient_bytes=needs)
+        assert taken.workspace_beside([False] * 4, 1) == 7 + 90
+        # One layer keeps 30: recomputing works where it lay, and takes 60 beside.
+        assert taken.workspace_beside([False, False, False, True], 1) == 7 + 90 - 30
+        # Three keep 90: what is left beside them is the last layer's own backward.
+        assert taken.workspace_beside([False, True, True, True], 1) == 7 + 20
+        assert taken.workspace_beside([False, True, True, True], 4) == 7 + 20
+        # Kept by the first layers, they are there while the others recompute.
+        assert taken.workspace_beside([True, True, True, False], 1) == 7 + 90
+        assert taken.workspace_beside([True, False, False, True], 1) == 7 + 90 + 30 - 60
 
     def test_a_backend_that_cannot_tell_leaves_the_formulas(self) -> None:
         model = tiny_model()

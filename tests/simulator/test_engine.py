@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from handmade import cost, graph, times
 from random_graphs import CAPACITIES, demands, priced_graphs
+from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.lowering import lower
 from slideplan.plan.replay import replay, unroll
-from slideplan.plan.slots import Footprint
 from slideplan.simulator import DeadlockError, Resource, capacities, carried_cycle, lower_bound, price, simulate, trace
 from slideplan.simulator.reference import SimPyEngine
 

@@ -1,6 +1,6 @@
 """Layer and loss kernels against their baselines on the same machine in the same run: times, TFLOP/s, ratios.
 
-    python benchmarks/kernels.py --model llama-3.1-8b --shape 16x1024 --shape 1x512 -o kernels.json
+    python benchmarks/kernels.py --model llama-3.1-8b --shape 16x1024 -o kernels.json
 
 Baselines are the Hugging Face layer run by autograd, the same with liger-kernel's operators where that is installed,
 and the same through torch.compile; for the loss, torch's cross-entropy a chunk at a time and liger's fused linear
@@ -165,37 +165,32 @@ def head_results(model: ModelSpec, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b")
-    parser.add_argument("--shape", action="append", help="micro-batch x sequence length, like 16x1024")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile of the layer too (a minute a shape)")
+    parser.add_argument("--shape", default="16x1024", help="micro-batch x sequence length")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile of the layer too: a minute more")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     model = find_model(options.model)
+    batch, seq_len = map(int, options.shape.split("x"))
+    case = LayerCase(model, batch, seq_len)
+    forward = model.matmul_flops(UnitRole.LAYER, case.tokens) + model.attention_flops(case.tokens, seq_len)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "python": platform.python_version(), "torch": torch.__version__,
         "command": " ".join(sys.argv), "product_tflops": round(product_flops_per_s() / 1e12, 1),
+        "forward_gflop": forward / 1e9,
     }  # fmt: skip
-    for shape in options.shape or ["16x1024", "1x512"]:
-        batch, seq_len = map(int, shape.split("x"))
-        case = LayerCase(model, batch, seq_len)
-        forward = model.matmul_flops(UnitRole.LAYER, case.tokens) + model.attention_flops(case.tokens, seq_len)
-        rows: dict[str, Any] = {"forward_gflop": forward / 1e9}
-        rows["eager"] = case.results(case.eager)
-        rows["fused"] = case.results(case.fused)
-        rows["fused, CUDA graph"] = case.graphed()
-        if options.compile:
-            case.eager._module = torch.compile(case.eager._module)
-            rows["compiled"] = case.results(case.eager)
-        if (liger := with_liger(case)) is not None:  # last: it changes the modules' classes
-            rows["liger"] = case.results(liger)
-        rows["loss"] = head_results(model, case.tokens)
-        result[shape] = rows
-        if options.output:
-            options.output.write_text(json.dumps(result, indent=1))
-        print(shape, flush=True)
-        for name, row in rows.items():
-            print(f"  {name}: {json.dumps(row)}", flush=True)
-        del case
-        torch.cuda.empty_cache()
+    result["eager"] = case.results(case.eager)
+    result["fused"] = case.results(case.fused)
+    result["fused, CUDA graph"] = case.graphed()
+    if options.compile:
+        case.eager._module = torch.compile(case.eager._module)
+        result["compiled"] = case.results(case.eager)
+    if (liger := with_liger(case)) is not None:  # last: it changes the classes of the modules
+        result["liger"] = case.results(liger)
+    result["loss"] = head_results(model, case.tokens)
+    for name, row in result.items():
+        print(f"{name}: {json.dumps(row)}")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def _profile(folder: CampaignFolder, options: argparse.Namespace) -> None:
         ("--model", options.models),
         ("--micro-batch", options.profile_micro_batch),
         ("--seq-len", options.profile_seq_len),
-        ("--kernels", options.kernels),
+        ("--kernels", options.kernels or (["fused"] if options.device == "cpu" else ["graphed"])),
     ):
         for value in values:
             arguments += [option, str(value)]
@@ -296,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     drawn.add_argument("--runs-per-config", type=int, default=3, help="the second is the planner's choice")
     drawn.add_argument("--seed", type=int, default=0)
     drawn.add_argument("--name", default="here", help="name of the profile to be measured")
-    drawn.add_argument("--kernels", nargs="+", default=("graphed",), help="kernels to measure and plan with")
+    drawn.add_argument("--kernels", nargs="+", help="kernels to measure and plan with; default: graphed, fused on a CPU")
     drawn.add_argument("--quick", action="store_true", help="a quick profile")
     drawn.add_argument("--profile-micro-batch", nargs="+", type=int, default=PROFILE_MICRO_BATCHES)
     drawn.add_argument("--profile-seq-len", nargs="+", type=int, default=PROFILE_SEQ_LENS)

@@ -24,10 +24,10 @@ from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
 from slideplan.plan.slots import SlotAssignment
 from slideplan.plan.validate import validate
 from slideplan.planner.catalogue import find_model
+from slideplan.planner.kernels import faster_kernels
 from slideplan.planner.machines import with_budget
 from slideplan.planner.search import search
 from slideplan.planner.shortfall import DoesNotFit
-from slideplan.planner.space import faster_kernels
 from slideplan.simulator import footprint, predict
 
 MICRO_BATCHES = 16  # at most: more make graphs of thousands of tasks that show nothing new

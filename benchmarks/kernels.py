@@ -74,13 +74,18 @@ class LayerCase:
         self.eager = EagerLayer(parts.layer, self.flat, layout, positions)
         self.fused = FusedLayer(model, self.flat, positions[0][0], positions[1][0])
         shape = batch, seq_len, model.hidden
-        self.entered, self.left, self.gradient = (torch.randn(shape, device="cuda").bfloat16() for _ in range(3))
+        self.entered, self.left, self.gradient, self.fresh = (torch.randn(shape, device="cuda").bfloat16() for _ in range(4))
         self.slots = {dtype: torch.zeros(elements, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32)}
 
     def actions(self, layer: Any) -> dict[str, Action]:
         def keep_and_backward(into: GradientSlot) -> None:
+            self.gradient.copy_(self.fresh)  # what a backward leaves there would grow or vanish over repeats
             kept = layer.forward_keep(self.entered, self.left)
             layer.backward(kept, self.entered, self.gradient, into)
+
+        def recompute(into: GradientSlot) -> None:
+            self.gradient.copy_(self.fresh)
+            layer.backward_recompute(self.entered, self.gradient, into)
 
         modes = {
             "bf16": GradientSlot(self.slots[torch.bfloat16], False), "bf16+": GradientSlot(self.slots[torch.bfloat16], True),
@@ -89,7 +94,7 @@ class LayerCase:
         found: dict[str, Action] = {"forward": lambda: layer.forward(self.entered, self.left)}
         found["keep+backward bf16"] = lambda: keep_and_backward(modes["bf16"])
         for name, into in modes.items():
-            found[f"recompute {name}"] = lambda into=into: layer.backward_recompute(self.entered, self.gradient, into)  # type: ignore[misc]
+            found[f"recompute {name}"] = partial(recompute, into)
         return found
 
     def results(self, layer: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def profile(folder: Path, name: str) -> None:
         sizes = [part for size in MICRO_BATCHES for part in ("--micro-batch", str(size))]
         chosen = dict.fromkeys(zip(models[::2], models[1::2], strict=True))
         options = [part for pair in chosen for part in pair]
-        kernels = ("--kernels", "fused", "--kernels", "graphed")
+        kernels = ("--kernels", "fused", "--kernels", "graphed", "--kernels", "eager")
         call("slideplan.planner", "profile", *options, *sizes, "--seq-len", SEQ_LEN, *kernels, "--name", name, "-o", path)
 
 

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import msgspec
 
+from slideplan import __version__
+
 FORMAT_VERSION = 1
 
 
@@ -26,6 +28,7 @@ class Document(Spec, frozen=True, kw_only=True, tag_field="document"):
 class _Header(msgspec.Struct):
     document: str = ""
     format_version: int = 0
+    version: str = ""  # of the package that made it, where the document says
 
 
 D = TypeVar("D", bound=Document)
@@ -55,6 +58,7 @@ def load(path: str | Path, kind: type[D]) -> D:
         raise ValueError(f"{path}: is a folder; name the {tag} file in it") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    header: _Header | None = None
     try:
         header = msgspec.json.decode(raw, type=_Header)
         if header.document != tag:
@@ -66,7 +70,8 @@ def load(path: str | Path, kind: type[D]) -> D:
             )
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{path}: not a valid {tag}: {error}") from None
+        made = f"; it was made by slideplan {header.version}, this is {__version__}" if header and header.version else ""
+        raise ValueError(f"{path}: not a valid {tag}: {error}{made}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 

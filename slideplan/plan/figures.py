@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import Lane
+from slideplan.plan.graph import GRADIENT_KINDS, Lane
 from slideplan.plan.machine import ComputeCost, Curve, LaunchCost, MachineProfile, Spread
 from slideplan.plan.quantities import format_bytes
 
@@ -47,15 +47,13 @@ def figure_name(lane: Lane, lanes: tuple[Lane, ...]) -> str:
 
 def cost_name(cost: ComputeCost) -> str:
     """Duration of a compute task."""
-    return (
-        f"{cost.kind} {cost.shape.role}, hidden {cost.shape.hidden}, {cost.micro_batch}x{cost.seq_len}, {cost.kernels}, "
-        f"{cost.gradient_dtype}{'+' if cost.accumulate else ''}"
-    )
+    found = f"{cost.kind} {cost.shape.role}, hidden {cost.shape.hidden}, {cost.micro_batch}x{cost.seq_len}, {cost.kernels}"
+    return f"{found}, {cost.gradient_dtype}{'+' if cost.accumulate else ''}" if cost.kind in GRADIENT_KINDS else found
 
 
 def launch_name(launch: LaunchCost) -> str:
     """Time to issue a task."""
-    return f"launch of {launch.kind}{f' {launch.role}' if launch.role else ''}, {launch.kernels}"
+    return f"launch of {launch.kind}{f' {launch.role}, {launch.kernels}' if launch.role else ''}"
 
 
 def figures(machine: MachineProfile) -> dict[str, Figure]:

@@ -64,6 +64,10 @@ LANE_OF = {
 }
 
 
+# Compute tasks that write gradients of weights.
+GRADIENT_KINDS = (TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE, TaskKind.LOSS)
+
+
 class TensorClass(StrEnum):
     """What a buffer holds."""
 
@@ -162,6 +166,11 @@ class Task(Spec, frozen=True):
 
     def has(self, role: Role) -> bool:
         return any(access.role is role for access in self.accesses)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether it adds to weight gradients of earlier micro-batches; of the loss, to the projection's."""
+        return self.builds_on(Role.TIED_GRADIENT if self.has(Role.TIED_GRADIENT) else Role.GRADIENT)
 
     def builds_on(self, role: Role) -> bool:
         """Whether the task builds on what its slot in this role holds, as later micro-batches do on gradients."""

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from slideplan.plan.codec import Document, Spec
-from slideplan.plan.graph import Lane, TaskKind
+from slideplan.plan.graph import GRADIENT_KINDS, Lane, TaskKind
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels
 from slideplan.plan.sharing import Sharing
@@ -198,8 +198,12 @@ class ComputeCost(Spec, frozen=True):
                 raise ValueError(f"cost of {self.kind}: {field} is {getattr(self, field)}, must be zero or more")
 
 
-# Shape, kind, kernels, gradient dtype, accumulate.
 CostKey = tuple[LayerShape, TaskKind, Kernels, GradientDtype, bool]
+
+
+def cost_key(shape: LayerShape, kind: TaskKind, kernels: Kernels, dtype: GradientDtype, accumulate: bool) -> CostKey:
+    """What tells measurements apart beside their size. How gradients are written is nothing to tasks that write none."""
+    return (shape, kind, kernels, dtype, accumulate) if kind in GRADIENT_KINDS else (shape, kind, kernels, "bf16", False)
 
 
 class Efficiency(Spec, frozen=True):
@@ -322,10 +326,11 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
 
     @cached_property
     def cost_index(self) -> dict[CostKey, tuple[ComputeCost, ...]]:
-        """Measured costs by what was measured; sizes are left to the reader."""
+        """Measured costs by `cost_key`; sizes are left to the reader."""
         found: dict[CostKey, list[ComputeCost]] = {}
         for cost in self.costs:
-            found.setdefault((cost.shape, cost.kind, cost.kernels, cost.gradient_dtype, cost.accumulate), []).append(cost)
+            key = cost_key(cost.shape, cost.kind, cost.kernels, cost.gradient_dtype, cost.accumulate)
+            found.setdefault(key, []).append(cost)
         return {key: tuple(costs) for key, costs in found.items()}
 
     def identity(self) -> MachineIdentity:

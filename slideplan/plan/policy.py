@@ -58,6 +58,20 @@ class ComputePolicy(Protocol):
         """How tasks are written."""
 
 
+class ComputeWork(Spec, frozen=True):
+    """Those knobs by themselves."""
+
+    micro_batch: int
+    micro_batches: int
+    gradient_dtype: GradientDtype
+    kernels: Kernels
+
+    @classmethod
+    def of(cls, work: ComputePolicy, micro_batch: int) -> ComputeWork:
+        """The same at another micro-batch size."""
+        return cls(micro_batch, work.micro_batches, work.gradient_dtype, work.kernels)
+
+
 class UnitPolicy(Spec, frozen=True):
     """Placement of one unit's tensors.
 

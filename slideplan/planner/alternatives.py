@@ -76,7 +76,7 @@ def in_brief(candidate: Candidate) -> str:
         f"{candidate.micro_batches}x{candidate.micro_batch} w{candidate.window}/{candidate.prefetch_depth} "
         f"res{candidate.weight_layers}/{candidate.state_layers}{ends} keep{candidate.kept_layers} "
         f"away{candidate.offloaded_outputs} defer{candidate.deferred_updates} grad{candidate.gradient_slots}/"
-        f"{candidate.host_gradient_slots} {candidate.gradient_dtype}"
+        f"{candidate.host_gradient_slots} {candidate.gradient_dtype} {candidate.kernels}"
     )
 
 

@@ -20,7 +20,7 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, Workload
 from slideplan.planner.space import Candidate
-from slideplan.simulator import Resource, accumulates, capacities, price, resource_time
+from slideplan.simulator import Resource, capacities, price, resource_time
 
 LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one
 
@@ -59,7 +59,7 @@ def durations(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
     for candidate in (streamed, resident):
         graph = lower(short, candidate.policy(short), workload, footprint)
         for task, cost in zip(graph.tasks, price(graph, short, work, seq_len, machine), strict=True):
-            key = task.kind, short.role(task.unit), accumulates(task)
+            key = task.kind, short.role(task.unit), task.accumulates
             if cost.duration_ns <= found.time_ns.get(key, cost.duration_ns):
                 found.time_ns[key] = cost.duration_ns
                 found.work[key] = {r: min(rate, offered[r]) * cost.duration_ns for r, rate in cost.demand.items()}
@@ -109,7 +109,7 @@ class _HostUnits:
 
 
 class BoundModel:
-    """Bounds for candidates of one micro-batch size and gradient type."""
+    """Bounds for candidates that compute alike."""
 
     def __init__(self, model: ModelSpec, times: Durations) -> None:
         self.model = model

@@ -133,7 +133,7 @@ def simulate(
         GradientDtypeChoice, typer.Option(help="auto: fp32 sums over several micro-batches, bf16 for a single one.")
     ] = GradientDtypeChoice.AUTO,
     kernels: Annotated[
-        KernelsChoice, typer.Option(help="auto: those whose layers are fastest on this machine; eager: Hugging Face modules.")
+        KernelsChoice, typer.Option(help="auto: by what the profile measured, eager, fused or captured in graphs.")
     ] = KernelsChoice.AUTO,
     objective: Annotated[Objective, typer.Option(help="What the plan is best at.")] = Objective.THROUGHPUT,
     at_least: Annotated[

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from slideplan import __version__
 from slideplan.plan.codec import Document, Spec
 from slideplan.plan.graph import LANE_OF, Lane, TaskGraph, TaskKind, TensorClass
@@ -12,7 +14,7 @@ from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan, Prediction
-from slideplan.plan.policy import Policy, Tier, Workload
+from slideplan.plan.policy import Kernels, Policy, Tier, Workload
 from slideplan.plan.quantities import format_bytes, format_ns
 from slideplan.plan.slots import WEIGHT_BYTES
 from slideplan.plan.timeline import Span
@@ -65,13 +67,23 @@ def compare_peers(answer: Plan | DoesNotFit, machine: MachineProfile) -> PeerCom
         model=answer.model,
         machine=MachineReference.of(machine),
         workload=answer.workload,
-        contenders=(_ours(answer), *(price_peer(peer, answer.model, answer.workload, machine) for peer in peers.PEERS)),
+        contenders=(
+            _ours(answer),
+            *(price_peer(peer, answer.model, answer.workload, machine, answer.policy.kernels) for peer in peers.PEERS),
+        ),
     )
 
 
-def price_peer(peer: peers.Peer, model: ModelSpec, workload: Workload, machine: MachineProfile) -> Contender:
-    """A peer's policy, lowered, validated and simulated. Raises ValueError where the model takes no such sequences."""
+def price_peer(
+    peer: peers.Peer, model: ModelSpec, workload: Workload, machine: MachineProfile, kernels: Kernels | None = None
+) -> Contender:
+    """A peer's policy, lowered, validated and simulated; `kernels`: as if it had these.
+
+    Raises ValueError where the model takes no such sequences.
+    """
     policy = peer.policy(model, workload)
+    if kernels is not None:
+        policy = msgspec.structs.replace(policy, kernels=kernels)
     graph = lower(model, policy, workload, peers.footprint(model, policy, workload))
     validate(graph)
     memory = ledger(graph, machine)

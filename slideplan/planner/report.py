@@ -13,7 +13,7 @@ from slideplan.plan.ledger import Ledger
 from slideplan.plan.machine import Interference, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan, SearchRecord
-from slideplan.plan.policy import Policy, Tier, Workload
+from slideplan.plan.policy import Kernels, Policy, Tier, Workload
 from slideplan.plan.quantities import format_bytes, format_ns
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 from slideplan.planner.compare import Contender, PeerComparison
@@ -134,8 +134,16 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
         ("gradients", _gradients(policy)),
         ("boundaries", "; ".join(boundary)),
         ("activations", "; ".join(inner)),
+        ("kernels", _KERNELS[policy.kernels]),
     ]
     return [*found, ("CPU updates", _update_order(model, policy))] if policy.update_order else found
+
+
+_KERNELS: dict[Kernels, str] = {
+    "eager": "eager: Hugging Face modules run by autograd",
+    "fused": "fused: our own products and kernels",
+    "graphed": "graphed: our own products and kernels, captured and replayed",
+}
 
 
 def _gradients(policy: Policy) -> str:

@@ -17,7 +17,7 @@ from slideplan.plan.graph import TaskGraph
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
-from slideplan.plan.policy import GradientDtype, Tier
+from slideplan.plan.policy import ComputeWork, Tier
 from slideplan.plan.quantities import format_ns
 from slideplan.planner.bounds import Bound, BoundModel, durations
 from slideplan.planner.space import Candidate, SpaceBuilder
@@ -58,7 +58,7 @@ class Searcher:
         self._numbers: dict[Candidate, int] = {}
         self._lowered: dict[int, int] = {}  # the bound of each graph lowered
         self._graphs: dict[int, tuple[TaskGraph, tuple[TaskCost, ...]]] = {}
-        self._models: dict[tuple[int, GradientDtype], BoundModel] = {}
+        self._models: dict[ComputeWork, BoundModel] = {}
 
     def number(self, candidates: Iterable[Candidate]) -> list[int]:
         """Numbers of these, new ones with their bounds from counts."""
@@ -186,7 +186,7 @@ class Searcher:
         return candidate.slot_bytes(builder.model, builder.workload.seq_len, builder.footprint(candidate))
 
     def _bound_model(self, candidate: Candidate) -> BoundModel:
-        key = candidate.micro_batch, candidate.gradient_dtype
+        key = ComputeWork.of(candidate, candidate.micro_batch)
         if key not in self._models:
             builder = self.builder
             times = durations(builder.model, candidate, builder.workload.seq_len, self._machine, builder.footprint(candidate))

@@ -19,22 +19,22 @@ from slideplan.plan.footprint import Footprint
 from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload, check_seq_len
+from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload, check_seq_len
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
-from slideplan.simulator import footprint, layer_launch_ns, layer_ns
+from slideplan.planner.kernels import check_kernels, faster_kernels
+from slideplan.simulator import footprint
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
 DEFERRALS = 5  # update orders, from order of arrival to order of next need
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
-LAUNCH_MARGIN = 3  # of a task's time over its launch, for launches to be hidden whatever else the host does
 
 
 class SearchOptions(Spec, frozen=True):
     """What the user fixes, and how much the search may cost.
 
     placement:      "host" keeps weights and state of every unit on the host, so that all is streamed
-    kernels:        "auto" takes those whose layers take less time on this machine
+    kernels:        "auto" decides by what was measured, see `planner.kernels`; they are no part of the search
     gradient_dtype: "auto" sums over several micro-batches in fp32, and takes bf16 for one alone
     micro_batch:    None tries every divisor of the global batch
     lowered_tasks:  size of all task graphs made to bound a step by its longest path
@@ -47,7 +47,7 @@ class SearchOptions(Spec, frozen=True):
     """
 
     placement: Literal["auto", "host"] = "auto"
-    kernels: Literal["auto", "eager", "fused", "graphed"] = "auto"
+    kernels: Kernels | Literal["auto"] = "auto"
     gradient_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     micro_batch: int | None = None
     lowered_tasks: int = 200_000
@@ -173,7 +173,7 @@ class SpaceBuilder:
         self.workload = workload
         self._sizes = sorted(sizes)
         self._machine = machine
-        self._footprints: dict[tuple[int, GradientDtype], Footprint] = {}
+        self._footprints: dict[ComputeWork, Footprint] = {}
         self.capacity = capacity
         self.options = options
         self._too_large = 0
@@ -183,6 +183,7 @@ class SpaceBuilder:
     def on(cls, machine: MachineProfile, model: ModelSpec, workload: Workload, options: SearchOptions) -> SpaceBuilder:
         """What may be planned for this workload on this machine. Raises ValueError where nothing may."""
         check_seq_len(model, workload.seq_len)
+        check_kernels(options.kernels, machine)
         sizes = micro_batch_sizes(workload, options)
         capacity = {tier: slot_capacity(machine, tier) for tier in (Tier.GPU, Tier.HOST)}
         return cls(model, workload, sizes, machine, capacity, options)
@@ -199,7 +200,7 @@ class SpaceBuilder:
 
     def footprint(self, candidate: Candidate) -> Footprint:
         """What the candidate's kernels take on the GPU beside its slots."""
-        key = candidate.micro_batch, candidate.gradient_dtype
+        key = ComputeWork.of(candidate, candidate.micro_batch)
         if key not in self._footprints:
             self._footprints[key] = footprint(self.model, candidate, self.workload.seq_len, self._machine)
         return self._footprints[key]
@@ -396,32 +397,6 @@ SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))
-
-
-class _LayerWork(Spec, frozen=True):
-    """What a layer does by one kind of kernels."""
-
-    micro_batch: int
-    kernels: Kernels
-    micro_batches: int = 1
-    gradient_dtype: GradientDtype = "bf16"
-
-
-def faster_kernels(machine: MachineProfile, model: ModelSpec, micro_batch: int, seq_len: int) -> Kernels:
-    """The kernels by which a layer's forward and backward take less time, of those measured on the machine.
-
-    Where the model's layer was not measured: "fused", which save work and traffic by construction. Where they
-    take less than LAUNCH_MARGIN times their launch, "graphed": what the host issues is late as soon as its cores
-    are wanted elsewhere.
-    """
-    kinds: tuple[Kernels, ...] = ("fused", "graphed", "eager")
-    works = {kernels: _LayerWork(micro_batch=micro_batch, kernels=kernels) for kernels in kinds}
-    times = {kernels: layer_ns(machine, model, work, seq_len) for kernels, work in works.items()}
-    measured = {kernels: time_ns for kernels, time_ns in times.items() if time_ns is not None}
-    if {"fused", "graphed"} <= measured.keys():
-        hidden = measured["fused"] >= LAUNCH_MARGIN * layer_launch_ns(machine, "fused")
-        del measured["graphed" if hidden else "fused"]
-    return min(measured, key=measured.__getitem__, default="fused")
 
 
 def divisors(number: int) -> list[int]:

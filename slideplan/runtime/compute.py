@@ -82,7 +82,7 @@ class ComputeHandlers:
         self._batches: dict[int, MicroBatch] = {}
         tokens = micro_batch * seq_len
         # At one address for the whole run, as captured tasks need them; per micro-batch.
-        self._tokens = torch.zeros(micro_batches, 2, tokens, dtype=torch.int64, device=device)
+        self._labels = torch.zeros(micro_batches, tokens, dtype=torch.int64, device=device)
         self._loss_sum = torch.zeros(micro_batches, dtype=torch.float32, device=device)
         self._replay: dict[str, Callable[[], None]] = {}
         self.losses: dict[int, torch.Tensor] = {}
@@ -121,7 +121,7 @@ class ComputeHandlers:
             backend.release_unused()
             actions = [partial(self._run[self._model.role(task.unit), task.kind], task, 0) for task in captured]
             replays = backend.capture(Lane.COMPUTE, actions)
-            self._replay = {task.name: replay for task, replay in zip(captured, replays, strict=False)}
+            self._replay = {task.name: replay for task, replay in zip(captured, replays, strict=True)}
 
     # -- embedding -----------------------------------------------------------------------------
 
@@ -129,12 +129,10 @@ class ComputeHandlers:
         assert task.micro is not None
         batch = _uploaded(self._windows.micro_batch(step, task.micro, self._shape[0]), self.device)
         self._batches[task.micro] = batch
-        inputs, labels = self._tokens[task.micro]
-        inputs.copy_(batch.inputs)
-        labels.copy_(batch.labels)
+        self._labels[task.micro].copy_(batch.labels)
         table = parameter_views(self._weights(task), self._model.parameters(UnitRole.EMBEDDING))
         left = self._boundary(task, Role.OUTPUT).view(-1, self._model.hidden)
-        torch.index_select(table["model.embed_tokens.weight"], 0, inputs, out=left)
+        torch.index_select(table["model.embed_tokens.weight"], 0, batch.inputs, out=left)
 
     def _embed_backward(self, task: Task, step: int) -> None:
         """Sum the rows of equal tokens first, then add each distinct token's row to the dense gradient.
@@ -184,7 +182,7 @@ class ComputeHandlers:
             tied = Projection(weight, self._embedding_sink.view("model.embed_tokens.weight"), slot.accumulate)
         self._loss_sum[task.micro] = self._head.loss(
             self._boundary(task, Role.INPUT).view(-1, self._model.hidden),
-            self._tokens[task.micro, 1],
+            self._labels[task.micro],
             tied,
             self._gradient(task, Role.GRADIENT),
             self._boundary(task, Role.BOUNDARY_GRADIENT).view(-1, self._model.hidden),

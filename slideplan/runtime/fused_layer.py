@@ -184,4 +184,5 @@ class FusedLayer:
 def _rows(heads: torch.Tensor) -> torch.Tensor:
     """[batch, heads, sequence, head_dim] as [tokens, heads * head_dim], contiguous; a view where memory lies so."""
     batch, count, length, width = heads.shape
-    return heads.transpose(1, 2).reshape(batch * length, count * width)
+    # A reshape alone may be a strided view, if all heads' gradients lie in one buffer; kernels take rows that touch.
+    return heads.transpose(1, 2).reshape(batch * length, count * width).contiguous()

@@ -62,9 +62,9 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, ac
     beta = 1 if accumulate else 0
     if total.dtype is left.dtype:
         torch.addmm(total, left.t(), right, beta=beta, out=total)
-    elif total.is_cuda:
+    elif total.is_cuda and torch.version.hip is None:  # some builds for AMD refuse such a product
         torch.ops.aten.addmm.dtype_out(total, left.t(), right, torch.float32, beta=beta, out=total)
-    else:  # no such product on a CPU: a block of rows at a time, so that the upcast factor stays small
+    else:  # without such a product: a block of rows at a time, so that the upcast factor stays small
         block = max(1, PRODUCT_BYTES // (4 * max(1, left.shape[0])))
         for first in range(0, total.shape[0], block):
             rows = slice(first, first + block)

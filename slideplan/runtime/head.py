@@ -45,6 +45,7 @@ def chunked_loss(
         total += chunk_loss
         torch.mm(logits_gradient, projection.weight, out=hidden_gradient[rows])
         add_product(sums, logits_gradient, hidden[rows], first > 0 or (projection.accumulate and not rounds))
+        del logits_gradient  # before the next chunk's logits are made: memory for one chunk is reserved
     if rounds:
         if projection.accumulate:
             projection.gradient.add_(sums)

@@ -1,6 +1,7 @@
 """What the fused layer and head compute beside matrix products and attention: kernels on a GPU, torch elsewhere.
 
-Values are rounded where Hugging Face modules round them; everything between is fp32.
+Values are rounded where Hugging Face modules round them, but for the rotation, whose products they round one by one;
+everything between is fp32.
 """
 
 from __future__ import annotations

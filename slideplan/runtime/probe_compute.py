@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import Lane, Role, TaskKind, TensorClass
+from slideplan.plan.graph import Lane, TaskKind, TensorClass
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
@@ -94,8 +94,7 @@ class UnitProbe:
         # Layers and micro-batches that do the same share a figure; what they need is the most that any did.
         alike: dict[tuple[UnitRole, TaskKind, bool], list[int]] = {}
         for number, task in enumerate(self._tasks):
-            role = Role.TIED_GRADIENT if task.has(Role.TIED_GRADIENT) else Role.GRADIENT
-            alike.setdefault((self._model.role(task.unit), task.kind, task.builds_on(role)), []).append(number)
+            alike.setdefault((self._model.role(task.unit), task.kind, task.accumulates), []).append(number)
         return [
             ComputeCost(
                 shape=LayerShape.of(self._model, role),

@@ -22,7 +22,6 @@ from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.probing import Effort, Work, issue_ns, rate_spread, spread, timed
 
 UPDATE_SIZES = (0.25, 0.5, 1, 2)  # of one update, in the effort's elements: units of models differ so
-UPDATE_SIZES = (0.25, 0.5, 1, 2)  # of one update, in the effort's elements: units of models differ so
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
 SSD_BLOCK_BYTES = 16 << 20
 
@@ -68,7 +67,7 @@ class MemoryProbes:
 
     def _update_buffers(self, tier: Tier) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weights, remainder, moments and gradient, in memory as the executor's slots have it."""
-        elements = self._effort.optimizer_elements * UPDATE_SIZES[-1]
+        elements = self._effort.optimizer_elements * (UPDATE_SIZES[-1] if tier is Tier.HOST else 1)
         weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=True).view(torch.bfloat16) for _ in range(2))
         weights.normal_()
         gradient.normal_()

@@ -77,6 +77,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     effort = Effort.of(request.quick, backend.name)
     lane_probes = len(set().union(*COMBINATIONS)) + len(COMBINATIONS)
     kernels = [each for each in request.kernels if each != "graphed" or backend.name == "cuda"]
+    if not kernels:
+        raise ValueError("--kernels graphed alone leaves nothing to measure on a CPU, which captures nothing; add fused")
     steps = _Steps(progress, 5 + lane_probes + len(request.models) * len(request.shapes) * len(kernels))
     try:
         steps.next("threads and kernels")
@@ -171,18 +173,33 @@ def _unit_costs(
         for (micro_batch, seq_len), written in product(request.shapes, kernels):
             shape = f"{model.name} {micro_batch}x{seq_len} {written}"
             steps.next(shape)
-            try:
-                for dtype in get_args(GradientDtype):
-                    gc.collect()
-                    backend.release_unused()
-                    probe = UnitProbe(backend, model, micro_batch, seq_len, written, dtype)
-                    costs += probe.costs(repeats)
-                    if all(launch.kernels != written for launch in launches):
-                        launches += probe.launches(repeats)
-                    del probe
-            except torch.OutOfMemoryError:
-                notes.append(f"{shape} does not fit in device memory")
+            for dtype in get_args(GradientDtype):
+                gc.collect()
+                backend.release_unused()
+                wants_launches = all(launch.kernels != written for launch in launches)
+                try:
+                    found = _probe(backend, model, micro_batch, seq_len, written, dtype, repeats, wants_launches)
+                except torch.OutOfMemoryError:
+                    notes.append(f"{shape}, gradients in {dtype}, does not fit in device memory")
+                    continue
+                costs += found[0]
+                launches += found[1]
     return costs, launches, notes
+
+
+def _probe(
+    backend: Backend,
+    model: ModelSpec,
+    micro_batch: int,
+    seq_len: int,
+    kernels: Kernels,
+    dtype: GradientDtype,
+    repeats: int,
+    wants_launches: bool,
+) -> tuple[list[ComputeCost], list[LaunchCost]]:
+    """Costs and launches of one shape. The probe and its memory are gone when this returns or raises."""
+    probe = UnitProbe(backend, model, micro_batch, seq_len, kernels, dtype)
+    return probe.costs(repeats), probe.launches(repeats) if wants_launches else []
 
 
 def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[str, Spread]:

@@ -76,6 +76,8 @@ class Session:
         self._warm_up(host_update)
         self._steps_done = 0
         if policy.kernels == "graphed":
+            if backend.name == "cpu":
+                raise ValueError('policy.kernels is "graphed": nothing can be captured on a CPU; plan with --kernels fused')
             backend.synchronize()  # slots were filled on the default stream, for which no lane waits
             self.compute.capture(backend, [task for task in graph.tasks if task.lane is Lane.COMPUTE])
         # All of the above ran on the default stream, for which no lane waits.
@@ -102,7 +104,7 @@ class Session:
         return {name: join(high[name], remainder[name]).view(high[name].shape) for name in high}
 
     def _warm_up(self, host_update: HostUpdate) -> None:
-        """Compile kernels before the clock starts; no slot is touched."""
+        """Compile the updates before the clock starts; no slot is touched. Units compile theirs in the first, warm-up, step."""
         host_update.compile()
         if any(task.kind is TaskKind.UPDATE_GPU for task in self.plan.graph.tasks) and self.backend.name == "cuda":
             from slideplan.runtime.kernels.adamw import compile_gpu_update

@@ -2,7 +2,7 @@
 
 from slideplan.plan.sharing import Resource, fair_speeds
 from slideplan.simulator.analysis import carried_cycle, critical_path, lower_bound, resource_time
-from slideplan.simulator.costs import TaskCost, accumulates, layer_launch_ns, layer_ns, price
+from slideplan.simulator.costs import TaskCost, layer_launch_ns, layer_ns, price
 from slideplan.simulator.engine import DeadlockError, simulate, trace
 from slideplan.simulator.footprint import footprint
 from slideplan.simulator.predict import predict
@@ -12,7 +12,6 @@ __all__ = [
     "DeadlockError",
     "Resource",
     "TaskCost",
-    "accumulates",
     "capacities",
     "carried_cycle",
     "critical_path",

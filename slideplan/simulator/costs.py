@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import LANE_OF, Lane, Role, Task, TaskGraph, TaskKind
+from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import ComputePolicy, GradientDtype, Kernels
+from slideplan.plan.policy import ComputePolicy, ComputeWork, Kernels
 from slideplan.plan.sharing import Resource
 from slideplan.simulator import formulas
 from slideplan.simulator.measured import measurements, nearest, neighbours
@@ -53,7 +53,8 @@ def price(
     """One cost per task, in the order of the graph's tasks; `work` is the policy that the graph was lowered from.
 
     Copies take what the link's curve says, updates bytes_moved / rate of the optimizer. Compute tasks
-    take what was measured for this shape, kind, way of writing gradients, micro-batch and sequence length; or lie on the line
+    take what was measured for this shape, kind, kernels, way of writing gradients and size, or for another way
+    with the traffic that the two differ by; or lie on the line
     through two micro-batches measured at this sequence length; or take derived(here) x measured(there) /
     derived(there); or what `formulas` derives. What was not measured takes no less than its launch.
     """
@@ -63,7 +64,7 @@ def price(
     costs = []
     for task in graph.tasks:
         role = model.role(task.unit)
-        key = task.kind, role, task.bytes_moved, accumulates(task)
+        key = task.kind, role, task.bytes_moved, task.accumulates
         if key not in known:
             known[key] = pricer.cost(task, role)
         costs.append(known[key])
@@ -92,11 +93,6 @@ def layer_launch_ns(machine: MachineProfile, kernels: Kernels) -> int:
     )
 
 
-def accumulates(task: Task) -> bool:
-    """Whether the task adds to weight gradients of earlier micro-batches; of the loss, to the projection's."""
-    return task.builds_on(Role.TIED_GRADIENT if task.has(Role.TIED_GRADIENT) else Role.GRADIENT)
-
-
 class _Pricer:
     def __init__(self, model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> None:
         self._model = model
@@ -113,7 +109,7 @@ class _Pricer:
         optimizer, link = self._machine.optimizer, self._machine.link
         match LANE_OF[task.kind]:
             case Lane.COMPUTE:
-                return self._compute(task.kind, role, accumulates(task))
+                return self._compute(task.kind, role, task.accumulates)
             case Lane.H2D:
                 return self._moved(Lane.H2D, task, link.h2d)
             case Lane.D2H:
@@ -149,35 +145,28 @@ class _Pricer:
 
     def compute_ns(self, kind: TaskKind, role: UnitRole, accumulate: bool) -> tuple[int, Source, float]:
         micro_batch, seq_len = self._work.micro_batch, self._seq_len
-        costs = measurements(self._machine, self._model, role, kind, self._work, accumulate)
+        costs, converted = measurements(self._machine, self._model, role, kind, self._work, accumulate)
         cost = nearest(costs, micro_batch, seq_len)
         if cost is None:
             return self._derived_ns(kind, role, self._work, seq_len, accumulate), "derived", DERIVED_PERCENT
-        percent = measured_percent(cost.duration_ns)
+        added = SCALED_PERCENT if converted else 0.0
+        percent = measured_percent(cost.duration_ns) + added
         if (cost.micro_batch, cost.seq_len) == (micro_batch, seq_len):
-            return cost.duration_ns.p50, "measured", percent
+            return cost.duration_ns.p50, "interpolated" if converted else "measured", percent
         pair = neighbours(costs, micro_batch, seq_len)
         if pair is None:
             # What was measured is a policy's work at another size.
-            sizes = (self._work, seq_len), (_Resized(cost.micro_batch, self._work), cost.seq_len)
+            there_work = ComputeWork.of(self._work, micro_batch=cost.micro_batch)
+            sizes = (self._work, seq_len), (there_work, cost.seq_len)
             here, there = (self._derived_ns(kind, role, *at, accumulate) for at in sizes)
             return here * cost.duration_ns.p50 // there, "interpolated", percent + SCALED_PERCENT
         between = pair[0].micro_batch < micro_batch < pair[1].micro_batch
-        percent = max(measured_percent(each.duration_ns) for each in pair) + (BETWEEN_PERCENT if between else BEYOND_PERCENT)
+        percent = added + max(measured_percent(each.duration_ns) for each in pair)
+        percent += BETWEEN_PERCENT if between else BEYOND_PERCENT
         return _on_line(*pair, micro_batch), "interpolated", percent
 
     def _derived_ns(self, kind: TaskKind, role: UnitRole, work: ComputePolicy, seq_len: int, accumulate: bool) -> int:
         return formulas.compute_ns(self._model, role, kind, work, seq_len, accumulate, self._machine.efficiency)
-
-
-class _Resized:
-    """A policy's work at another micro-batch size."""
-
-    def __init__(self, micro_batch: int, work: ComputePolicy) -> None:
-        self.micro_batch = micro_batch
-        self.micro_batches = work.micro_batches
-        self.gradient_dtype: GradientDtype = work.gradient_dtype
-        self.kernels: Kernels = work.kernels
 
 
 def measured_percent(spread: Spread) -> float:

@@ -51,7 +51,7 @@ def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
     for role in UnitRole:
         for kind in TaskKind:
             formula = formulas.get((role, kind))
-            cost = nearest(measurements(machine, model, role, kind, work, accumulate=False), work.micro_batch, seq_len)
+            cost = nearest(measurements(machine, model, role, kind, work, accumulate=False).costs, work.micro_batch, seq_len)
             if cost is None or cost.workspace_bytes is None:
                 if formula:
                     transient[transient_key(role, kind)] = formula(model, work, tokens)
@@ -72,7 +72,7 @@ def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
 
 def _inner_bytes(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> int:
     tokens = work.micro_batch * seq_len
-    costs = measurements(machine, model, UnitRole.LAYER, TaskKind.FORWARD_KEEP, work, accumulate=False)
+    costs = measurements(machine, model, UnitRole.LAYER, TaskKind.FORWARD_KEEP, work, accumulate=False).costs
     cost = nearest(costs, work.micro_batch, seq_len)
     if cost is None or cost.saved_bytes is None:
         return model.saved_bytes(tokens, work.kernels == "eager")

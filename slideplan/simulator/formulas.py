@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slideplan.plan.graph import TaskKind
+from slideplan.plan.graph import GRADIENT_KINDS, TaskKind
 from slideplan.plan.machine import Efficiency
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, GradientDtype, Kernels
@@ -17,8 +17,6 @@ BACKWARD_PASSES = 5.0
 # Bytes per logit beside the products. Eager: bf16 -> fp32 (2 + 4), log-sum-exp (4), probabilities minus
 # target in place (4 + 4), fp32 -> bf16 (4 + 2). Fused: read for the normaliser, read and replaced by the gradient.
 LOGIT_TRAFFIC_BYTES: dict[Kernels, int] = {"eager": 24, "fused": 6, "graphed": 6}
-
-BACKWARD_KINDS = (TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE, TaskKind.LOSS)
 
 
 def compute_ns(
@@ -49,7 +47,7 @@ def gradient_bytes(model: ModelSpec, role: UnitRole, kind: TaskKind, dtype: Grad
 
     The embedding's are zeroed once; what is added to them then is as small as the batch.
     """
-    if kind not in BACKWARD_KINDS or (role is UnitRole.EMBEDDING and accumulate):
+    if kind not in GRADIENT_KINDS or (role is UnitRole.EMBEDDING and accumulate):
         return 0
     elements = model.vocabulary * model.hidden if role is UnitRole.HEAD else model.flat_elements(role)
     return elements * (4 if dtype == "fp32" else 2) * (2 if accumulate else 1)

@@ -4,41 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log
+from typing import NamedTuple
 
 import msgspec
 
 from slideplan.plan.graph import TaskKind
-from slideplan.plan.machine import ComputeCost, LayerShape, MachineProfile, Spread
+from slideplan.plan.machine import ComputeCost, LayerShape, MachineProfile, Spread, cost_key
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import ComputePolicy
+from slideplan.plan.policy import ComputePolicy, GradientDtype
 from slideplan.simulator.formulas import gradient_bytes
+
+# How gradients are written, by how likely it was measured.
+_WAYS: tuple[tuple[GradientDtype, bool], ...] = (("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True))
+
+
+class Measured(NamedTuple):
+    """What was measured of a kind of task, at any size. `converted`: with another way of writing gradients."""
+
+    costs: tuple[ComputeCost, ...]
+    converted: bool = False
 
 
 def measurements(
     machine: MachineProfile, model: ModelSpec, role: UnitRole, kind: TaskKind, work: ComputePolicy, accumulate: bool
-) -> tuple[ComputeCost, ...]:
-    """What was measured of this kind of task, at any size.
+) -> Measured:
+    """What was measured of this kind of task by these kernels.
 
     Where only other ways of writing gradients were measured, those times, less the traffic of theirs and
-    with that of this one, at the rate of the device's memory.
+    with that of this one at the rate of element-wise passes; a quarter is left of them at least.
     """
     shape = LayerShape.of(model, role)
-    index = machine.cost_index
-    exact = index.get((shape, kind, work.kernels, work.gradient_dtype, accumulate))
+    exact = machine.cost_index.get(cost_key(shape, kind, work.kernels, work.gradient_dtype, accumulate))
     if exact is not None:
-        return exact
+        return Measured(exact)
     wanted = gradient_bytes(model, role, kind, work.gradient_dtype, accumulate)
-    for dtype, adds in (("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True)):
-        found = index.get((shape, kind, work.kernels, dtype, adds), ())  # type: ignore[arg-type]
-        if found:
-            more_ns = (wanted - gradient_bytes(model, role, kind, dtype, adds)) * 1_000_000_000  # type: ignore[arg-type]
-            more_ns //= machine.gpu.memory_bytes_per_s
-            return tuple(msgspec.structs.replace(cost, duration_ns=_later(cost.duration_ns, more_ns)) for cost in found)
-    return ()
+    for dtype, adds in _WAYS:
+        found = machine.cost_index.get(cost_key(shape, kind, work.kernels, dtype, adds))
+        if found is not None:
+            more = wanted - gradient_bytes(model, role, kind, dtype, adds)
+            more_ns = more * 1_000_000_000 // machine.efficiency.elementwise_bytes_per_s
+            longer = (msgspec.structs.replace(cost, duration_ns=_longer(cost.duration_ns, more_ns)) for cost in found)
+            return Measured(tuple(longer), converted=True)
+    return Measured(())
 
 
-def _later(spread: Spread, by_ns: int) -> Spread:
-    return Spread(*(max(1, value + by_ns) for value in (spread.p10, spread.p50, spread.p90)))
+def _longer(spread: Spread, by_ns: int) -> Spread:
+    return Spread(*(max(1, value // 4, value + by_ns) for value in (spread.p10, spread.p50, spread.p90)))
 
 
 def nearest(costs: Sequence[ComputeCost], micro_batch: int, seq_len: int) -> ComputeCost | None:

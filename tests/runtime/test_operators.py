@@ -18,8 +18,6 @@ from slideplan.runtime.units import EagerLayer, rotary_positions, skeleton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-pytest.importorskip("triton")
-
 # Of bf16, relative; Triton's interpreter cuts off where a GPU rounds to nearest.
 ROUNDING = 2.0**-8 if DEVICE == "cuda" else 3 * 2.0**-8
 
@@ -39,7 +37,10 @@ def triton_operators() -> SimpleNamespace:
 
 @pytest.fixture(params=["torch", "triton"])
 def ops(request):
-    return triton_operators() if request.param == "triton" else operators
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        return triton_operators()
+    return operators
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Weights and losses against plain in-memory PyTorch, bit for bit."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -139,6 +140,35 @@ def test_many_chunks_of_the_loss_are_as_exact_as_one(
     # Each chunk's product is rounded to bf16 once, its sum is not: a little more than one rounding in all.
     assert errors[tokens // 16] < 1.25 * errors[tokens]
     assert errors[tokens] < 3e-3
+
+
+def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner reserves memory for one."""
+    alive: list[int] = []
+    chunks: list[weakref.ref] = []
+    linear = torch.nn.functional.linear
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(chunk() is not None for chunk in chunks))
+        logits = linear(*arguments)
+        chunks.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    model = tiny_model()
+    flat = torch.randn(model.flat_elements(UnitRole.HEAD)).bfloat16()
+    entered, labels = torch.randn(64, 64).bfloat16(), torch.randint(0, 256, (64,))
+    FusedHead(model, flat, 16).loss(
+        entered, labels, None, GradientSlot(torch.zeros_like(flat), accumulate=False), torch.empty_like(entered), 1.0
+    )
+    assert alive == [0, 0, 0, 0]
+
+
+def test_what_cannot_be_captured_is_refused() -> None:
+    model, backend = tiny_model(), CpuBackend()
+    plan = plan_for(model, tiny_policy(model, kernels="graphed"), tiny_workload(), backend)
+    with pytest.raises(ValueError, match="plan with --kernels fused"):
+        session_for(plan, backend)
 
 
 def test_settings_reach_the_update() -> None:

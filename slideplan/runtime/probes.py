@@ -83,7 +83,6 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     try:
         steps.next("threads and kernels")
         threads = _warm_up(backend, request.models[0])
-        context_bytes = outside_bytes(backend)
         capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
         process_bytes = resident_bytes()
         steps.next("matrix products and attention")
@@ -91,6 +90,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort.repeats, steps)
         gc.collect()
         backend.release_unused()
+        # By now libraries have loaded what units of full size call: 150 MiB more than small ones do.
+        context_bytes = outside_bytes(backend)
         # Host memory last: that of a virtual machine just started was seen to gain a quarter within minutes.
         probes = MemoryProbes(backend, effort, threads.optimizer)
         steps.next("links")

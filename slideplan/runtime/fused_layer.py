@@ -32,7 +32,7 @@ ATTENTION = [
 
 
 @dataclass
-class Head:
+class OwnNorm:
     """Queries or keys before their own norm and rotation, with the norm's factors. [tokens * heads, head_dim]"""
 
     raw: torch.Tensor
@@ -49,7 +49,7 @@ class Saved:
     """
 
     input_scale: torch.Tensor
-    normed: dict[str, Head]
+    normed: dict[str, OwnNorm]
     leaves: list[torch.Tensor]
     attended: torch.Tensor
     middle: torch.Tensor
@@ -98,14 +98,14 @@ class FusedLayer:
         """All of forward but the last product."""
         model, x = self._model, entered.reshape(-1, self._model.hidden)
         normal, input_scale = rms_norm(x, self._weights[ATTENTION_NORM], model.rms_norm_eps)
-        normed: dict[str, Head] = {}
+        normed: dict[str, OwnNorm] = {}
         heads = []
         for name in "qkv":
             value = self._linear(f"self_attn.{name}_proj", normal).view(-1, model.head_dim)
             if model.qk_norm and name != "v":
                 raw = value
                 value, scale = rms_norm(raw, self._weights[f"self_attn.{name}_norm.weight"], model.rms_norm_eps)
-                normed[name] = Head(raw, scale)
+                normed[name] = OwnNorm(raw, scale)
             value = value.view(x.shape[0], -1, model.head_dim)
             if name != "v":
                 rotate(value, self._cos, self._sin)

@@ -8,8 +8,9 @@ from slideplan.plan.ledger import fixed_bytes_of
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.plan import Alternative, FrontPoint
 from slideplan.plan.policy import Tier
+from slideplan.planner.candidate import Candidate
 from slideplan.planner.searcher import Budget, Sample, Searcher
-from slideplan.planner.space import Candidate, evenly
+from slideplan.planner.space import evenly
 
 FRONT_ROWS = 12
 LEVELS = 5  # memory limits below the best's own, per tier, at which the fastest is looked for

@@ -19,7 +19,7 @@ from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, Workload
-from slideplan.planner.space import Candidate
+from slideplan.planner.candidate import Candidate
 from slideplan.simulator import Resource, capacities, price, resource_time
 
 LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one

@@ -15,7 +15,7 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.plan import Plan
 from slideplan.plan.policy import Workload, check_seq_len
-from slideplan.planner import report
+from slideplan.planner import report, report_machines
 from slideplan.planner.catalogue import MODELS, find_model
 from slideplan.planner.cli_options import (
     DEFAULT_BATCH,
@@ -42,6 +42,7 @@ from slideplan.planner.cli_options import (
 from slideplan.planner.cli_profile import profile
 from slideplan.planner.compare import compare_peers
 from slideplan.planner.machines import LOCAL_PROFILES, default_machine, find_machine, machines, with_budget
+from slideplan.planner.report_tables import WIDTH, console
 from slideplan.planner.search import batches_within, search
 from slideplan.planner.shortfall import DoesNotFit
 from slideplan.planner.space import SearchOptions, micro_batch_sizes
@@ -52,7 +53,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"max_content_width": report.WIDTH},
+    context_settings={"max_content_width": WIDTH},
 )
 
 
@@ -146,7 +147,7 @@ def simulate(
     if as_json:
         print_json(answer)
     else:
-        report.print_answer(report.console(), answer, pareto=pareto)
+        report.print_answer(console(), answer, pareto=pareto)
     if isinstance(answer, DoesNotFit):
         if output is not None:
             note(f"{output}: not written, there is no plan")
@@ -172,7 +173,7 @@ def list_models(as_json: Json = False) -> None:
     if as_json:
         print_json([{"parameters": model.parameter_count, **msgspec.to_builtins(model)} for model in MODELS.values()])
     else:
-        report.console().print(report.models_table(MODELS.values()))
+        console().print(report_machines.models_table(MODELS.values()))
 
 
 @app.command("machines")
@@ -195,7 +196,7 @@ def list_machines(as_json: Json = False) -> None:
     if as_json:
         print_json([{"name": name, "profile": profile} for name, profile in profiles.items()])
     else:
-        report.console().print(report.machines_table(profiles))
+        console().print(report_machines.machines_table(profiles))
 
 
 app.command()(profile)
@@ -235,7 +236,7 @@ def compare(
     if as_json:
         print_json(comparison)
     else:
-        report.print_comparison(report.console(), comparison)
+        report.print_comparison(console(), comparison)
     if isinstance(answer, DoesNotFit):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -249,7 +250,7 @@ def _seq_len(model: ModelSpec, given: int | None) -> int:
 
 
 def _search(model: ModelSpec, workload: Workload, machine: MachineProfile, options: SearchOptions) -> Plan | DoesNotFit:
-    err = report.console(stderr=True)
+    err = console(stderr=True)
     with ExitStack() as stack:
         if not err.is_terminal:
             return search(model, workload, machine, options)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from slideplan.plan import codec
 from slideplan.plan.figures import changes, figures
 from slideplan.plan.machine import MachineProfile, Spread
-from slideplan.planner import report
+from slideplan.planner import report_machines
 from slideplan.planner.catalogue import find_model
 from slideplan.planner.cli_options import (
     DEFAULT_SEQ_LEN,
@@ -31,6 +31,7 @@ from slideplan.planner.cli_options import (
     size_of,
 )  # fmt: skip
 from slideplan.planner.machines import LOCAL_PROFILES, default_machine, find_machine
+from slideplan.planner.report_tables import console
 
 
 def profile(
@@ -109,14 +110,16 @@ def profile(
         measured = profile_machine(request, show)
     before = _replaced(output, measured)
     codec.save(output, measured)
-    out = report.console()
-    out.print(report.machines_table({measured.name: measured}))
+    out = console()
+    out.print(report_machines.machines_table({measured.name: measured}))
     out.print()
-    out.print(report.profile_table(measured))
+    out.print(report_machines.profile_table(measured))
     if before is not None:
         out.print()
         out.print(
-            report.changes_report(changes(figures(before), {name: each.spread for name, each in figures(measured).items()}))
+            report_machines.changes_report(
+                changes(figures(before), {name: each.spread for name, each in figures(measured).items()})
+            )
         )
     note(f"profile written to {output}; plan with `planner simulate --model ... --machine {output}`")
 
@@ -124,7 +127,7 @@ def profile(
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=report.console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         running = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(running, description=what, completed=done, total=total)
 
@@ -144,8 +147,8 @@ def _check(
     with _progress() as show:
         now = check_machine(machine, show)
     found = changes(figures(machine), now)
-    out = report.console()
-    out.print(report.checks_table(found))
+    out = console()
+    out.print(report_machines.checks_table(found))
     failed = sum(not each.holds for each in found)
     if failed:
         note(f"{machine.name}: {failed} of {len(found)} figures do not hold; `planner profile` measures anew")

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 
-from slideplan.plan.figures import Change, cost_name, launch_name
 from slideplan.plan.graph import Lane, TensorClass
 from slideplan.plan.ledger import Ledger
-from slideplan.plan.machine import Interference, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan, SearchRecord
 from slideplan.plan.policy import Kernels, Policy, Tier, Workload
 from slideplan.plan.quantities import format_bytes, format_ns
-from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 from slideplan.planner.compare import Contender, PeerComparison
+from slideplan.planner.report_tables import facts, new_table, parameter_count, section
 from slideplan.planner.shortfall import DoesNotFit
-
-WIDTH = 100
-TRAINING_BYTES = WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES  # per parameter, gradients aside
-
-
-def console(*, stderr: bool = False) -> Console:
-    """As wide as the terminal; 100 columns where there is none."""
-    plain = Console(stderr=stderr)
-    return plain if plain.is_terminal else Console(stderr=stderr, width=WIDTH)
-
 
 # -- a plan, or why there is none --------------------------------------------------------------
 
@@ -49,20 +35,20 @@ def binding_lane(plan: Plan) -> str:
 def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = False) -> None:
     """The whole report of `planner simulate`; `pareto`: with the front of speed and memory."""
     out.print(f"[bold]{answer.model.name}: {verdict(answer)}[/bold]", highlight=False, soft_wrap=True)
-    out.print(_facts(_setting(answer.model, answer.machine, answer.workload)))
+    out.print(facts(_setting(answer.model, answer.machine, answer.workload)))
     if isinstance(answer, DoesNotFit):
-        _section(out, "What would make it fit", _facts(_advice(answer)))
-        _section(out, "Least demanding policy", _facts(policy_in_words(answer.model, answer.policy)))
-        _section(out, "Its memory", _ledger_table(answer.ledger))
+        section(out, "What would make it fit", facts(_advice(answer)))
+        section(out, "Least demanding policy", facts(policy_in_words(answer.model, answer.policy)))
+        section(out, "Its memory", _ledger_table(answer.ledger))
         return
-    _section(out, "Policy", _facts(policy_in_words(answer.model, answer.policy)))
-    _section(out, "Memory", _ledger_table(answer.ledger))
-    _section(out, "Predicted step", _lane_table(answer))
+    section(out, "Policy", facts(policy_in_words(answer.model, answer.policy)))
+    section(out, "Memory", _ledger_table(answer.ledger))
+    section(out, "Predicted step", _lane_table(answer))
     if answer.search.alternatives:
-        _section(out, "What another value of each knob would cost", _alternatives_table(answer))
+        section(out, "What another value of each knob would cost", _alternatives_table(answer))
         out.print("[dim]all other knobs searched again; ~ the budget ended before a faster one was ruled out[/dim]")
     if pareto:
-        _section(out, "Speed against memory", _front_table(answer.search))
+        section(out, "Speed against memory", _front_table(answer.search))
         out.print(
             "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (E embedding, H head),\n"
             "layers kept, outputs away on the host, deferred updates, layer gradient slots GPU/host, their type[/dim]"
@@ -70,13 +56,13 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     searched = [("objective", answer.search.objective), ("search", _search(answer))]
     if answer.search.batches:
         searched.insert(1, ("global batches", ", ".join(map(str, answer.search.batches))))
-    _section(out, "Where this comes from", _facts([*_sources(answer), *searched]))
+    section(out, "Where this comes from", facts([*_sources(answer), *searched]))
 
 
 def _setting(model: ModelSpec, machine: MachineReference, workload: Workload) -> list[tuple[str, str]]:
     figures = "measured" if machine.source == "measured" else "figures from datasheets, not measured"
     return [
-        ("model", f"{_count(model.parameter_count)} parameters, {model.layers} layers, hidden {model.hidden}"),
+        ("model", f"{parameter_count(model.parameter_count)} parameters, {model.layers} layers, hidden {model.hidden}"),
         ("machine", f"{machine.name} ({figures})"),
         ("step", f"{workload.global_batch} sequences of {workload.seq_len} tokens, AdamW, every parameter trained"),
     ]
@@ -184,7 +170,7 @@ def _named(model: ModelSpec, units: list[int]) -> str:
 
 
 def _ledger_table(ledger: Ledger) -> Table:
-    table = _table("", *(f"{tier.upper()}" for tier in ledger.tiers))
+    table = new_table("", *(f"{tier.upper()}" for tier in ledger.tiers))
     tiers = ledger.tiers.values()
     for tensor_class in TensorClass:
         if any(tensor_class in tier.items for tier in tiers):
@@ -201,7 +187,7 @@ def _ledger_table(ledger: Ledger) -> Table:
 
 def _lane_table(plan: Plan) -> Table:
     record, critical = plan.prediction.record, plan.prediction.critical_ns
-    table = _table("lane", "tasks", "busy", "idle", "busy share", "critical path")
+    table = new_table("lane", "tasks", "busy", "idle", "busy share", "critical path")
     step = max(1, record.step_ns)
     for lane, use in record.lanes.items():
         table.add_row(
@@ -248,7 +234,7 @@ def _certificate(plan: Plan) -> str:
 
 
 def _front_table(search: SearchRecord) -> Table:
-    table = _table("tokens/s", "GPU", "HOST", "batch", "policy", left=0)
+    table = new_table("tokens/s", "GPU", "HOST", "batch", "policy", left=0)
     table.columns[-1].justify = "left"
     for point in search.front:
         memory = format_bytes(point.gpu_bytes), format_bytes(point.host_bytes)
@@ -257,7 +243,7 @@ def _front_table(search: SearchRecord) -> Table:
 
 
 def _alternatives_table(plan: Plan) -> Table:
-    table = _table("knob", "plan", "next best", "tokens/s", "GPU", "HOST")
+    table = new_table("knob", "plan", "next best", "tokens/s", "GPU", "HOST")
     record = plan.prediction.record
     for other in plan.search.alternatives:
         change = other.tokens_per_s / record.tokens_per_s - 1
@@ -278,15 +264,15 @@ def _change(count: int) -> str:
 def print_comparison(out: Console, comparison: PeerComparison) -> None:
     """The whole report of `planner compare`."""
     out.print(f"[bold]{comparison.model.name}: {_gain(comparison)}[/bold]", highlight=False, soft_wrap=True)
-    out.print(_facts(_setting(comparison.model, comparison.machine, comparison.workload)))
+    out.print(facts(_setting(comparison.model, comparison.machine, comparison.workload)))
     out.print()
-    table = _table("system", "step", "tokens/s", "ours is", "GPU", "host", "GPU busy", "bound by")
+    table = new_table("system", "step", "tokens/s", "ours is", "GPU", "host", "GPU busy", "bound by")
     for contender in comparison.contenders:
         table.add_row(contender.name, *_speed(contender, comparison.ours))
     out.print(table)
     for contender in comparison.contenders:
         lacking = [f"does not fit: {lack}" for lack in contender.lacking]
-        _section(out, f"{contender.name}: {contender.what}", _facts([("-", line) for line in (*lacking, *contender.reasons)]))
+        section(out, f"{contender.name}: {contender.what}", facts([("-", line) for line in (*lacking, *contender.reasons)]))
     out.print(
         "\nOther systems are priced by what they do, at the rates of our kernels and our fused pass over host\n"
         "memory; how well they are written is left out.",
@@ -323,134 +309,3 @@ def _speed(contender: Contender, ours: Contender) -> list[str]:
     return [
         format_ns(record.step_ns), f"{record.tokens_per_s:,.0f}", gain, *memory, f"{busy:.0%}", contender.binding,
     ]  # fmt: skip
-
-
-# -- catalogues and profiles -------------------------------------------------------------------
-
-
-def models_table(models: Iterable[ModelSpec]) -> Table:
-    """One row per model."""
-    table = _table("model", "parameters", "layers", "hidden", "heads/kv", "ffn", "vocabulary", "training state")
-    for model in models:
-        table.add_row(
-            model.name, _count(model.parameter_count), str(model.layers), str(model.hidden),
-            f"{model.heads}/{model.kv_heads}", str(model.ffn), f"{model.vocabulary}{' tied' if model.tied_embeddings else ''}",
-            format_bytes(TRAINING_BYTES * model.parameter_count),
-        )  # fmt: skip
-    return table
-
-
-def machines_table(machines: dict[str, MachineProfile]) -> Table:
-    """One row per profile, by the name that `--machine` takes."""
-    table = _table("machine", "GPU", "GPU memory", "host memory", "cores", "h2d/d2h GB/s", "figures", left=2)
-    for name, machine in machines.items():
-        h2d, d2h = (curve.points[-1].rate.p50 / 1e9 for curve in (machine.link.h2d, machine.link.d2h))
-        table.add_row(
-            name, machine.gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce "),
-            format_bytes(machine.gpu.memory_bytes), format_bytes(machine.host.memory_bytes), str(machine.host.cores),
-            f"{h2d:.1f}/{d2h:.1f}", machine.provenance.source,
-        )  # fmt: skip
-    return table
-
-
-def profile_table(machine: MachineProfile) -> RenderableType:
-    """What was measured, with its spread; then lanes together, and how well the model of contention explains them."""
-    table = _table("measured", "p10", "p50", "p90", "unit")
-
-    def row(name: str, spread: Spread, scale: float, unit: str) -> None:
-        digits = 2 if unit == "GB/s" else 3
-        table.add_row(name, *(f"{value / scale:,.{digits}f}" for value in (spread.p10, spread.p50, spread.p90)), unit)
-
-    for name, curve in (("h2d", machine.link.h2d), ("d2h", machine.link.d2h)):
-        row(f"{name}, {format_bytes(curve.points[-1].size)} pieces", curve.points[-1].rate, 1e9, "GB/s")
-    row("AdamW on the host", machine.optimizer.host_bytes_per_s, 1e9, "GB/s")
-    for at in machine.optimizer.by_threads:
-        row(f"AdamW on the host, {at.threads} threads", at.host_bytes_per_s, 1e9, "GB/s")
-    row("AdamW on the device", machine.optimizer.gpu_bytes_per_s, 1e9, "GB/s")
-    if machine.ssd is not None:
-        row("SSD read", machine.ssd.read.points[-1].rate, 1e9, "GB/s")
-        row("SSD write", machine.ssd.write.points[-1].rate, 1e9, "GB/s")
-    for cost in machine.costs:
-        row(cost_name(cost), cost.duration_ns, 1e6, "ms")
-    for launch in machine.launches:
-        row(launch_name(launch), launch.duration_ns, 1e6, "ms")
-    return table if machine.interference is None else Group(table, "", _interference_table(machine.interference))
-
-
-def _interference_table(met: Interference) -> Table:
-    table = _table("together", "lane", "GB/s alone", "together", "speed", "fitted", "residual", left=2)
-    for combination in met.together:
-        for place, each in enumerate(combination):
-            rates = (f"{rate.p50 / 1e9:,.2f}" for rate in (met.alone[each.lane], each.rate))
-            # Compute is counted in operations; only its speed compares.
-            shown = ("", "") if each.lane is Lane.COMPUTE else tuple(rates)
-            name = " + ".join(other.lane for other in combination) if place == 0 else ""
-            table.add_row(name, each.lane, *shown, f"{each.speed:.2f}", f"{each.predicted:.2f}", f"{each.residual:+.2f}")
-        table.add_section()
-    table.add_row("largest residual", "", "", "", "", "", f"{met.max_residual:.2f}")
-    table.add_row("mean residual", "", "", "", "", "", f"{met.mean_residual:.2f}")
-    return table
-
-
-def changes_report(found: list[Change]) -> RenderableType:
-    """Figures of a profile of the same machine that no longer hold."""
-    changed = [each for each in found if not each.holds]
-    if not changed:
-        return f"all {len(found)} figures agree with the profile that this one replaces"
-    return Group(
-        f"{len(changed)} of {len(found)} figures differ from the former profile by more than their spreads",
-        _changes_table(changed, verdict=False),
-    )
-
-
-def checks_table(found: list[Change]) -> Table:
-    """Every figure measured again, and whether it holds."""
-    return _changes_table(found, verdict=True)
-
-
-def _changes_table(found: list[Change], verdict: bool) -> Table:
-    table = _table("figure", "before", "p10-p90", "now", "p10-p90", "unit", "change", *(["holds"] if verdict else []))
-    table.columns[0].no_wrap = False  # names are long; the figures must stay whole
-    for each in found:
-        scale, unit = _scale(each)
-        cells = []
-        for spread in (each.before, each.now):
-            cells += [f"{spread.p50 / scale:.2f}", f"{spread.p10 / scale:.2f}-{spread.p90 / scale:.2f}"]
-        change = f"{each.now.p50 / max(1, each.before.p50) - 1:+.1%}"
-        table.add_row(each.name, *cells, unit, change, *([("yes" if each.holds else "NO")] if verdict else []))
-    return table
-
-
-def _scale(each: Change) -> tuple[float, str]:
-    """Unit in which a figure is easily read, and how many of its own that is."""
-    scales = ((1e12, "T/s"), (1e9, "G/s"), (1e6, "M/s")) if each.unit == "/s" else ((1e6, "ms"), (1e3, "us"), (1.0, "ns"))
-    return next((scale for scale in scales if each.before.p50 >= scale[0]), scales[-1])
-
-
-# -- helpers -----------------------------------------------------------------------------------
-
-
-def _section(out: Console, title: str, body: RenderableType) -> None:
-    out.print(f"\n[bold]{title}[/bold]")
-    out.print(body)
-
-
-def _table(*headers: str, left: int = 1) -> Table:
-    """The first `left` columns are words, the others numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for place, header in enumerate(headers):
-        table.add_column(header, justify="left" if place < left else "right", no_wrap=True)
-    return table
-
-
-def _facts(rows: list[tuple[str, str]]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:,.3f} G" if parameters >= 10**7 else f"{parameters / 1e6:,.3f} M"

@@ -20,7 +20,8 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.policy import ComputeWork, Tier
 from slideplan.plan.quantities import format_ns
 from slideplan.planner.bounds import Bound, BoundModel, durations
-from slideplan.planner.space import Candidate, SpaceBuilder
+from slideplan.planner.candidate import Candidate
+from slideplan.planner.space import SpaceBuilder
 from slideplan.simulator import TaskCost, capacities, lower_bound, price, simulate
 
 Progress = Callable[[str], None]

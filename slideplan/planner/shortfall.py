@@ -14,8 +14,9 @@ from slideplan.plan.model import ModelSpec
 from slideplan.plan.plan import MachineReference
 from slideplan.plan.policy import Policy, Tier, Workload
 from slideplan.plan.slots import SlotAssignment
+from slideplan.planner.candidate import Candidate
 from slideplan.planner.machines import machines
-from slideplan.planner.space import Candidate, SpaceBuilder, divisors
+from slideplan.planner.space import SpaceBuilder, divisors
 
 
 class DoesNotFit(Document, frozen=True, tag="does_not_fit"):

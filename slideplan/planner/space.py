@@ -19,15 +19,15 @@ from slideplan.plan.footprint import Footprint
 from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload, check_seq_len
-from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
+from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Tier, Workload, check_seq_len
+from slideplan.plan.slots import WEIGHT_BYTES
+from slideplan.planner.candidate import STATE_BYTES, Candidate
 from slideplan.planner.kernels import check_kernels, faster_kernels
 from slideplan.simulator import footprint
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
 DEFERRALS = 5  # update orders, from order of arrival to order of next need
-STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
 
 
 class SearchOptions(Spec, frozen=True):
@@ -58,94 +58,6 @@ class SearchOptions(Spec, frozen=True):
     at_least_percent: float = 95.0
     pareto: bool = False
     explain: bool = False
-
-
-class Candidate(Spec, frozen=True):
-    """A policy by counts. The fields shared with `Policy` mean the same.
-
-    state_layers:      first layers whose state, and with it weights, stay on the GPU
-    weight_layers:     first layers whose weights stay on the GPU; at least state_layers
-    embedding_on_gpu, head_on_gpu: whether their weights and state stay on the GPU
-    offloaded_outputs: first units whose boundary activation waits on the host
-    kept_layers:       last layers that keep their inner activations
-    deferred_updates:  how many host-state units, from the first on, are updated in order of next need
-                       after all others, which are updated as their gradients arrive; from 1 (order of
-                       arrival: the first unit's gradient is the last anyway) to all of them
-    """
-
-    micro_batch: int
-    micro_batches: int
-    gradient_dtype: GradientDtype
-    kernels: Kernels
-    window: int = 0
-    prefetch_depth: int = 0
-    gradient_slots: int = 2
-    host_gradient_slots: int = 0
-    boundary_slots: int = 0
-    state_layers: int = 0
-    weight_layers: int = 0
-    embedding_on_gpu: bool = False
-    head_on_gpu: bool = False
-    offloaded_outputs: int = 0
-    kept_layers: int = 0
-    deferred_updates: int = 0
-
-    @property
-    def gradient_element_bytes(self) -> int:
-        return 4 if self.gradient_dtype == "fp32" else 2
-
-    def state_on_gpu(self, model: ModelSpec, unit: int) -> bool:
-        if unit == 0:
-            return self.embedding_on_gpu
-        return self.head_on_gpu if unit == model.head_unit else unit <= self.state_layers
-
-    def host_units(self, model: ModelSpec) -> int:
-        """How many units have their state on the host."""
-        return model.units - self.state_layers - self.embedding_on_gpu - self.head_on_gpu
-
-    def update_order(self, model: ModelSpec) -> tuple[int, ...]:
-        """Host-state units: the later ones as their gradients arrive, then the deferred, first unit first."""
-        host = [unit for unit in range(model.units) if not self.state_on_gpu(model, unit)]
-        return (*reversed(host[self.deferred_updates :]), *host[: self.deferred_updates])
-
-    def policy(self, model: ModelSpec) -> Policy:
-        """The policy spelt out unit by unit."""
-        units = []
-        for unit in range(model.units):
-            state = Tier.GPU if self.state_on_gpu(model, unit) else Tier.HOST
-            layer = model.role(unit) is UnitRole.LAYER
-            units.append(
-                UnitPolicy(
-                    state=state,
-                    weights=Tier.GPU if layer and unit <= self.weight_layers else state,
-                    boundary=Tier.HOST if unit < self.offloaded_outputs else Tier.GPU,
-                    inner="keep" if layer and unit > model.layers - self.kept_layers else "recompute",
-                )
-            )
-        return Policy(
-            micro_batch=self.micro_batch, micro_batches=self.micro_batches, window=self.window,
-            prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
-            host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots,
-            gradient_dtype=self.gradient_dtype, kernels=self.kernels, update_order=self.update_order(model), units=tuple(units),
-        )  # fmt: skip
-
-    def slot_bytes(self, model: ModelSpec, seq_len: int, footprint: Footprint) -> dict[Tier, int]:
-        """What the pools of this policy take in each tier, without making them."""
-        embedding, layer, head = (model.flat_elements(role) for role in UnitRole)
-        gradient, micros, layers = self.gradient_element_bytes, self.micro_batches, model.layers
-        boundary = model.boundary_bytes(self.micro_batch * seq_len)
-        ends_on_gpu = embedding * self.embedding_on_gpu + head * self.head_on_gpu
-        ends_on_host = embedding + head - ends_on_gpu
-        gpu = WEIGHT_BYTES * (embedding + head + layer * (self.weight_layers + self.window))
-        gpu += STATE_BYTES * (ends_on_gpu + layer * self.state_layers)
-        gpu += gradient * (embedding + head + layer * self.gradient_slots)
-        gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
-        kept = [layer >= layers - self.kept_layers for layer in range(layers)]
-        gpu += footprint.inner_bytes * self.kept_layers * micros + footprint.workspace_beside(kept, micros)
-        host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.state_layers))
-        host += gradient * (ends_on_host + layer * self.host_gradient_slots)
-        host += boundary * self.offloaded_outputs * micros
-        return {Tier.GPU: gpu, Tier.HOST: host}
 
 
 class Space(Spec, frozen=True):

@@ -23,10 +23,11 @@ from slideplan.plan.quantities import GIB, KIB, MIB
 from slideplan.plan.replay import replay
 from slideplan.plan.validate import validate
 from slideplan.planner.bounds import BoundModel, durations
+from slideplan.planner.candidate import Candidate
 from slideplan.planner.search import Found, batches_within, certificate, fastest, search
 from slideplan.planner.searcher import Budget, Searcher
 from slideplan.planner.shortfall import DoesNotFit
-from slideplan.planner.space import Candidate, SearchOptions, SpaceBuilder, divisors, evenly
+from slideplan.planner.space import SearchOptions, SpaceBuilder, divisors, evenly
 from slideplan.simulator import capacities, lower_bound, predict, price
 
 PLENTY = 10**12

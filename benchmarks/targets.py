@@ -74,10 +74,9 @@ def call(*arguments: object) -> None:
 def profile(folder: Path, name: str) -> None:
     path = folder / "profile.json"
     if not path.exists():
-        models = [part for row in ROWS.values() for part in ("--model", row.model)]
+        models = dict.fromkeys(row.model for row in ROWS.values())
+        options = [part for model in models for part in ("--model", model)]
         sizes = [part for size in MICRO_BATCHES for part in ("--micro-batch", str(size))]
-        chosen = dict.fromkeys(zip(models[::2], models[1::2], strict=True))
-        options = [part for pair in chosen for part in pair]
         kernels = ("--kernels", "fused", "--kernels", "graphed", "--kernels", "eager")
         call("slideplan.planner", "profile", *options, *sizes, "--seq-len", SEQ_LEN, *kernels, "--name", name, "-o", path)
 

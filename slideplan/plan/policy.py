@@ -12,6 +12,7 @@ from slideplan.plan.model import ModelSpec, UnitRole
 # captured once and replayed, so that the host issues one launch a task.
 Kernels = Literal["eager", "fused", "graphed"]
 GradientDtype = Literal["bf16", "fp32"]
+GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
 
 class Tier(StrEnum):
@@ -67,9 +68,9 @@ class ComputeWork(Spec, frozen=True):
     kernels: Kernels
 
     @classmethod
-    def of(cls, work: ComputePolicy, micro_batch: int) -> ComputeWork:
-        """The same at another micro-batch size."""
-        return cls(micro_batch, work.micro_batches, work.gradient_dtype, work.kernels)
+    def of(cls, work: ComputePolicy) -> ComputeWork:
+        """Those of a policy."""
+        return cls(work.micro_batch, work.micro_batches, work.gradient_dtype, work.kernels)
 
 
 class UnitPolicy(Spec, frozen=True):
@@ -150,7 +151,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
 
     @property
     def gradient_element_bytes(self) -> int:
-        return 4 if self.gradient_dtype == "fp32" else 2
+        return GRADIENT_BYTES[self.gradient_dtype]
 
     def foreign_knobs(self) -> dict[str, str | bool | int]:
         """Knobs set to what other systems do and the runtime does not, by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy
+from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Kernels, Policy, Tier, UnitPolicy
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
@@ -40,10 +40,6 @@ class Candidate(Spec, frozen=True):
     offloaded_outputs: int = 0
     kept_layers: int = 0
     deferred_updates: int = 0
-
-    @property
-    def gradient_element_bytes(self) -> int:
-        return 4 if self.gradient_dtype == "fp32" else 2
 
     def state_on_gpu(self, model: ModelSpec, unit: int) -> bool:
         if unit == 0:
@@ -83,7 +79,7 @@ class Candidate(Spec, frozen=True):
     def slot_bytes(self, model: ModelSpec, seq_len: int, footprint: Footprint) -> dict[Tier, int]:
         """What the pools of this policy take in each tier, without making them."""
         embedding, layer, head = (model.flat_elements(role) for role in UnitRole)
-        gradient, micros, layers = self.gradient_element_bytes, self.micro_batches, model.layers
+        gradient, micros, layers = GRADIENT_BYTES[self.gradient_dtype], self.micro_batches, model.layers
         boundary = model.boundary_bytes(self.micro_batch * seq_len)
         ends_on_gpu = embedding * self.embedding_on_gpu + head * self.head_on_gpu
         ends_on_host = embedding + head - ends_on_gpu

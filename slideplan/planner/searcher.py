@@ -187,7 +187,7 @@ class Searcher:
         return candidate.slot_bytes(builder.model, builder.workload.seq_len, builder.footprint(candidate))
 
     def _bound_model(self, candidate: Candidate) -> BoundModel:
-        key = ComputeWork.of(candidate, candidate.micro_batch)
+        key = ComputeWork.of(candidate)
         if key not in self._models:
             builder = self.builder
             times = durations(builder.model, candidate, builder.workload.seq_len, self._machine, builder.footprint(candidate))

@@ -112,7 +112,7 @@ class SpaceBuilder:
 
     def footprint(self, candidate: Candidate) -> Footprint:
         """What the candidate's kernels take on the GPU beside its slots."""
-        key = ComputeWork.of(candidate, candidate.micro_batch)
+        key = ComputeWork.of(candidate)
         if key not in self._footprints:
             self._footprints[key] = footprint(self.model, candidate, self.workload.seq_len, self._machine)
         return self._footprints[key]

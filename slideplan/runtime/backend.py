@@ -57,6 +57,9 @@ class Backend(Protocol):
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
         """A zeroed uint8 buffer of exactly this size; `copied` host buffers are page-locked."""
 
+    def outside_bytes(self) -> int:
+        """Device memory outside torch's allocator: driver, kernels, libraries; what other programs hold there, too."""
+
     def limit_gpu_bytes(self, capacity_bytes: int) -> None:
         """Fail rather than take more device memory than this, driver and libraries included."""
 
@@ -120,6 +123,9 @@ class CpuBackend:
 
     def allocate(self, tier: Tier, size_bytes: int, copied: bool) -> torch.Tensor:
         return host_buffer(size_bytes)
+
+    def outside_bytes(self) -> int:
+        return 0
 
     def limit_gpu_bytes(self, capacity_bytes: int) -> None:
         pass
@@ -206,10 +212,13 @@ class CudaBackend:
             self._registered.append(buffer)
         return buffer
 
-    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+    def outside_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)
-        outside_torch = total - free - torch.cuda.memory_reserved(self.device)
-        fraction = min(1.0, max(0, capacity_bytes - outside_torch) / total)
+        return total - free - torch.cuda.memory_reserved(self.device)
+
+    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+        total = torch.cuda.mem_get_info(self.device)[1]
+        fraction = min(1.0, max(0, capacity_bytes - self.outside_bytes()) / total)
         torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
     def synchronize(self) -> None:
@@ -222,9 +231,7 @@ class CudaBackend:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_gpu_bytes(self) -> int:
-        free, total = torch.cuda.mem_get_info(self.device)
-        outside_torch = total - free - torch.cuda.memory_reserved(self.device)
-        return torch.cuda.max_memory_reserved(self.device) + outside_torch
+        return torch.cuda.max_memory_reserved(self.device) + self.outside_bytes()
 
     def capture(self, lane: Lane, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
         replays: list[Callable[[], None]] = []

@@ -9,7 +9,7 @@ import torch
 
 from slideplan.plan.graph import SlotPool, TaskGraph, TensorClass
 from slideplan.plan.model import Parameter
-from slideplan.plan.policy import Tier
+from slideplan.plan.policy import GradientDtype, Tier
 from slideplan.runtime.backend import Backend
 
 # Classes that cross PCIe: on the host they are page-locked.
@@ -25,7 +25,7 @@ class Buffers:
         self,
         graph: TaskGraph,
         backend: Backend,
-        gradient_dtype: torch.dtype,
+        gradient_dtype: GradientDtype,
         wanted: Callable[[SlotPool], bool] = lambda pool: True,
         progress: Callable[[SlotPool], None] = lambda pool: None,
     ) -> None:
@@ -33,7 +33,7 @@ class Buffers:
             TensorClass.WEIGHTS: torch.bfloat16,
             TensorClass.REMAINDER: torch.int16,
             TensorClass.MOMENTS: torch.float32,
-            TensorClass.GRADIENT: gradient_dtype,
+            TensorClass.GRADIENT: torch.float32 if gradient_dtype == "fp32" else torch.bfloat16,
             TensorClass.BOUNDARY: torch.bfloat16,
         }
         self.slots: dict[str, list[torch.Tensor]] = {}

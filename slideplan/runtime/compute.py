@@ -17,8 +17,10 @@ from slideplan.runtime.buffers import Buffers, parameter_views
 from slideplan.runtime.data import MicroBatch, TokenWindows
 from slideplan.runtime.fused_layer import FusedLayer
 from slideplan.runtime.gradients import GradientSink, GradientSlot, Projection
-from slideplan.runtime.head import FusedHead
+from slideplan.runtime.head import FusedHead, Head
 from slideplan.runtime.units import EagerHead, EagerLayer, rotary_positions, skeleton
+
+VOCABULARY = "model.embed_tokens.weight"
 
 
 class LayerKernels(Protocol):
@@ -68,7 +70,7 @@ class ComputeHandlers:
         }
         head_flat = buffers[next(task.slot(Role.WEIGHTS) for task in graph.tasks if task.kind is TaskKind.LOSS)]
         self._layers: dict[tuple[str, int], LayerKernels]
-        self._head: EagerHead | FusedHead
+        self._head: Head
         if kernels != "eager":
             cos, sin = (table[0] for table in positions)
             self._layers = {key: FusedLayer(model, buffers[key], cos, sin) for key in layer_slots}
@@ -102,11 +104,14 @@ class ComputeHandlers:
             if task.name in self._replay:
                 self._replay[task.name]()
             else:
-                self._run[self._model.role(task.unit), task.kind](task, step)
+                self._issue(task, step)
             if task.kind is TaskKind.LOSS:
                 assert task.micro is not None
                 loss = self._loss_sum[task.micro].clone()
                 self.losses[step] = self.losses[step] + loss if step in self.losses else loss
+
+    def _issue(self, task: Task, step: int) -> None:
+        self._run[self._model.role(task.unit), task.kind](task, step)
 
     def capture(self, backend: Backend, tasks: Iterable[Task]) -> None:
         """Capture the layers' and the head's tasks of one step, in this order; slots that they write lose what they held.
@@ -117,10 +122,9 @@ class ComputeHandlers:
             captured = [task for task in tasks if self._model.role(task.unit) is not UnitRole.EMBEDDING]
             with backend.lane(Lane.COMPUTE):
                 for task in captured:
-                    self._run[self._model.role(task.unit), task.kind](task, 0)
+                    self._issue(task, 0)
             backend.release_unused()
-            actions = [partial(self._run[self._model.role(task.unit), task.kind], task, 0) for task in captured]
-            replays = backend.capture(Lane.COMPUTE, actions)
+            replays = backend.capture(Lane.COMPUTE, [partial(self._issue, task, 0) for task in captured])
             self._replay = {task.name: replay for task, replay in zip(captured, replays, strict=True)}
 
     # -- embedding -----------------------------------------------------------------------------
@@ -130,9 +134,8 @@ class ComputeHandlers:
         batch = _uploaded(self._windows.micro_batch(step, task.micro, self._shape[0]), self.device)
         self._batches[task.micro] = batch
         self._labels[task.micro].copy_(batch.labels)
-        table = parameter_views(self._weights(task), self._model.parameters(UnitRole.EMBEDDING))
         left = self._boundary(task, Role.OUTPUT).view(-1, self._model.hidden)
-        torch.index_select(table["model.embed_tokens.weight"], 0, batch.inputs, out=left)
+        torch.index_select(self._vocabulary(task, Role.WEIGHTS), 0, batch.inputs, out=left)
 
     def _embed_backward(self, task: Task, step: int) -> None:
         """Sum the rows of equal tokens first, then add each distinct token's row to the dense gradient.
@@ -146,7 +149,7 @@ class ComputeHandlers:
         rows = torch.ops.aten.embedding_dense_backward(gradient, batch.positions_in_distinct, batch.distinct.numel(), -1, False)
         slot = self._gradient(task, Role.GRADIENT)
         self._embedding_sink.aim(slot)
-        table = self._embedding_sink.view("model.embed_tokens.weight")
+        table = self._embedding_sink.view(VOCABULARY)
         if not slot.accumulate:
             table.zero_()
         table.index_add_(0, batch.distinct, rows.to(table.dtype))
@@ -175,11 +178,9 @@ class ComputeHandlers:
         assert task.micro is not None
         tied = None
         if task.has(Role.TIED_WEIGHTS):
-            table = self._model.parameters(UnitRole.EMBEDDING)
-            weight = parameter_views(self._buffers[task.slot(Role.TIED_WEIGHTS)], table)["model.embed_tokens.weight"]
             slot = self._gradient(task, Role.TIED_GRADIENT)
             self._embedding_sink.aim(slot)
-            tied = Projection(weight, self._embedding_sink.view("model.embed_tokens.weight"), slot.accumulate)
+            tied = Projection(self._vocabulary(task, Role.TIED_WEIGHTS), self._embedding_sink.view(VOCABULARY), slot.accumulate)
         self._loss_sum[task.micro] = self._head.loss(
             self._boundary(task, Role.INPUT).view(-1, self._model.hidden),
             self._labels[task.micro],
@@ -191,8 +192,9 @@ class ComputeHandlers:
 
     # -- slots ---------------------------------------------------------------------------------
 
-    def _weights(self, task: Task) -> torch.Tensor:
-        return self._buffers[task.slot(Role.WEIGHTS)]
+    def _vocabulary(self, task: Task, role: Role) -> torch.Tensor:
+        """The embedding's matrix, [vocabulary, hidden]."""
+        return parameter_views(self._buffers[task.slot(role)], self._model.parameters(UnitRole.EMBEDDING))[VOCABULARY]
 
     def _layer(self, task: Task) -> LayerKernels:
         return self._layers[task.slot(Role.WEIGHTS)]

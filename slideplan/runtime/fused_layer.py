@@ -140,19 +140,17 @@ class FusedLayer:
         product = torch.mm(g, weights["mlp.down_proj.weight"])
         swiglu_backward(saved.gate, saved.up, product)
         of_gate, of_up = saved.gate, saved.up
-        sink.add_product("mlp.down_proj.weight", g, product)
+        self._linear_gradients("mlp.down_proj", g, product)
         del product
         normal, _ = rms_norm(saved.middle, weights[FEED_FORWARD_NORM], model.rms_norm_eps, saved.middle_scale)
-        sink.add_product("mlp.gate_proj.weight", of_gate, normal)
-        sink.add_product("mlp.up_proj.weight", of_up, normal)
+        self._linear_gradients("mlp.gate_proj", of_gate, normal)
+        self._linear_gradients("mlp.up_proj", of_up, normal)
         # The normalised rows are done with: their memory takes their gradient. So are gate and up after it.
         torch.mm(of_gate, weights["mlp.gate_proj.weight"], out=normal).addmm_(of_up, weights["mlp.up_proj.weight"])
         del of_gate, of_up, saved.gate, saved.up
         of_norm = rms_norm_backward(saved.middle, weights[FEED_FORWARD_NORM], saved.middle_scale, normal, g, residual=g)
         sink.add(FEED_FORWARD_NORM, of_norm)
-        sink.add_product("self_attn.o_proj.weight", g, _rows(saved.attended.detach()))
-        if "self_attn.o_proj.bias" in weights:
-            sink.add("self_attn.o_proj.bias", g.sum(0, dtype=torch.float32))
+        self._linear_gradients("self_attn.o_proj", g, _rows(saved.attended.detach()))
         of_attended = torch.mm(g, weights["self_attn.o_proj.weight"], out=normal if model.q_width == model.hidden else None)
         of_attended = of_attended.view(*entered.shape[:2], model.heads, model.head_dim).transpose(1, 2)
         of_heads = torch.autograd.grad(saved.attended, saved.leaves, of_attended)
@@ -161,13 +159,17 @@ class FusedLayer:
         of_normal: torch.Tensor | None = None
         for name, of_head in zip("qkv", of_heads, strict=True):
             of_linear = self._through_head(name, saved, of_head)
-            sink.add_product(f"self_attn.{name}_proj.weight", of_linear, normal)
-            if f"self_attn.{name}_proj.bias" in weights:
-                sink.add(f"self_attn.{name}_proj.bias", of_linear.sum(0, dtype=torch.float32))
+            self._linear_gradients(f"self_attn.{name}_proj", of_linear, normal)
             weight = weights[f"self_attn.{name}_proj.weight"]
             of_normal = torch.mm(of_linear, weight) if of_normal is None else of_normal.addmm_(of_linear, weight)
         assert of_normal is not None
         sink.add(ATTENTION_NORM, rms_norm_backward(x, weights[ATTENTION_NORM], saved.input_scale, of_normal, g, residual=g))
+
+    def _linear_gradients(self, name: str, of_out: torch.Tensor, x: torch.Tensor) -> None:
+        """Gradients of a projection's weight and bias from those of its output and from its input."""
+        self._sink.add_product(f"{name}.weight", of_out, x)
+        if f"{name}.bias" in self._weights:
+            self._sink.add(f"{name}.bias", of_out.sum(0, dtype=torch.float32))
 
     def _through_head(self, name: str, saved: Saved, of_head: torch.Tensor) -> torch.Tensor:
         """Gradient of a projection's output, [tokens, width], from that of what enters attention."""

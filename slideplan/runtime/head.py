@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.model import ModelSpec, Parameter, UnitRole
 from slideplan.runtime.buffers import parameter_views
 from slideplan.runtime.gradients import GradientSink, GradientSlot, Projection, add_product
 from slideplan.runtime.operators import cross_entropy_in_place, rms_norm, rms_norm_backward
@@ -14,6 +14,8 @@ from slideplan.runtime.operators import cross_entropy_in_place, rms_norm, rms_no
 # (logits [tokens, vocabulary], labels, scale) -> scaled sum of the cross-entropy, gradient of the logits.
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 AddProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], None]
+# (gradient of the norm's output, where that of its input goes); the weight's goes to the head's slot.
+NormBackward = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def chunked_loss(
@@ -54,15 +56,22 @@ def chunked_loss(
     return total, hidden_gradient
 
 
-class FusedHead:
-    """Final norm and loss by kernels, on the head's weight slot."""
+class Head:
+    """Final norm, output projection and loss on the head's weight slot; kinds of kernels fill in what differs."""
 
-    def __init__(self, model: ModelSpec, flat: torch.Tensor, chunk_tokens: int) -> None:
-        layout = model.parameters(UnitRole.HEAD)
-        self._model = model
+    def __init__(
+        self,
+        layout: tuple[Parameter, ...],
+        flat: torch.Tensor,
+        chunk_tokens: int,
+        cross_entropy: CrossEntropy,
+        add_product: AddProduct,
+    ) -> None:
         self._views = parameter_views(flat, layout)
         self._sink = GradientSink(layout)
         self._chunk_tokens = chunk_tokens
+        self._cross_entropy = cross_entropy
+        self._add_product = add_product
 
     def loss(
         self,
@@ -77,13 +86,34 @@ class FusedHead:
 
         `tied`: the projection where the embedding owns it.
         """
-        sink, weight = self._sink, self._views["model.norm.weight"]
+        sink = self._sink
         sink.aim(into)
         own = tied or Projection(self._views["lm_head.weight"], sink.view("lm_head.weight"), into.accumulate)
-        normal, factor = rms_norm(entered, weight, self._model.rms_norm_eps)
-        total, of_normal = chunked_loss(normal, labels, own, scale, self._chunk_tokens, _in_place, add_product)
-        sink.add("model.norm.weight", rms_norm_backward(entered, weight, factor, of_normal, gradient))
+        normal, backward = self._normalise(entered)
+        total, of_normal = chunked_loss(normal, labels, own, scale, self._chunk_tokens, self._cross_entropy, self._add_product)
+        backward(of_normal, gradient)
         return total
+
+    def _normalise(self, entered: torch.Tensor) -> tuple[torch.Tensor, NormBackward]:
+        """The final norm, and its backward."""
+        raise NotImplementedError
+
+
+class FusedHead(Head):
+    """The head by kernels."""
+
+    def __init__(self, model: ModelSpec, flat: torch.Tensor, chunk_tokens: int) -> None:
+        super().__init__(model.parameters(UnitRole.HEAD), flat, chunk_tokens, _in_place, add_product)
+        self._eps = model.rms_norm_eps
+
+    def _normalise(self, entered: torch.Tensor) -> tuple[torch.Tensor, NormBackward]:
+        weight = self._views["model.norm.weight"]
+        normal, factor = rms_norm(entered, weight, self._eps)
+
+        def backward(of_normal: torch.Tensor, gradient: torch.Tensor) -> None:
+            self._sink.add("model.norm.weight", rms_norm_backward(entered, weight, factor, of_normal, gradient))
+
+        return normal, backward
 
 
 def _in_place(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

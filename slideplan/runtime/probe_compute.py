@@ -21,7 +21,7 @@ from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.fused_layer import attend
-from slideplan.runtime.probing import Effort, Work, outside_bytes, rate_spread, spread, timed
+from slideplan.runtime.probing import Effort, Work, rate_spread, spread, timed
 
 MICRO_BATCHES = 2  # the first writes gradients, the second adds to them
 CAPTURES = 40  # of a step of the probe, so that the driver's memory grows by more than its granularity
@@ -63,8 +63,7 @@ class UnitProbe:
         # Inner activations and workspace are what this probe measures; nothing is reserved for them.
         self._graph = lower(self._model, policy, workload, Footprint(inner_bytes=1, workspace_bytes=1))
         self._tasks = [task for task in self._graph.tasks if task.lane is Lane.COMPUTE]
-        dtype = torch.float32 if gradient_dtype == "fp32" else torch.bfloat16
-        buffers = Buffers(self._graph, backend, dtype, wanted=lambda pool: pool.tier is Tier.GPU)
+        buffers = Buffers(self._graph, backend, gradient_dtype, wanted=lambda pool: pool.tier is Tier.GPU)
         for pool in self._graph.pools:
             if pool.tier is Tier.GPU and pool.tensor_class is TensorClass.WEIGHTS:
                 for slot in buffers.slots[pool.name]:
@@ -152,9 +151,9 @@ class UnitProbe:
         layers = [task for task in self._tasks if self._model.role(task.unit) is UnitRole.LAYER]
         with self._backend.lane(Lane.COMPUTE):
             self._backend.wait(self._step()[-1][1])
-        before = outside_bytes(self._backend)
+        before = self._backend.outside_bytes()
         captured = self._backend.capture(Lane.COMPUTE, [partial(self._handlers, task, 0) for task in layers * CAPTURES])
-        return max(0, outside_bytes(self._backend) - before) // max(1, len(captured))
+        return max(0, self._backend.outside_bytes() - before) // max(1, len(captured))
 
     def work(self) -> Work:
         """Forward of one layer, FLOPs and action: its input stays, so it can run again and again."""

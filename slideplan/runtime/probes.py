@@ -40,7 +40,7 @@ from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
 from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
-from slideplan.runtime.probing import Effort, Work, outside_bytes, rate_spread, timed, together
+from slideplan.runtime.probing import Effort, Work, rate_spread, timed, together
 from slideplan.runtime.threads import ThreadBudget
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -91,7 +91,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         gc.collect()
         backend.release_unused()
         # By now libraries have loaded what units of full size call: 150 MiB more than small ones do.
-        context_bytes = outside_bytes(backend)
+        context_bytes = backend.outside_bytes()
         # Host memory last: that of a virtual machine just started was seen to gain a quarter within minutes.
         probes = MemoryProbes(backend, effort, threads.optimizer)
         steps.next("links")

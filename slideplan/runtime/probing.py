@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
 
 from slideplan.plan.graph import Lane
 from slideplan.plan.machine import Spread
@@ -64,18 +63,6 @@ def timed(backend: Backend, lane: Lane, action: Callable[[], object], repeats: i
         anchor = backend.anchor()
         times = [backend.elapsed_ns(anchor, mark) for mark in marks]
     return [end - start for start, end in pairwise(times)]
-
-
-def outside_bytes(backend: Backend) -> int:
-    """Device memory outside torch's allocator: driver, kernels, libraries.
-
-    What other programs hold on the device counts too, for a plan cannot have it either.
-    """
-    if backend.name == "cpu":
-        return 0
-    backend.synchronize()
-    free, total = torch.cuda.mem_get_info(backend.device)
-    return total - free - torch.cuda.memory_reserved(backend.device)
 
 
 def issue_ns(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:

@@ -55,8 +55,7 @@ class Session:
             done += pool.total_bytes
             progress(Progress("reserving memory", done, total))
 
-        dtype = torch.float32 if policy.gradient_dtype == "fp32" else torch.bfloat16
-        self.buffers = Buffers(graph, backend, dtype, progress=reserved)
+        self.buffers = Buffers(graph, backend, policy.gradient_dtype, progress=reserved)
         for unit in range(plan.model.units):
             self._place(unit, source)
             progress(Progress("placing weights", unit + 1, plan.model.units))

@@ -20,8 +20,8 @@ from slideplan.plan.hf_config import config_of
 from slideplan.plan.model import ModelSpec, Parameter, UnitRole
 from slideplan.plan.slots import PRODUCT_BYTES
 from slideplan.runtime.buffers import parameter_views
-from slideplan.runtime.gradients import GradientSink, GradientSlot, Projection
-from slideplan.runtime.head import chunked_loss
+from slideplan.runtime.gradients import GradientSink, GradientSlot
+from slideplan.runtime.head import Head, NormBackward
 
 
 @dataclass(frozen=True)
@@ -139,39 +139,24 @@ class EagerLayer:
         gradient.copy_(entered.grad)
 
 
-class EagerHead:
-    """Final norm by its module and loss by torch's cross-entropy, on the head's weight slot."""
+class EagerHead(Head):
+    """The head with the norm's module and torch's cross-entropy."""
 
     def __init__(self, prototype: nn.Module, flat: torch.Tensor, layout: tuple[Parameter, ...], chunk_tokens: int) -> None:
-        self._sink = GradientSink(layout)
-        self._views = parameter_views(flat, layout)
+        super().__init__(layout, flat, chunk_tokens, _cross_entropy, _add_rounded)
         self._norm = bind(prototype, "model.norm.", self._views, self._sink)
-        self._chunk_tokens = chunk_tokens
 
-    def loss(
-        self,
-        entered: torch.Tensor,
-        labels: torch.Tensor,
-        tied: Projection | None,
-        into: GradientSlot,
-        gradient: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Loss; weight gradients go `into` the head's slot, that of the input [tokens, hidden] to `gradient`.
-
-        `tied`: the projection where the embedding owns it.
-        """
-        sink = self._sink
-        sink.aim(into)
-        own = tied or Projection(self._views["lm_head.weight"], sink.view("lm_head.weight"), into.accumulate)
+    def _normalise(self, entered: torch.Tensor) -> tuple[torch.Tensor, NormBackward]:
         with torch.enable_grad():
             leaf = entered.detach().requires_grad_()
             normed = self._norm(leaf)
-        total, of_normed = chunked_loss(normed.detach(), labels, own, scale, self._chunk_tokens, _cross_entropy, _add_rounded)
-        torch.autograd.backward(normed, of_normed)
-        assert leaf.grad is not None
-        gradient.copy_(leaf.grad)
-        return total
+
+        def backward(of_normal: torch.Tensor, gradient: torch.Tensor) -> None:
+            torch.autograd.backward(normed, of_normal)
+            assert leaf.grad is not None
+            gradient.copy_(leaf.grad)
+
+        return normed.detach(), backward
 
 
 def _add_rounded(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, accumulate: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from slideplan.plan.codec import Spec
 from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, RatePoint, Spread
@@ -53,10 +55,10 @@ def price(
     """One cost per task, in the order of the graph's tasks; `work` is the policy that the graph was lowered from.
 
     Copies take what the link's curve says, updates bytes_moved / rate of the optimizer. Compute tasks
-    take what was measured for this shape, kind, kernels, way of writing gradients and size, or for another way
-    with the traffic that the two differ by; or lie on the line
-    through two micro-batches measured at this sequence length; or take derived(here) x measured(there) /
-    derived(there); or what `formulas` derives. What was not measured takes no less than its launch.
+    take what was measured for this shape, kind, kernels, way of writing gradients and size, or for another
+    way with the traffic that the two differ by; or lie on the line through two micro-batches measured at
+    this sequence length; or take derived(here) x measured(there) / derived(there); or what `formulas`
+    derives. What was not measured takes no less than its launch.
     """
     pricer = _Pricer(model, work, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
@@ -71,11 +73,14 @@ def price(
     return tuple(costs)
 
 
+_LAYER_KINDS = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)
+
+
 def layer_ns(machine: MachineProfile, model: ModelSpec, work: ComputePolicy, seq_len: int) -> int | None:
     """Forward and backward with recompute of one layer; None where they were not measured on this machine."""
     pricer = _Pricer(model, work, seq_len, machine)
     total_ns = 0
-    for kind in (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE):
+    for kind in _LAYER_KINDS:
         duration_ns, source, _ = pricer.compute_ns(kind, UnitRole.LAYER, accumulate=False)
         if source == "derived":
             return None
@@ -85,11 +90,10 @@ def layer_ns(machine: MachineProfile, model: ModelSpec, work: ComputePolicy, seq
 
 def layer_launch_ns(machine: MachineProfile, kernels: Kernels) -> int:
     """Host time to issue one layer's forward and backward with recompute; zero where it was not measured."""
-    kinds = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)
     return sum(
         launch.duration_ns.p50
         for launch in machine.launches
-        if launch.kernels == kernels and launch.role is UnitRole.LAYER and launch.kind in kinds
+        if launch.kernels == kernels and launch.role is UnitRole.LAYER and launch.kind in _LAYER_KINDS
     )
 
 
@@ -115,10 +119,9 @@ class _Pricer:
             case Lane.D2H:
                 return self._moved(Lane.D2H, task, link.d2h)
             case Lane.HOST_UPDATE | Lane.HOST_CAST:  # every pass over host memory runs at the rate of the fused update
-                point = RatePoint(size=1, rate=optimizer.host_bytes_per_s)
-                return self._moved(Lane.HOST_UPDATE, task, optimizer.host_by_bytes or Curve(points=(point,)))
+                return self._moved(Lane.HOST_UPDATE, task, optimizer.host_by_bytes or _flat(optimizer.host_bytes_per_s))
             case Lane.GPU_UPDATE:
-                return self._moved(Lane.GPU_UPDATE, task, Curve(points=(RatePoint(size=1, rate=optimizer.gpu_bytes_per_s),)))
+                return self._moved(Lane.GPU_UPDATE, task, _flat(optimizer.gpu_bytes_per_s))
         raise ValueError(f"task {task.name}: lane {task.lane} has no price")
 
     def _cost(self, lane: Lane, duration_ns: int, bytes_per_s: int, source: Source, percent: float) -> TaskCost:
@@ -156,7 +159,7 @@ class _Pricer:
         pair = neighbours(costs, micro_batch, seq_len)
         if pair is None:
             # What was measured is a policy's work at another size.
-            there_work = ComputeWork.of(self._work, micro_batch=cost.micro_batch)
+            there_work = msgspec.structs.replace(ComputeWork.of(self._work), micro_batch=cost.micro_batch)
             sizes = (self._work, seq_len), (there_work, cost.seq_len)
             here, there = (self._derived_ns(kind, role, *at, accumulate) for at in sizes)
             return here * cost.duration_ns.p50 // there, "interpolated", percent + SCALED_PERCENT
@@ -167,6 +170,11 @@ class _Pricer:
 
     def _derived_ns(self, kind: TaskKind, role: UnitRole, work: ComputePolicy, seq_len: int, accumulate: bool) -> int:
         return formulas.compute_ns(self._model, role, kind, work, seq_len, accumulate, self._machine.efficiency)
+
+
+def _flat(rate: Spread) -> Curve:
+    """The same rate at every size."""
+    return Curve(points=(RatePoint(size=1, rate=rate),))
 
 
 def measured_percent(spread: Spread) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slideplan.plan.graph import GRADIENT_KINDS, TaskKind
 from slideplan.plan.machine import Efficiency
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import ComputePolicy, GradientDtype, Kernels
+from slideplan.plan.policy import GRADIENT_BYTES, ComputePolicy, GradientDtype, Kernels
 from slideplan.plan.slots import loss_chunk_tokens
 
 # Memory traffic of an eager layer beside its matrix products, in units of the activations it saves:
@@ -50,7 +50,7 @@ def gradient_bytes(model: ModelSpec, role: UnitRole, kind: TaskKind, dtype: Grad
     if kind not in GRADIENT_KINDS or (role is UnitRole.EMBEDDING and accumulate):
         return 0
     elements = model.vocabulary * model.hidden if role is UnitRole.HEAD else model.flat_elements(role)
-    return elements * (4 if dtype == "fp32" else 2) * (2 if accumulate else 1)
+    return elements * GRADIENT_BYTES[dtype] * (2 if accumulate else 1)
 
 
 def _products_ns(model: ModelSpec, tokens: int, rates: Efficiency) -> tuple[float, float]:

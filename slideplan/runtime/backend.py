@@ -85,7 +85,8 @@ class Backend(Protocol):
 def host_buffer(size_bytes: int) -> torch.Tensor:
     """Zeroed anonymous memory of exactly this size, touched once, in huge pages where the system has them."""
     try:
-        region = mmap.mmap(-1, max(1, size_bytes))
+        # Private: anonymous memory that is shared, Python's default, is never in huge pages unless the system says so.
+        region = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{format_bytes(size_bytes)} of host memory could not be mapped: {error.strerror}") from None
     with contextlib.suppress(AttributeError, OSError):

@@ -77,10 +77,28 @@ def _as_bits(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _gradient(raw: Any) -> Any:
-    """fp32 gradient of a bf16 bit pattern."""
-    return _as_float(np.uint32(raw) << np.uint32(16))  # type: ignore[call-arg]
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _gradient(typing_context: Any, raw: Any) -> Any:
+    """fp32 gradient of an fp32 value, or of a bf16 bit pattern."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if raw == types.float32:
+            return arguments[0]
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(raw), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _take(typing_context: Any, counter: Any) -> Any:
+    """The first element of an int64 array, which grows by one; no two threads get the same."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), generate
 
 
 @numba.njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
@@ -102,17 +120,27 @@ def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_
 
 
 # fastmath stays off: results must not depend on how the compiler contracts or reorders.
-@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
-def _adamw_bf16(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
-    for i in numba.prange(high.size):
-        g = _gradient(gradient[i])
-        _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_size)
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+def _chunk(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    for i in range(high.size):
+        _update(i, high, remainder, m, v, _gradient(gradient[i]), decay, w1, beta2, w2, root2, eps, step_size)  # type: ignore[call-arg]
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
-def _adamw_fp32(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
-    for i in numba.prange(high.size):
-        _update(i, high, remainder, m, v, gradient[i], decay, w1, beta2, w2, root2, eps, step_size)
+def _adamw(threads, size, taken, high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    for _ in numba.prange(threads):
+        start = _take(taken) * size  # type: ignore[call-arg]
+        while start < high.size:
+            c = slice(start, min(start + size, high.size))
+            _chunk(high[c], remainder[c], m[c], v[c], gradient[c], decay, w1, beta2, w2, root2, eps, step_size)
+            start = _take(taken) * size
+
+
+# Elements that a thread takes at once: it comes back for more when done, so that one which the system holds up
+# does not hold up the others. Larger ones leave threads idle at the end, smaller ones break the stream of memory.
+CHUNK_ELEMENTS = 1 << 16
+CHUNKS_PER_THREAD = 4  # at least, where that leaves them long enough
+LEAST_CHUNK_ELEMENTS = 1 << 12
 
 
 class HostUpdate:
@@ -137,15 +165,21 @@ class HostUpdate:
         """
         numba.set_num_threads(self.threads)  # numba keeps this per calling thread
         scalars = (np.float32(value) for value in settings.scalars(step))
-        high = weights.view(torch.int16).numpy().view(np.uint16)
-        state = (high, remainder.numpy(), moments[0].numpy(), moments[1].numpy())
-        if gradient.dtype is torch.float32:
-            _adamw_fp32(*state, gradient.numpy(), *scalars)
-        else:
-            _adamw_bf16(*state, gradient.view(torch.int16).numpy().view(np.uint16), *scalars)
+        high = _bits(weights)
+        of_gradient = gradient.numpy() if gradient.dtype is torch.float32 else _bits(gradient)
+        size = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, high.size // (self.threads * CHUNKS_PER_THREAD)))
+        taken = np.zeros(1, np.int64)
+        _adamw(
+            self.threads, size, taken, high, remainder.numpy(), moments[0].numpy(), moments[1].numpy(), of_gradient, *scalars
+        )
 
     def compile(self) -> None:
         """Compile for both gradient dtypes now, so that no measured task pays for it."""
         weights, remainder = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int16)
         for dtype in (torch.bfloat16, torch.float32):
             self(weights, remainder, torch.zeros(2, 64), torch.zeros(64, dtype=dtype), AdamW(), step=0)
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """Bit patterns of a bf16 tensor, in its memory."""
+    return tensor.view(torch.int16).numpy().view(np.uint16)

@@ -19,9 +19,10 @@ from slideplan.plan.slots import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
 from slideplan.runtime.optimizer import AdamW, HostUpdate
-from slideplan.runtime.probing import Effort, Work, issue_ns, rate_spread, spread, timed
+from slideplan.runtime.probing import Effort, Work, issue_ns, mean_rate_spread, rate_spread, spread, timed, timed_in_turns
 
 UPDATE_SIZES = (0.25, 0.5, 1, 2)  # of one update, in the effort's elements: units of models differ so
+UPDATE_ROUNDS = 24
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
 SSD_BLOCK_BYTES = 16 << 20
 
@@ -86,22 +87,27 @@ class MemoryProbes:
 
     def optimizer(self, cores: int) -> OptimizerProfile:
         """AdamW on either side alone, and the host's over sizes and over thread counts up to all cores."""
-
-        def rate(lane: Lane, threads: int, times: float = 1) -> RatePoint:
-            size = round(self._effort.optimizer_elements * times) * BF16_UPDATE_BYTES
-            durations = timed(self._backend, lane, self._update(lane, threads, times), self._effort.repeats)
-            return RatePoint(size=size, rate=rate_spread(size, durations))
-
-        sizes = {times: rate(Lane.HOST_UPDATE, self._threads, times) for times in UPDATE_SIZES}
+        elements = self._effort.optimizer_elements
         counts = sorted({max(1, count) for count in (cores // 4, cores // 2, cores * 3 // 4, cores - 1, cores)})
+        runs = [(self._threads, times) for times in UPDATE_SIZES] + [(count, 1.0) for count in counts]
+        durations = timed_in_turns(
+            self._backend, Lane.HOST_UPDATE, [self._update(Lane.HOST_UPDATE, *run) for run in runs], UPDATE_ROUNDS
+        )
+        points = [
+            RatePoint(size=size, rate=mean_rate_spread(size, found))
+            for (_, times), found in zip(runs, durations, strict=True)
+            for size in [round(elements * times) * BF16_UPDATE_BYTES]
+        ]
+        by_size, by_threads = points[: len(UPDATE_SIZES)], points[len(UPDATE_SIZES) :]
+        on_gpu = timed(self._backend, Lane.GPU_UPDATE, self._update(Lane.GPU_UPDATE, self._threads), self._effort.repeats)
         return OptimizerProfile(
             threads=HostUpdate(self._threads).threads,
-            host_bytes_per_s=sizes[1].rate,
-            gpu_bytes_per_s=rate(Lane.GPU_UPDATE, self._threads).rate,
+            host_bytes_per_s=by_size[UPDATE_SIZES.index(1)].rate,
+            gpu_bytes_per_s=rate_spread(elements * BF16_UPDATE_BYTES, on_gpu),
             by_threads=tuple(
-                ThreadPoint(threads=count, host_bytes_per_s=rate(Lane.HOST_UPDATE, count).rate) for count in counts
+                ThreadPoint(threads=count, host_bytes_per_s=point.rate) for count, point in zip(counts, by_threads, strict=True)
             ),
-            host_by_bytes=Curve(points=tuple(sizes.values())),
+            host_by_bytes=Curve(points=tuple(by_size)),
         )
 
     def launches(self) -> list[LaunchCost]:

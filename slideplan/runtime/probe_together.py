@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from slideplan.plan.fitting import fit
 from slideplan.plan.graph import Lane
 from slideplan.plan.machine import Interference, LaneSpeed, Spread
 from slideplan.runtime.backend import Backend
-from slideplan.runtime.probing import Work, together
+from slideplan.runtime.probing import Work, spread, together
 
 # What meets in schedules: copies and updates in host memory, all of them beside compute, the disk beside itself
 # and the optimizer.
@@ -28,24 +28,43 @@ COMBINATIONS: tuple[tuple[Lane, ...], ...] = (
 )
 
 Rates = dict[Lane, Spread]
+ROUNDS = 2  # through all combinations, so that a passing disturbance does not fall on one alone
 
 
 class TogetherProbe:
     """Lanes alone and together, as far as they were measured."""
 
     def __init__(self) -> None:
-        self.alone: Rates = {}
-        self.combined: dict[tuple[Lane, ...], Rates] = {}
+        self._measured: dict[tuple[Lane, ...], dict[Lane, list[float]]] = {}
+
+    @staticmethod
+    def runs(lanes: Collection[Lane]) -> list[tuple[Lane, ...]]:
+        """What is measured where these lanes can be: each alone, then combinations of them; all of it in rounds."""
+        once = [*((lane,) for lane in lanes), *(each for each in COMBINATIONS if set(each) <= set(lanes))]
+        return once * ROUNDS
 
     def measure(self, backend: Backend, work: dict[Lane, Work], window_ns: int) -> Iterator[str]:
-        """Run each lane alone, then every combination of these; yields what comes next, for progress."""
-        for lane, alone in work.items():
-            yield str(lane)
-            self.alone |= together(backend, {lane: alone}, window_ns)
-        for lanes in COMBINATIONS:
-            if set(lanes) <= set(work):
-                yield " with ".join(lanes)
-                self.combined[lanes] = together(backend, {lane: work[lane] for lane in lanes}, window_ns)
+        """Measure; yields what comes next, for progress."""
+        for lanes in self.runs(work):
+            yield " with ".join(lanes)
+            found = together(backend, {lane: work[lane] for lane in lanes}, window_ns)
+            pooled = self._measured.setdefault(lanes, {lane: [] for lane in lanes})
+            for lane, rates in found.items():
+                pooled[lane] += rates
+
+    @property
+    def alone(self) -> Rates:
+        """Each lane by itself."""
+        return {lane: spread(rates[lane]) for (lane, *others), rates in self._measured.items() if not others}
+
+    @property
+    def combined(self) -> dict[tuple[Lane, ...], Rates]:
+        """Lanes together."""
+        return {
+            lanes: {lane: spread(rates) for lane, rates in found.items()}
+            for lanes, found in self._measured.items()
+            if len(lanes) > 1
+        }
 
     def total(self, *lanes: Lane) -> Spread | None:
         """Bytes/s of these lanes added up while they ran together; None where they did not."""
@@ -56,17 +75,18 @@ class TogetherProbe:
 
     def interference(self, gpu_bytes_per_s: int) -> Interference:
         """What was measured, with the model fitted to it and its residuals."""
+        measured_alone, combined = self.alone, self.combined
+        alone = {lane: float(rate.p50) for lane, rate in measured_alone.items()}
         speeds = [
             # A lane that stood still is told from one that was not measured, and has a logarithm.
-            {lane: max(1e-3, rate.p50 / self.alone[lane].p50) for lane, rate in rates.items()}
-            for rates in self.combined.values()
+            {lane: max(1e-3, rate.p50 / alone[lane]) for lane, rate in rates.items()}
+            for rates in combined.values()
         ]
-        alone = {lane: float(rate.p50) for lane, rate in self.alone.items()}
         # No lane gains by company: what is above 1 is noise in the rate alone.
         fitted = fit(alone, [{lane: min(1.0, speed) for lane, speed in each.items()} for each in speeds], gpu_bytes_per_s)
         demands = alone | {Lane.COMPUTE: float(gpu_bytes_per_s)}
         combinations = []
-        for measured, rates in zip(speeds, self.combined.values(), strict=True):
+        for measured, rates in zip(speeds, combined.values(), strict=True):
             predicted = fitted.speeds({lane: demands[lane] for lane in measured})
             combinations.append(
                 tuple(
@@ -74,4 +94,4 @@ class TogetherProbe:
                     for lane in measured
                 )
             )
-        return Interference(alone=self.alone, together=tuple(combinations), fitted=fitted)
+        return Interference(alone=measured_alone, together=tuple(combinations), fitted=fitted)

@@ -40,7 +40,7 @@ from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
 from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
-from slideplan.runtime.probing import Effort, Work, rate_spread, timed, together
+from slideplan.runtime.probing import Effort, Work, mean_rate_spread, spread, timed, together
 from slideplan.runtime.threads import ThreadBudget
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -75,7 +75,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     """
     backend = make_backend(request.device)
     effort = Effort.of(request.quick, backend.name)
-    lane_probes = len(set().union(*COMBINATIONS)) + len(COMBINATIONS)
+    lane_probes = len(TogetherProbe.runs(set().union(*COMBINATIONS)))
     kernels = [each for each in request.kernels if each != "graphed" or backend.name == "cuda"]
     if not kernels:
         raise ValueError("--kernels graphed alone leaves nothing to measure on a CPU, which captures nothing; add fused")
@@ -227,11 +227,11 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
         for lane, name in names.items():
             steps.next(name)
             size, action = work[lane]
-            found[name] = rate_spread(size, timed(backend, lane, action, effort.repeats))
+            found[name] = mean_rate_spread(size, timed(backend, lane, action, effort.repeats))
         for lanes in combinations:
             steps.next(" with ".join(lanes))
-            for lane, rate in together(backend, {lane: work[lane] for lane in lanes}, effort.window_ns).items():
-                found[figure_name(lane, lanes)] = rate
+            for lane, rates in together(backend, {lane: work[lane] for lane in lanes}, effort.window_ns).items():
+                found[figure_name(lane, lanes)] = spread(rates)
         del probes, work
         gc.collect()
         backend.release_unused()

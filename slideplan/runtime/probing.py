@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 
@@ -37,6 +37,9 @@ class Effort:
         return cls(15, (512 << 20) // scale, (128 << 20) // scale, (2 << 30) // scale, 600_000_000)
 
 
+GROUPS = 8  # of runs, for the spread of their means
+
+
 def spread(values: list[int] | list[float]) -> Spread:
     """Percentiles of measurements; at least one."""
     p10, p50, p90 = np.percentile(values, (10, 50, 90))
@@ -48,21 +51,33 @@ def rate_spread(size: int, durations_ns: list[int]) -> Spread:
     return spread([size * 1e9 / max(1, duration) for duration in durations_ns])
 
 
+def mean_rate_spread(size: int, durations_ns: list[int]) -> Spread:
+    """The same over groups of runs: where slow runs are many, a sum of runs takes more than its median says."""
+    groups = np.array_split(durations_ns, min(GROUPS, len(durations_ns)))
+    return spread([size * 1e9 * len(group) / max(1, group.sum()) for group in groups])
+
+
 def timed(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:
     """Durations on the lane of `repeats` runs after two warm-up runs. Nanoseconds."""
-    backend.synchronize()  # what the action works on was made on the default stream
+    return timed_in_turns(backend, lane, [action], repeats)[0]
+
+
+def timed_in_turns(backend: Backend, lane: Lane, actions: Sequence[Callable[[], object]], repeats: int) -> list[list[int]]:
+    """Durations of each action, one run of every action after the other: what changes with time touches all alike."""
+    backend.synchronize()  # what the actions work on was made on the default stream
     with backend.lane(lane):
-        for _ in range(2):
+        for action in (*actions, *actions):
             action()
         backend.wait(backend.mark(lane))
         marks = [backend.mark(lane)]
-        for _ in range(repeats):
+        for action in chain(*repeat(actions, repeats)):
             action()
             marks.append(backend.mark(lane))
         backend.wait(marks[-1])
         anchor = backend.anchor()
         times = [backend.elapsed_ns(anchor, mark) for mark in marks]
-    return [end - start for start, end in pairwise(times)]
+    durations = [end - start for start, end in pairwise(times)]
+    return [durations[first :: len(actions)] for first in range(len(actions))]
 
 
 def issue_ns(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:
@@ -83,7 +98,7 @@ Work = tuple[int, Callable[[], object]]  # units of one run, and what runs
 SLICES = 8  # parts of a common window, for the spread over time
 
 
-def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[Lane, Spread]:
+def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[Lane, list[float]]:
     """Units per second of each lane while all of them run, over equal parts of the time in which all do.
 
     Every lane repeats its action for `window_ns` and at least twice, one run queued behind the one that
@@ -98,7 +113,7 @@ def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[L
     backend.synchronize()  # as in `timed`
     anchor = backend.anchor()
 
-    def repeat(lane: Lane, action: Callable[[], object]) -> None:
+    def run(lane: Lane, action: Callable[[], object]) -> None:
         try:
             with backend.lane(lane):
                 action()
@@ -124,7 +139,7 @@ def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[L
         finally:
             enough[lane].set()
 
-    threads = [threading.Thread(target=repeat, args=(lane, action), daemon=True) for lane, (_, action) in work.items()]
+    threads = [threading.Thread(target=run, args=(lane, action), daemon=True) for lane, (_, action) in work.items()]
     for thread in threads:
         thread.start()
     with contextlib.suppress(threading.BrokenBarrierError):
@@ -141,8 +156,7 @@ def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[L
     closing = min(times[-1] for times in marks.values())
     edges = [opening + (closing - opening) * part // SLICES for part in range(SLICES + 1)]
     return {
-        lane: spread([_rate(marks[lane], units, start, end) for start, end in pairwise(edges)])
-        for lane, (units, _) in work.items()
+        lane: [_rate(marks[lane], units, start, end) for start, end in pairwise(edges)] for lane, (units, _) in work.items()
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from running import elementary_adamw
-from slideplan.runtime.optimizer import AdamW, HostUpdate
+from slideplan.runtime.optimizer import CHUNK_ELEMENTS, CHUNKS_PER_THREAD, LEAST_CHUNK_ELEMENTS, AdamW, HostUpdate
 from slideplan.runtime.split_master import join, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,15 +37,17 @@ def test_gpu_update_equals_the_hosts_bit_for_bit(elements: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_host_update_is_elementary_fp32_adamw(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("elements", [5001, 8 * LEAST_CHUNK_ELEMENTS * CHUNKS_PER_THREAD + 1, 8 * CHUNK_ELEMENTS + 7])
+def test_host_update_is_elementary_fp32_adamw(elements: int, dtype: torch.dtype) -> None:
+    """However it is cut into chunks: every element once."""
     generator = np.random.default_rng(0)
-    p = generator.standard_normal(5001).astype(np.float32)
+    p = generator.standard_normal(elements).astype(np.float32)
     m, v = np.zeros_like(p), np.zeros_like(p)
-    weights, remainder = torch.empty(5001, dtype=torch.bfloat16), torch.empty(5001, dtype=torch.int16)
+    weights, remainder = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=torch.int16)
     split(torch.from_numpy(p), weights, remainder)
-    moments = torch.zeros(2, 5001)
+    moments = torch.zeros(2, elements)
     for step in range(5):
-        gradient = torch.from_numpy(generator.standard_normal(5001).astype(np.float32)).to(dtype)
+        gradient = torch.from_numpy(generator.standard_normal(elements).astype(np.float32)).to(dtype)
         HostUpdate(2)(weights, remainder, moments, gradient, SETTINGS, step)
         p, m, v = elementary_adamw(p, m, v, gradient.float().numpy(), SETTINGS, step)
         assert np.array_equal(join(weights, remainder).numpy(), p)

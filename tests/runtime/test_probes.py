@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from statistics import median
 
 import msgspec
 import pytest
@@ -10,13 +11,13 @@ from builders import tiny_model
 from slideplan.plan.codec import load, save
 from slideplan.plan.figures import changes, figures
 from slideplan.plan.graph import Lane, TaskKind
-from slideplan.plan.machine import LayerShape, MachineProfile
+from slideplan.plan.machine import LayerShape, MachineProfile, Spread
 from slideplan.plan.model import UnitRole
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.machine import identity
 from slideplan.runtime.probe_together import COMBINATIONS
 from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine
-from slideplan.runtime.probing import together
+from slideplan.runtime.probing import mean_rate_spread, rate_spread, timed_in_turns, together
 
 
 def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +93,25 @@ def test_lanes_together_report_rates_over_their_common_time() -> None:
     work = {Lane.H2D: (1000, lambda: act(Lane.H2D, 0.001)), Lane.HOST_UPDATE: (10, lambda: act(Lane.HOST_UPDATE, 0.02))}
     rates = together(CpuBackend(), work, window_ns=1)
     assert runs[Lane.HOST_UPDATE] >= 3
-    assert 0 < rates[Lane.HOST_UPDATE].p50 <= 10 / 0.02
-    assert 0 < rates[Lane.H2D].p50 <= 1000 / 0.001
+    assert 0 < median(rates[Lane.HOST_UPDATE]) <= 10 / 0.02
+    assert 0 < median(rates[Lane.H2D]) <= 1000 / 0.001
+
+
+def test_a_sum_of_runs_is_not_the_median_run() -> None:
+    """One run in four takes three times as long: eight groups of four say 4 / 6 of the rate that the median run has."""
+    durations = [10, 30, 10, 10] * 8
+    assert rate_spread(1, durations).p50 == 100_000_000
+    assert mean_rate_spread(1, durations) == Spread.exact(66_666_667)
+
+
+def test_actions_in_turns_are_told_apart() -> None:
+    ran = []
+    actions = [lambda name=name, took=took: (ran.append(name), time.sleep(took)) for name, took in (("a", 0.001), ("b", 0.02))]
+    short, long = timed_in_turns(CpuBackend(), Lane.COMPUTE, actions, 3)
+    assert ran == ["a", "b"] * 5  # two turns warm up
+    assert len(short) == len(long) == 3
+    assert min(long) >= 20_000_000
+    assert median(short) < min(long)
 
 
 def test_a_lane_that_fails_ends_the_others() -> None:

@@ -90,7 +90,7 @@ def run_row(folder: Path, name: str, steps: int) -> None:
         "slideplan.planner", "simulate", "--model", row.model, "--machine", folder / "profile.json", "--seq-len", SEQ_LEN,
         "--global-batch", row.batch, "-o", plan,
     )  # fmt: skip
-    call("slideplan.runtime", "execute", plan, "--steps", steps, "-o", folder / name)
+    call("slideplan.runtime", "execute", plan, "--steps", steps, "--lr", "1e-5", "-o", folder / name)
     plan.unlink()
 
 
@@ -134,7 +134,7 @@ def run_without(folder: Path, name: str, mechanisms: list[str], steps: int) -> N
         if not (place / "comparison.json").exists():
             made = folder / "without.json"
             save(made, without(mechanism, plan, machine))
-            call("slideplan.runtime", "execute", made, "--steps", steps, "-o", place)
+            call("slideplan.runtime", "execute", made, "--steps", steps, "--lr", "1e-5", "-o", place)
             made.unlink()
         step = load(place / "comparison.json", Comparison).step
         found[mechanism] = {

@@ -11,17 +11,18 @@ import numpy as np
 import torch
 
 from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import Lane, TaskKind, TensorClass
+from slideplan.plan.graph import Lane, Role, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload
 from slideplan.runtime.backend import Backend, Marker
-from slideplan.runtime.buffers import Buffers
+from slideplan.runtime.buffers import Buffers, parameter_views
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.fused_layer import attend
 from slideplan.runtime.probing import Effort, Work, rate_spread, spread, timed
+from slideplan.runtime.weights import RandomWeights
 
 MICRO_BATCHES = 2  # the first writes gradients, the second adds to them
 CAPTURES = 40  # of a step of the probe, so that the driver's memory grows by more than its granularity
@@ -64,16 +65,21 @@ class UnitProbe:
         self._graph = lower(self._model, policy, workload, Footprint(inner_bytes=1, workspace_bytes=1))
         self._tasks = [task for task in self._graph.tasks if task.lane is Lane.COMPUTE]
         buffers = Buffers(self._graph, backend, gradient_dtype, wanted=lambda pool: pool.tier is Tier.GPU)
-        for pool in self._graph.pools:
-            if pool.tier is Tier.GPU and pool.tensor_class is TensorClass.WEIGHTS:
-                for slot in buffers.slots[pool.name]:
-                    slot.normal_(0.0, 0.02)  # never zeros: they make products faster than real data does
+        self._initialise(buffers)
         tokens = np.random.default_rng(0).integers(0, model.vocabulary, 4 * MICRO_BATCHES * micro_batch * seq_len + 1)
         windows = TokenWindows(tokens.astype(np.uint32), seq_len, MICRO_BATCHES * micro_batch)
         self._handlers = ComputeHandlers(
             self._model, self._graph, buffers, backend.device, windows, micro_batch, MICRO_BATCHES, seq_len, kernels
         )
         backend.synchronize()  # the slots were filled on the default stream, for which no lane waits
+
+    def _initialise(self, buffers: Buffers) -> None:
+        """Weights as training starts with them: how fast products are depends on their operands, through the GPU's power."""
+        weights = RandomWeights(self._model, 0, self._backend.device)
+        for task in (task for task in self._tasks if task.has(Role.WEIGHTS)):
+            views = parameter_views(buffers[task.slot(Role.WEIGHTS)], self._model.parameters(self._model.role(task.unit)))
+            for name, value in weights.unit(task.unit):
+                views[name].copy_(value)
 
     def costs(self, repeats: int) -> list[ComputeCost]:
         """Every compute task kind of this model at this shape, and with both ways of writing gradients."""

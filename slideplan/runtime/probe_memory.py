@@ -22,13 +22,18 @@ from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.probing import Effort, Work, issue_ns, mean_rate_spread, rate_spread, spread, timed, timed_in_turns
 
 UPDATE_SIZES = (0.25, 0.5, 1, 2)  # of one update, in the effort's elements: units of models differ so
-UPDATE_ROUNDS = 24
+SAMPLES = 24  # at least, of every size
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
 SSD_BLOCK_BYTES = 16 << 20
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # weights, remainder, moments, gradient
 
 
 class MemoryProbes:
-    """Buffers once, then curves and rates over them."""
+    """Buffers once, then curves and rates over them.
+
+    What copies and updates on the host reach depends on what else the machine does at the time, so they are
+    sampled over the whole profile, and count by their means.
+    """
 
     def __init__(self, backend: Backend, effort: Effort, threads: int) -> None:
         self._threads = threads
@@ -37,7 +42,15 @@ class MemoryProbes:
         size = effort.largest_copy_bytes
         self._host = {lane: backend.allocate(Tier.HOST, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
         self._gpu = {lane: backend.allocate(Tier.GPU, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
-        self._state = {Lane.HOST_UPDATE: self._update_buffers(Tier.HOST), Lane.GPU_UPDATE: self._update_buffers(Tier.GPU)}
+        self._host_state = self._update_buffers(Tier.HOST, round(effort.optimizer_elements * UPDATE_SIZES[-1]))
+        self._sampled: dict[Lane, dict[int, Callable[[], object]]] = {
+            lane: {size: self._copy(lane, size) for size in self._sizes()} for lane in (Lane.H2D, Lane.D2H)
+        }
+        self._sampled[Lane.HOST_UPDATE] = {
+            elements * BF16_UPDATE_BYTES: self._update(Lane.HOST_UPDATE, threads, self._host_state, elements)
+            for elements in (round(effort.optimizer_elements * times) for times in UPDATE_SIZES)
+        }
+        self._durations: dict[Lane, list[list[int]]] = {lane: [[] for _ in runs] for lane, runs in self._sampled.items()}
 
     def _copy(self, lane: Lane, size: int) -> Callable[[], object]:
         source, destination = (self._host, self._gpu) if lane is Lane.H2D else (self._gpu, self._host)
@@ -50,25 +63,39 @@ class MemoryProbes:
             sizes.append(sizes[-1] * 4)
         return [*sizes, self._effort.largest_copy_bytes]
 
+    def sample(self, turns: int) -> None:
+        """Time copies and host updates of all sizes once more, this many turns."""
+        for lane, runs in self._sampled.items():
+            found = timed_in_turns(self._backend, lane, [*runs.values()], turns)
+            for pooled, durations in zip(self._durations[lane], found, strict=True):
+                pooled.extend(durations)
+
+    def complete(self) -> None:
+        """Sample until there are turns enough."""
+        turns = SAMPLES - len(self._durations[Lane.H2D][0])
+        if turns > 0:
+            self.sample(turns)
+
+    def _curve(self, lane: Lane) -> Curve:
+        runs = zip(self._sampled[lane], self._durations[lane], strict=True)
+        return Curve(points=tuple(RatePoint(size=size, rate=mean_rate_spread(size, durations)) for size, durations in runs))
+
     def work(self) -> dict[Lane, Work]:
         """Copies of the largest size and updates, as `together` takes them: bytes and action."""
-        size, update = self._effort.largest_copy_bytes, self._effort.optimizer_elements * BF16_UPDATE_BYTES
+        size, elements = self._effort.largest_copy_bytes, self._effort.optimizer_elements
         copies = {lane: (size, self._copy(lane, size)) for lane in (Lane.H2D, Lane.D2H)}
-        return copies | {lane: (update, self._update(lane, self._threads)) for lane in self._state}
+        state = {Lane.HOST_UPDATE: self._host_state, Lane.GPU_UPDATE: self._update_buffers(Tier.GPU, elements)}
+        return copies | {
+            lane: (elements * BF16_UPDATE_BYTES, self._update(lane, self._threads, buffers, elements))
+            for lane, buffers in state.items()
+        }
 
     def link_curves(self) -> tuple[Curve, Curve]:
         """Host to device and back, alone, over sizes."""
-        h2d, d2h = (Curve(points=tuple(self._points(lane))) for lane in (Lane.H2D, Lane.D2H))
-        return h2d, d2h
+        return self._curve(Lane.H2D), self._curve(Lane.D2H)
 
-    def _points(self, lane: Lane) -> Iterator[RatePoint]:
-        for size in self._sizes():
-            durations = timed(self._backend, lane, self._copy(lane, size), self._effort.repeats)
-            yield RatePoint(size=size, rate=rate_spread(size, durations))
-
-    def _update_buffers(self, tier: Tier) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _update_buffers(self, tier: Tier, elements: int) -> State:
         """Weights, remainder, moments and gradient, in memory as the executor's slots have it."""
-        elements = self._effort.optimizer_elements * (UPDATE_SIZES[-1] if tier is Tier.HOST else 1)
         weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=True).view(torch.bfloat16) for _ in range(2))
         weights.normal_()
         gradient.normal_()
@@ -76,45 +103,37 @@ class MemoryProbes:
         moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
         return weights, remainder, moments, gradient
 
-    def _update(self, lane: Lane, threads: int, times: float = 1) -> Callable[[], object]:
-        """An update of as many elements as the effort says, `times` over."""
+    def _update(self, lane: Lane, threads: int, state: State, elements: int) -> Callable[[], object]:
+        """An update of the first `elements` of these buffers."""
         host = HostUpdate(threads)
         update = gpu_update(self._backend.device, host) if lane is Lane.GPU_UPDATE else host
-        elements = round(self._effort.optimizer_elements * times)
-        weights, remainder, moments, gradient = self._state[lane]
+        weights, remainder, moments, gradient = state
         moments = moments.view(-1)[: 2 * elements].view(2, elements)
         return lambda: update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
 
-    def optimizer(self, cores: int) -> OptimizerProfile:
+    def optimizer(self, cores: int, on_gpu: Work) -> OptimizerProfile:
         """AdamW on either side alone, and the host's over sizes and over thread counts up to all cores."""
-        elements = self._effort.optimizer_elements
+        elements, repeats = self._effort.optimizer_elements, self._effort.repeats
+        size = elements * BF16_UPDATE_BYTES
         counts = sorted({max(1, count) for count in (cores // 4, cores // 2, cores * 3 // 4, cores - 1, cores)})
-        runs = [(self._threads, times) for times in UPDATE_SIZES] + [(count, 1.0) for count in counts]
-        durations = timed_in_turns(
-            self._backend, Lane.HOST_UPDATE, [self._update(Lane.HOST_UPDATE, *run) for run in runs], UPDATE_ROUNDS
-        )
-        points = [
-            RatePoint(size=size, rate=mean_rate_spread(size, found))
-            for (_, times), found in zip(runs, durations, strict=True)
-            for size in [round(elements * times) * BF16_UPDATE_BYTES]
-        ]
-        by_size, by_threads = points[: len(UPDATE_SIZES)], points[len(UPDATE_SIZES) :]
-        on_gpu = timed(self._backend, Lane.GPU_UPDATE, self._update(Lane.GPU_UPDATE, self._threads), self._effort.repeats)
+        actions = [self._update(Lane.HOST_UPDATE, count, self._host_state, elements) for count in counts]
+        by_count = timed_in_turns(self._backend, Lane.HOST_UPDATE, actions, repeats)
+        by_size = self._curve(Lane.HOST_UPDATE)
         return OptimizerProfile(
             threads=HostUpdate(self._threads).threads,
-            host_bytes_per_s=by_size[UPDATE_SIZES.index(1)].rate,
-            gpu_bytes_per_s=rate_spread(elements * BF16_UPDATE_BYTES, on_gpu),
+            host_bytes_per_s=next(point.rate for point in by_size.points if point.size == size),
+            gpu_bytes_per_s=rate_spread(on_gpu[0], timed(self._backend, Lane.GPU_UPDATE, on_gpu[1], repeats)),
             by_threads=tuple(
-                ThreadPoint(threads=count, host_bytes_per_s=point.rate) for count, point in zip(counts, by_threads, strict=True)
+                ThreadPoint(threads=count, host_bytes_per_s=mean_rate_spread(size, durations))
+                for count, durations in zip(counts, by_count, strict=True)
             ),
-            host_by_bytes=Curve(points=tuple(by_size)),
+            host_by_bytes=by_size,
         )
 
-    def launches(self) -> list[LaunchCost]:
+    def launches(self, work: dict[Lane, Work]) -> list[LaunchCost]:
         """Host time to queue a copy or an update on its stream; nothing where handlers return when all is done."""
         if self._backend.name == "cpu":
             return []
-        work = self.work()
         kinds = {
             TaskKind.LOAD_WEIGHTS: Lane.H2D,
             TaskKind.FETCH_BOUNDARY: Lane.H2D,

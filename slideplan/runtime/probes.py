@@ -43,6 +43,7 @@ from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
 from slideplan.runtime.probing import Effort, Work, mean_rate_spread, spread, timed, together
 from slideplan.runtime.threads import ThreadBudget
 
+TURNS = 2  # of samples of host memory between units
 ProgressCallback = Callable[[str, int, int], None]
 
 
@@ -87,28 +88,29 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         process_bytes = resident_bytes()
         steps.next("matrix products and attention")
         rates, spreads = efficiency(backend, effort)
-        costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort.repeats, steps)
+        probes = MemoryProbes(backend, effort, threads.optimizer)
+        costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort, steps, probes)
         gc.collect()
         backend.release_unused()
         # By now libraries have loaded what units of full size call: 150 MiB more than small ones do.
         context_bytes = backend.outside_bytes()
-        # Host memory last: that of a virtual machine just started was seen to gain a quarter within minutes.
-        probes = MemoryProbes(backend, effort, threads.optimizer)
         steps.next("links")
+        probes.complete()
         h2d, d2h = probes.link_curves()
+        memory_work = probes.work()
         steps.next("optimizer")
-        optimizer = probes.optimizer(usable_cores())
-        launches = probes.launches()
+        optimizer = probes.optimizer(usable_cores(), memory_work[Lane.GPU_UPDATE])
+        launches = probes.launches(memory_work)
         device_rate = probes.device_bytes_per_s()
         with SsdProbe.open(backend, Path.cwd(), effort) as disk:
-            work = _layer_work(backend, request) | probes.work() | (disk.work() if disk else {})
+            work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
             lanes = TogetherProbe()
             for what in lanes.measure(backend, work, effort.window_ns):
                 steps.next(what)
             steps.next("disk")
             disk_duplex = lanes.total(Lane.SSD_READ, Lane.SSD_WRITE)
             ssd = disk.profile(disk_duplex.p50) if disk and disk_duplex else None
-        del probes, work
+        del probes, work, memory_work
         steps.finish()
     finally:
         backend.close()
@@ -164,9 +166,17 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
 
 
 def _unit_costs(
-    backend: Backend, request: ProfileRequest, kernels: Sequence[Kernels], repeats: int, steps: _Steps
+    backend: Backend,
+    request: ProfileRequest,
+    kernels: Sequence[Kernels],
+    effort: Effort,
+    steps: _Steps,
+    probes: MemoryProbes,
 ) -> tuple[list[ComputeCost], list[LaunchCost], list[str]]:
-    """Costs of every model's units at every shape by all kernels, launches of the first, and what did not fit."""
+    """Costs of every model's units at every shape by all kernels, launches of the first, and what did not fit.
+
+    In between, `probes` are sampled.
+    """
     costs: list[ComputeCost] = []
     launches: list[LaunchCost] = []
     notes = []
@@ -174,12 +184,13 @@ def _unit_costs(
         for (micro_batch, seq_len), written in product(request.shapes, kernels):
             shape = f"{model.name} {micro_batch}x{seq_len} {written}"
             steps.next(shape)
+            probes.sample(TURNS)
             for dtype in get_args(GradientDtype):
                 gc.collect()
                 backend.release_unused()
                 wants_launches = all(launch.kernels != written for launch in launches)
                 try:
-                    found = _probe(backend, model, micro_batch, seq_len, written, dtype, repeats, wants_launches)
+                    found = _probe(backend, model, micro_batch, seq_len, written, dtype, effort, wants_launches)
                 except torch.OutOfMemoryError:
                     notes.append(f"{shape}, gradients in {dtype}, does not fit in device memory")
                     continue
@@ -195,12 +206,12 @@ def _probe(
     seq_len: int,
     kernels: Kernels,
     dtype: GradientDtype,
-    repeats: int,
+    effort: Effort,
     wants_launches: bool,
 ) -> tuple[list[ComputeCost], list[LaunchCost]]:
     """Costs and launches of one shape. The probe and its memory are gone when this returns or raises."""
     probe = UnitProbe(backend, model, micro_batch, seq_len, kernels, dtype)
-    return probe.costs(repeats), probe.launches(repeats) if wants_launches else []
+    return probe.costs(effort.repeats), probe.launches(effort.repeats) if wants_launches else []
 
 
 def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[str, Spread]:

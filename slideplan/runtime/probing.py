@@ -29,15 +29,26 @@ class Effort:
     @classmethod
     def of(cls, quick: bool, backend: str) -> Effort:
         """GPU machines get sizes that fill their links; CPU backends stand for small ones."""
-        scale = 1 if backend == "cuda" else 8
+        gpu = backend == "cuda"
+        scale = 1 if gpu else 8
         if quick:
             return cls(
-                5, (64 << 20) // scale, (32 << 20) // scale, (256 << 20) // scale, 300_000_000 if scale == 1 else 150_000_000
+                repeats=5,
+                largest_copy_bytes=(64 << 20) // scale,
+                optimizer_elements=(32 << 20) // scale,
+                ssd_bytes=(256 << 20) // scale,
+                window_ns=300_000_000 if gpu else 150_000_000,
             )
-        return cls(15, (512 << 20) // scale, (128 << 20) // scale, (2 << 30) // scale, 600_000_000)
+        return cls(
+            repeats=15,
+            largest_copy_bytes=(512 << 20) // scale,
+            optimizer_elements=(128 << 20) // scale,
+            ssd_bytes=(2 << 30) // scale,
+            window_ns=600_000_000,
+        )
 
 
-GROUPS = 8  # of runs, for the spread of their means
+GROUPS = 8  # of runs, for the spread of a mean
 
 
 def spread(values: list[int] | list[float]) -> Spread:
@@ -52,9 +63,15 @@ def rate_spread(size: int, durations_ns: list[int]) -> Spread:
 
 
 def mean_rate_spread(size: int, durations_ns: list[int]) -> Spread:
-    """The same over groups of runs: where slow runs are many, a sum of runs takes more than its median says."""
-    groups = np.array_split(durations_ns, min(GROUPS, len(durations_ns)))
-    return spread([size * 1e9 * len(group) / max(1, group.sum()) for group in groups])
+    """Units per second over all runs, as a step that adds up many has it: where a few runs are slow, less than the median's.
+
+    p10 and p90 are of parts that are each spread over the whole time: how far the mean may be off.
+    """
+    parts = [durations_ns[first::GROUPS] for first in range(min(GROUPS, len(durations_ns)))]
+    rates = [size * 1e9 * len(part) / max(1, sum(part)) for part in parts]
+    mean = size * 1e9 * len(durations_ns) / max(1, sum(durations_ns))
+    low, high = np.percentile(rates, (10, 90))
+    return Spread(p10=round(min(low, mean)), p50=round(mean), p90=round(max(high, mean)))
 
 
 def timed(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:

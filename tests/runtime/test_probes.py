@@ -11,7 +11,7 @@ from builders import tiny_model
 from slideplan.plan.codec import load, save
 from slideplan.plan.figures import changes, figures
 from slideplan.plan.graph import Lane, TaskKind
-from slideplan.plan.machine import LayerShape, MachineProfile, Spread
+from slideplan.plan.machine import LayerShape, MachineProfile
 from slideplan.plan.model import UnitRole
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.machine import identity
@@ -98,10 +98,12 @@ def test_lanes_together_report_rates_over_their_common_time() -> None:
 
 
 def test_a_sum_of_runs_is_not_the_median_run() -> None:
-    """One run in four takes three times as long: eight groups of four say 4 / 6 of the rate that the median run has."""
+    """One run in four takes three times as long: 4 / 6 of the rate that the median run has."""
     durations = [10, 30, 10, 10] * 8
     assert rate_spread(1, durations).p50 == 100_000_000
-    assert mean_rate_spread(1, durations) == Spread.exact(66_666_667)
+    found = mean_rate_spread(1, durations)
+    assert found.p50 == 66_666_667
+    assert found.p10 < found.p50 < found.p90
 
 
 def test_actions_in_turns_are_told_apart() -> None:

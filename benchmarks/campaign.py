@@ -181,22 +181,10 @@ def run(
     limit_s = min(patience_s, deadline + REPORT_S / 2 - started)
     steps = str(steps_of(entry))
     code, said = launch(
-        [
-            "execute",
-            str(plan_file),
-            "--steps",
-            steps,
-            "--warmup",
-            str(WARMUP_STEPS),
-            "--lr",
-            LEARNING_RATE,
-            "--device",
-            device,
-            "-o",
-            str(place),
-        ],
+        ["execute", str(plan_file), "--steps", steps, "--warmup", str(WARMUP_STEPS), "--lr", LEARNING_RATE,
+         "--device", device, "-o", str(place)],
         limit_s,
-    )
+    )  # fmt: skip
     wall_s = round(time.monotonic() - started, 1)
     plan_file.unlink()
     if code == 0:

@@ -200,7 +200,9 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
     state = {unit for unit in (0, model.head_unit) if random.random() < 1 / 3} | set(_some(random, layers))
     weights = state | set(_some(random, [unit for unit in layers if unit not in state]))
     offloaded = random.choice([0, model.layers, random.randint(0, model.layers)])
+    kernels = faster_kernels(machine, model, batch // micro_batches, workload.seq_len)
     kept = set(_some(random, [unit for unit in layers if unit - 1 >= offloaded]))
+    away = set(_some(random, sorted(kept))) if kernels != "eager" and random.random() < 1 / 3 else set()
     host = [unit for unit in range(model.units) if unit not in state]
     deferred = random.choice([min(1, len(host)), len(host), random.randint(0, len(host))])
     order = (*reversed(host[deferred:]), *host[:deferred])
@@ -216,15 +218,16 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         gradient_slots=random.randint(1, 3),
         host_gradient_slots=min(host_layers, waiting_gradients(model, order) + random.randint(0, 2)),
         boundary_slots=micro_batches + random.randint(1, 4) if offloaded else 0,
+        inner_slots=random.randint(1, 4) if away else 0,
         gradient_dtype=random.choice(["bf16", "fp32"]),
-        kernels=faster_kernels(machine, model, batch // micro_batches, workload.seq_len),
+        kernels=kernels,
         update_order=order,
         units=tuple(
             UnitPolicy(
                 weights=Tier.GPU if unit in weights else Tier.HOST,
                 state=Tier.GPU if unit in state else Tier.HOST,
                 boundary=Tier.HOST if unit < offloaded else Tier.GPU,
-                inner="keep" if unit in kept else "recompute",
+                inner="offload" if unit in away else "keep" if unit in kept else "recompute",
             )
             for unit in range(model.units)
         ),
@@ -265,7 +268,7 @@ def sketch(model: ModelSpec, policy: Policy) -> str:
     layers = [policy.units[unit] for unit in range(1, model.head_unit)]
     state = sum(unit.state is Tier.GPU for unit in layers)
     weights = sum(unit.weights is Tier.GPU for unit in layers)
-    kept = sum(unit.inner == "keep" for unit in layers)
+    kept, inner = (sum(unit.inner == how for unit in layers) for how in ("keep", "offload"))
     away = sum(unit.boundary is Tier.HOST for unit in policy.units)
     ends = [name for name, unit in (("embedding", 0), ("head", -1)) if policy.units[unit].state is Tier.GPU]
     parts = [f"{policy.micro_batches}x{policy.micro_batch} {policy.gradient_dtype} {policy.kernels}"]
@@ -273,7 +276,13 @@ def sketch(model: ModelSpec, policy: Policy) -> str:
         parts.append(f"window {policy.window}/{policy.prefetch_depth}")
     parts += [
         f"{word} {count}"
-        for word, count in (("weights", weights), ("state", state), ("kept", kept), ("boundaries out", away))
+        for word, count in (
+            ("weights", weights),
+            ("state", state),
+            ("kept", kept),
+            ("kept on the host", inner),
+            ("boundaries out", away),
+        )
         if count
     ]
     parts += ends

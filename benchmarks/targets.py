@@ -100,7 +100,7 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
     units = policy.units
     if mechanism == "kept activations":
         units = tuple(msgspec.structs.replace(unit, inner="recompute") for unit in units)
-        policy = msgspec.structs.replace(policy, units=units)
+        policy = msgspec.structs.replace(policy, units=units, inner_slots=0)
     elif mechanism == "updates across the step":
         order = tuple(sorted(policy.update_order, reverse=True))
         policy = msgspec.structs.replace(policy, update_order=order)
@@ -109,9 +109,9 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
         assert isinstance(answer, Plan), "what fits with residency fits with less on the GPU"
         return answer
     elif mechanism == "fused kernels":
-        policy = msgspec.structs.replace(policy, kernels="eager")
+        policy = msgspec.structs.replace(policy, kernels="eager", inner_slots=0)
         # Eager layers keep more than twice as much: fewer of them can.
-        kept = [unit for unit, placed in enumerate(units) if placed.inner == "keep"]
+        kept = [unit for unit, placed in enumerate(units) if placed.inner != "recompute"]
         for count in range(len(kept), -1, -1):
             fewer = {unit: "keep" if unit in kept[len(kept) - count :] else "recompute" for unit in range(len(units))}
             changed = tuple(msgspec.structs.replace(placed, inner=fewer[unit]) for unit, placed in enumerate(units))

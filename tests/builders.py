@@ -49,22 +49,26 @@ def tiny_policy(
     resident_weights: tuple[int, ...] = (),
     resident_state: tuple[int, ...] = (),
     keep: tuple[int, ...] = (),
+    offload_inner: tuple[int, ...] = (),
     offload_boundaries: bool = False,
     **changes: Any,
 ) -> Policy:
     """Everything on the host, weights streamed, updates in backward order; legal as it stands.
 
     resident_weights, resident_state, keep: units with weights, with weights and state, and with inner
-    activations on the GPU. offload_boundaries: outputs of all layers but the last wait on the host,
-    where nothing that is kept forbids it. `changes` replaces fields of the policy.
+    activations on the GPU. offload_inner: units with a part of those on the host, which eager kernels cannot.
+    offload_boundaries: outputs of all layers but the last wait on the host, where nothing that is kept
+    forbids it. `changes` replaces fields of the policy.
     """
     on_gpu = {*resident_weights, *resident_state}
     units = tuple(
         UnitPolicy(
             weights=Tier.GPU if unit in on_gpu else Tier.HOST,
             state=Tier.GPU if unit in resident_state else Tier.HOST,
-            boundary=Tier.HOST if offload_boundaries and unit < model.layers and unit + 1 not in keep else Tier.GPU,
-            inner="keep" if unit in keep else "recompute",
+            boundary=Tier.HOST
+            if offload_boundaries and unit < model.layers and unit + 1 not in (*keep, *offload_inner)
+            else Tier.GPU,
+            inner="offload" if unit in offload_inner else "keep" if unit in keep else "recompute",
         )
         for unit in range(model.units)
     )
@@ -81,6 +85,7 @@ def tiny_policy(
         # Updates in another than backward order keep gradients waiting: then every layer gets a slot.
         "host_gradient_slots": host_layers if "update_order" in changes else min(2, host_layers),
         "boundary_slots": micro_batches + 2 if any(unit.boundary is Tier.HOST for unit in units) else 0,
+        "inner_slots": 2 if offload_inner else 0,
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
         "update_order": order,

@@ -82,6 +82,12 @@ class Contents:
         elif task.kind is TaskKind.FETCH_BOUNDARY:
             self._find(task, Role.HOST_BOUNDARY, ("boundary", unit, micro, step))
             self._put(task, Role.INPUT, ("boundary", unit, micro, step))
+        elif task.kind is TaskKind.OFFLOAD_INNER:
+            self._find(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
+            self._put(task, Role.HOST_FEED_FORWARD, ("wide", unit, micro, step))
+        elif task.kind is TaskKind.FETCH_INNER:
+            self._find(task, Role.HOST_FEED_FORWARD, ("wide", unit, micro, step))
+            self._put(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
         elif task.kind is TaskKind.OFFLOAD_GRADIENT:
             self._find(task, Role.GRADIENT, self._whole_gradient(unit, step))
             self._put(task, Role.HOST_GRADIENT, self._whole_gradient(unit, step))
@@ -108,6 +114,8 @@ class Contents:
             self._put(task, Role.OUTPUT, ("boundary", unit, micro, step))
             if task.kind is TaskKind.FORWARD_KEEP:
                 self._put(task, Role.INNER, ("inner", unit, micro, step))
+                if task.has(Role.FEED_FORWARD):
+                    self._put(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
             return
         if task.kind is TaskKind.LOSS:
             if self.model.tied_embeddings:
@@ -117,6 +125,9 @@ class Contents:
             self._find(task, Role.BOUNDARY_GRADIENT, ("flow", unit + 1, micro, step))
             if task.kind is TaskKind.BACKWARD and unit > 0:
                 self._find(task, Role.INNER, ("inner", unit, micro, step))
+                if task.has(Role.FEED_FORWARD):
+                    self._find(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
+                    self._put(task, Role.FEED_FORWARD, "overwritten")
         if unit > 0:
             self._put(task, Role.BOUNDARY_GRADIENT, ("flow", unit, micro, step))
         self._add(task, Role.GRADIENT, step)

@@ -31,13 +31,15 @@ def cases(draw: st.DrawFn) -> Case:
     model = tiny_model(layers=draw(st.integers(1, 6)), tied_embeddings=draw(st.booleans()))
     micro_batch, micro_batches = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     units: list[UnitPolicy] = []
+    kernels = draw(st.sampled_from(["eager", "fused"]))
+    inners = ["recompute", "keep"] if kernels == "eager" else ["recompute", "keep", "offload"]
     for unit in range(model.units):
         is_layer = 0 < unit < model.head_unit
         state = draw(st.sampled_from([Tier.HOST, Tier.HOST, Tier.GPU]))
         weights = state if not is_layer or state is Tier.GPU else draw(st.sampled_from([Tier.HOST, Tier.GPU]))
         boundary = draw(st.sampled_from([Tier.HOST, Tier.GPU])) if unit < model.layers else Tier.GPU
         may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
-        inner = draw(st.sampled_from(["recompute", "keep"])) if may_keep else "recompute"
+        inner = draw(st.sampled_from(inners)) if may_keep else "recompute"
         units.append(UnitPolicy(weights=weights, state=state, boundary=boundary, inner=inner))
     streams = any(units[unit].weights is Tier.HOST for unit in range(1, model.head_unit))
     window = draw(st.integers(2, model.layers + 2)) if streams else 0
@@ -54,8 +56,9 @@ def cases(draw: st.DrawFn) -> Case:
         gradient_slots=draw(st.integers(1, 3)),
         host_gradient_slots=draw(st.integers(1, host_layers)) if in_order else host_layers,
         boundary_slots=micro_batches + draw(st.integers(1, 4)) if offloads else 0,
+        inner_slots=draw(st.integers(1, 3)) if any(unit.inner == "offload" for unit in units) else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
-        kernels=draw(st.sampled_from(["eager", "fused"])),
+        kernels=kernels,
         update_order=tuple(order),
         units=tuple(units),
     )
@@ -89,6 +92,7 @@ def foreign_cases(draw: st.DrawFn) -> Case:
         gradient_slots=draw(st.integers(2, 4)),
         host_gradient_slots=model.units if all_waiting else draw(st.integers(1, 3)),
         boundary_slots=micro_batches * (interval + 1) + 1 if offloads or passing else 0,
+        inner_slots=0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=draw(st.sampled_from(["eager", "fused"])),
         update_order=tuple(order),

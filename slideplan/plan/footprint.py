@@ -23,11 +23,12 @@ class Footprint(Spec, frozen=True):
     workspace_bytes: int
     transient_bytes: dict[str, int] = msgspec.field(default_factory=dict)
 
-    def workspace_beside(self, kept: Sequence[bool], micro_batches: int) -> int:
+    def workspace_beside(self, kept_bytes: Sequence[int]) -> int:
         """What tasks need on the GPU beyond the slots of all inner activations, which not all hold something at once.
 
-        kept: of each layer, whether it keeps its inner activations. Before a layer's forward and after its
-        backward what it will keep or has kept is free for other tasks to work in.
+        kept_bytes: of each layer, what it keeps of its inner activations, in all micro-batches together; zero
+        where it recomputes them. Before a layer's forward and after its backward what it will keep or has
+        kept is free for other tasks to work in.
         """
         layer = {
             kind: self.transient_bytes.get(transient_key(UnitRole.LAYER, kind), 0)
@@ -37,16 +38,15 @@ class Footprint(Spec, frozen=True):
             self.transient_bytes.get(transient_key(UnitRole.EMBEDDING, kind), 0)
             for kind in (TaskKind.FORWARD, TaskKind.BACKWARD)
         ]
-        each = micro_batches * self.inner_bytes
         held, peak = 0, max(embedding)
-        for keeps in kept:
-            held += each if keeps else 0
-            peak = max(peak, held + layer[TaskKind.FORWARD_KEEP if keeps else TaskKind.FORWARD])
+        for kept in kept_bytes:
+            held += kept
+            peak = max(peak, held + layer[TaskKind.FORWARD_KEEP if kept else TaskKind.FORWARD])
         peak = max(peak, held + self.transient_bytes.get(transient_key(UnitRole.HEAD, TaskKind.LOSS), 0))
         total = held
-        for keeps in reversed(kept):
-            peak = max(peak, held + layer[TaskKind.BACKWARD if keeps else TaskKind.BACKWARD_RECOMPUTE])
-            held -= each if keeps else 0
+        for kept in reversed(kept_bytes):
+            peak = max(peak, held + layer[TaskKind.BACKWARD if kept else TaskKind.BACKWARD_RECOMPUTE])
+            held -= kept
         return self.workspace_bytes + peak - total
 
 

@@ -38,6 +38,8 @@ class TaskKind(StrEnum):
     BACKWARD_RECOMPUTE = "backward_recompute"  # forward again, then backward
     OFFLOAD_BOUNDARY = "offload_boundary"
     FETCH_BOUNDARY = "fetch_boundary"
+    OFFLOAD_INNER = "offload_inner"  # the feed-forward's two wide products
+    FETCH_INNER = "fetch_inner"
     OFFLOAD_GRADIENT = "offload_gradient"
     UPDATE_HOST = "update_host"
     UPDATE_GPU = "update_gpu"
@@ -55,6 +57,8 @@ LANE_OF = {
     TaskKind.BACKWARD_RECOMPUTE: Lane.COMPUTE,
     TaskKind.OFFLOAD_BOUNDARY: Lane.D2H,
     TaskKind.FETCH_BOUNDARY: Lane.H2D,
+    TaskKind.OFFLOAD_INNER: Lane.D2H,
+    TaskKind.FETCH_INNER: Lane.H2D,
     TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
     TaskKind.UPDATE_HOST: Lane.HOST_UPDATE,
     TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
@@ -78,6 +82,7 @@ class TensorClass(StrEnum):
     GRADIENT = "gradient"
     BOUNDARY = "boundary_activation"
     INNER = "inner_activation"
+    FEED_FORWARD = "feed_forward_activation"  # the part of inner activations that can leave the GPU
     WORKSPACE = "workspace"
 
 
@@ -99,6 +104,8 @@ class Role(StrEnum):
     BARRIER = "barrier"  # how many units are updated: the next step's first load waits for all
     BOUNDARY_GRADIENT = "boundary_gradient"  # gradient of the output, overwritten by that of the input
     INNER = "inner"
+    FEED_FORWARD = "feed_forward"
+    HOST_FEED_FORWARD = "host_feed_forward"
 
 
 class SlotPool(Spec, frozen=True):

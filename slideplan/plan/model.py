@@ -87,6 +87,10 @@ class ModelSpec(Spec, frozen=True, dict=True):
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def feed_forward_bytes(self, tokens: int) -> int:
+        """What a layer's two wide products, gate and up, take for so many tokens in bf16."""
+        return 2 * 2 * self.ffn * tokens
+
     def role(self, unit: int) -> UnitRole:
         """Role of a unit number. Raises IndexError outside 0..layers + 1."""
         if not 0 <= unit < self.units:

@@ -7,7 +7,7 @@ issued. Both give plain action lists; slots and edges come later (`slots`, `edge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from slideplan.plan.graph import TaskKind
@@ -36,14 +36,14 @@ def compute_order(model: ModelSpec, policy: Policy) -> list[Action]:
     micros = range(policy.micro_batches)
     actions = []
     for unit in range(model.head_unit):
-        kept = policy.units[unit].inner == "keep"
+        kept = policy.units[unit].inner != "recompute"
         actions += [Action(TaskKind.FORWARD_KEEP if kept else TaskKind.FORWARD, unit, micro) for micro in micros]
     actions += [Action(TaskKind.LOSS, model.head_unit, micro) for micro in micros]
     for unit in reversed(range(model.head_unit)):
         if unit > 0 and not policy.runs_again(unit):  # the last layer of a block: those before it run forward once more
             block = range(unit - (unit - 1) % policy.checkpoint_interval, unit)
             actions += [Action(TaskKind.FORWARD, other, micro) for other in block for micro in micros]
-        kept = policy.units[unit].inner == "keep" or unit == 0
+        kept = policy.units[unit].inner != "recompute" or unit == 0
         kind = TaskKind.BACKWARD if kept else TaskKind.BACKWARD_RECOMPUTE
         actions += [Action(kind, unit, micro) for micro in micros]
     return actions
@@ -114,7 +114,7 @@ def with_transfers(
     """Pass 2: the step's actions on all lanes, in issue order. `windows`: of `window_slots` for these actions.
 
     Loads stand `prefetch_depth` visits ahead of the visit that needs them, each behind its cast where
-    there is one; fetches of boundary activations as many compute actions ahead as their GPU slots allow.
+    there is one; fetches of activations as far ahead as their GPU slots allow.
     Gradients leave after a unit's last backward. A host update stands after its gradient's arrival and
     after the updates before it in `update_order`; with clipping, after all gradients' clipping.
     """
@@ -135,12 +135,8 @@ def with_transfers(
             before[turns[max(0, now - depth)].first].append(Action(TaskKind.LOAD_WEIGHTS, unit))
 
     first_loss = next(place for place, action in enumerate(actions) if action.kind is TaskKind.LOSS)
-    for place, action in enumerate(actions):
-        if place > first_loss and action.unit not in (0, model.head_unit):
-            source = action.unit - 1
-            if policy.units[source].boundary is Tier.HOST:
-                issue = max(first_loss, place - (policy.boundary_slots - 1))
-                before[issue].append(Action(TaskKind.FETCH_BOUNDARY, source, action.micro))
+    for issue, fetch in _fetches(model, policy, actions, first_loss):
+        before[issue].append(fetch)
 
     issued: list[Action] = []
     waiting_updates = list(policy.update_order)
@@ -151,6 +147,8 @@ def with_transfers(
         issued.append(action)
         if place < first_loss and policy.units[action.unit].boundary is Tier.HOST:
             issued.append(Action(TaskKind.OFFLOAD_BOUNDARY, action.unit, action.micro))
+        if place < first_loss and policy.units[action.unit].inner == "offload":
+            issued.append(Action(TaskKind.OFFLOAD_INNER, action.unit, action.micro))
         if place < first_loss or place != last_action[action.unit]:
             continue
         if policy.units[action.unit].state is Tier.GPU:
@@ -161,6 +159,22 @@ def with_transfers(
         issued += _host_updates(policy, arrived, waiting_updates)
     assert not waiting_updates, "every unit's gradient arrives within the step"
     return issued
+
+
+def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss: int) -> Iterator[tuple[int, Action]]:
+    """Fetches of activations that wait on the host, with the compute action before which each is issued.
+
+    Boundary activations, of which compute makes others meanwhile, come as many compute actions ahead as there
+    are slots beside the one in use; inner ones as many backwards that need some.
+    """
+    again = [(place, action.unit, action.micro) for place, action in enumerate(actions) if place > first_loss]
+    for place, unit, micro in again:
+        if unit not in (0, model.head_unit) and policy.units[unit - 1].boundary is Tier.HOST:
+            yield max(first_loss, place - (policy.boundary_slots - 1)), Action(TaskKind.FETCH_BOUNDARY, unit - 1, micro)
+    inner = [(place, unit, micro) for place, unit, micro in again if policy.units[unit].inner == "offload"]
+    for number, (_, unit, micro) in enumerate(inner):
+        ahead = number - (policy.inner_slots - 1)
+        yield inner[ahead][0] if ahead >= 0 else first_loss, Action(TaskKind.FETCH_INNER, unit, micro)
 
 
 def _host_updates(policy: Policy, arrived: set[int], waiting: list[int]) -> list[Action]:

@@ -11,6 +11,8 @@ from slideplan.plan.model import ModelSpec, UnitRole
 # How compute tasks run: as Hugging Face modules by autograd; by our own products and kernels; or the latter
 # captured once and replayed, so that the host issues one launch a task.
 Kernels = Literal["eager", "fused", "graphed"]
+# What becomes of a layer's inner activations between forward and backward.
+Inner = Literal["recompute", "keep", "offload"]
 GradientDtype = Literal["bf16", "fp32"]
 GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
@@ -82,14 +84,15 @@ class UnitPolicy(Spec, frozen=True):
               slots of their own, so for them `weights` equals `state`.
     boundary: where the unit's output waits for backward. The head has none; the last layer's output
               is consumed at once and stays on the GPU.
-    inner:    "recompute" the unit's inner activations in backward, or "keep" them on the GPU.
+    inner:    "recompute" the unit's inner activations in backward, "keep" them on the GPU, or "offload": keep
+              them, while the feed-forward's two wide products, most of their bytes, wait on the host.
               Embedding and head have none to keep.
     """
 
     weights: Tier = Tier.HOST
     state: Tier = Tier.HOST
     boundary: Tier = Tier.GPU
-    inner: Literal["recompute", "keep"] = "recompute"
+    inner: Inner = "recompute"
 
 
 class Policy(Spec, frozen=True, omit_defaults=True):
@@ -102,6 +105,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     gradient_slots:      GPU gradient slots shared by the layers
     host_gradient_slots: host gradient slots shared by the layers whose state is on the host
     boundary_slots:      GPU slots shared by the boundary activations that wait on the host
+    inner_slots:         GPU slots shared by the inner activations that wait on the host
     gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
     kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
                          kernels, which keep less and write weight gradients where they belong. "graphed": the
@@ -136,6 +140,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     gradient_slots: int
     host_gradient_slots: int
     boundary_slots: int
+    inner_slots: int
     gradient_dtype: GradientDtype
     kernels: Kernels
     update_order: tuple[int, ...]
@@ -202,7 +207,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                 f"set policy.units[{model.head_unit}].weights to gpu (final norm in a slot of its own)"
             )
         if self.checkpoint_interval > 1 and any(
-            placement.boundary is not Tier.GPU or placement.inner == "keep" for placement in self.units
+            placement.boundary is not Tier.GPU or placement.inner != "recompute" for placement in self.units
         ):
             raise ValueError(
                 "policy.checkpoint_interval above 1 needs all boundary activations on the gpu, and no inner ones kept"
@@ -220,7 +225,9 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                     raise ValueError(f"{where}: weights must lie where state does")
                 if placement.inner != "recompute":
                     raise ValueError(f"{where}: has no inner activations to keep")
-            if placement.inner == "keep" and self.units[unit - 1].boundary is not Tier.GPU:
+            if placement.inner == "offload" and self.kernels == "eager":
+                raise ValueError(f"{where}: inner is offload, which autograd's own tensors cannot; set policy.kernels to fused")
+            if placement.inner != "recompute" and self.units[unit - 1].boundary is not Tier.GPU:
                 raise ValueError(
                     f"{where}: keeping inner activations keeps the unit's input on the gpu too; "
                     f"set policy.units[{unit - 1}].boundary to gpu"
@@ -261,6 +268,11 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             )
         if not offloaded and not passing and self.boundary_slots:
             raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on the host")
+        if any(placement.inner == "offload" for placement in self.units) != (self.inner_slots > 0) or self.inner_slots < 0:
+            raise ValueError(
+                f"policy.inner_slots is {self.inner_slots}; it must be 1 or more where inner activations of a unit are to "
+                "be offloaded, and 0 where none are"
+            )
 
 
 # Master format and how the bf16 weights come about from it.

@@ -85,10 +85,12 @@ class SlotAssignment:
         self._gradient_ring = _Ring(f"gpu.gradient.{shared}", policy.gradient_slots, "gradient_slots")
         self._host_gradient_ring = _Ring(f"host.gradient.{shared}", policy.host_gradient_slots, "host_gradient_slots")
         self._boundary_ring = _Ring("gpu.boundary.cycle", policy.boundary_slots, "boundary_slots")
+        self._inner_ring = _Ring("gpu.feed_forward", policy.inner_slots, "inner_slots")
         self._gradient: dict[int, int] = {}
         self._host_gradient: dict[int, int] = {}
         self._boundary: dict[tuple[int, int], int] = {}
         self._boundary_users: dict[tuple[int, int], int] = {}
+        self._feed_forward: dict[tuple[int, int], int] = {}
         self._loads: dict[int, int] = {}
         self._ran: set[tuple[int, int]] = set()  # unit, micro-batch: forward once already
         self._loading = False  # whether the step's first cast or load was seen
@@ -170,16 +172,23 @@ class SlotAssignment:
         stay = [unit for unit in held if policy.units[unit].boundary is Tier.GPU]
         leave = [unit for unit in held if policy.units[unit].boundary is Tier.HOST]
         kept = [unit for unit in range(model.units) if policy.units[unit].inner == "keep"]
+        away = [unit for unit in range(model.units) if policy.units[unit].inner == "offload"]
         self._add_shared("gpu.boundary", Tier.GPU, TensorClass.BOUNDARY, boundary, len(stay) * micros)
         self._add_shared("host.boundary", Tier.HOST, TensorClass.BOUNDARY, self._pinned(boundary), len(leave) * micros)
         for name, owners in (("gpu.boundary", stay), ("host.boundary", leave)):
             self._rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
         self._add_shared("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, policy.boundary_slots)
         self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
-        self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, self.footprint.inner_bytes, len(kept) * micros)
-        self._rank.update({("gpu.inner", unit): micros * place for place, unit in enumerate(kept)})
-        flags = [policy.units[unit].inner == "keep" for unit in range(1, model.head_unit)]
-        workspace = self.footprint.workspace_beside(flags, micros)
+        feed_forward = model.feed_forward_bytes(self.tokens)
+        inner_bytes = {"keep": self.footprint.inner_bytes, "offload": max(1, self.footprint.inner_bytes - feed_forward)}
+        self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, inner_bytes["keep"], len(kept) * micros)
+        self._add_shared("gpu.inner.rest", Tier.GPU, TensorClass.INNER, inner_bytes["offload"], len(away) * micros)
+        self._add_shared("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, feed_forward, policy.inner_slots)
+        self._add_shared("host.feed_forward", Tier.HOST, TensorClass.FEED_FORWARD, feed_forward, len(away) * micros)
+        for name, owners in (("gpu.inner", kept), ("gpu.inner.rest", away), ("host.feed_forward", away)):
+            self._rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
+        held = [micros * inner_bytes.get(policy.units[unit].inner, 0) for unit in range(1, model.head_unit)]
+        workspace = self.footprint.workspace_beside(held)
         self._add_shared("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, workspace, 1)
 
     def _own(self, role: Role, pool: str, unit: int, mode: Literal["r", "w", "rw"], micro: int = 0) -> Access:
@@ -259,8 +268,20 @@ class SlotAssignment:
             return [Access(role=Role.BARRIER, pool="host.barrier", slot=0, mode="r")]
         return []
 
-    def _inner(self, unit: int, micro: int, mode: Literal["r", "w"]) -> Access:
-        return self._own(Role.INNER, "gpu.inner", unit, mode, micro)
+    def _inner(self, unit: int, micro: int, mode: Literal["r", "w"]) -> list[Access]:
+        """What a forward keeps for its backward; of what can wait on the host, the slot on the GPU."""
+        if self.policy.units[unit].inner == "keep":
+            return [self._own(Role.INNER, "gpu.inner", unit, mode, micro)]
+        return [self._own(Role.INNER, "gpu.inner.rest", unit, mode, micro), self._feed_forward_access(unit, micro, mode)]
+
+    def _feed_forward_access(self, unit: int, micro: int, mode: Literal["r", "w"]) -> Access:
+        """Written by the forward or by a fetch; its one reader, the offload or the backward, frees the slot."""
+        if mode == "w":
+            slot = self._feed_forward[unit, micro] = self._inner_ring.take()
+        else:
+            slot = self._feed_forward.pop((unit, micro))
+            self._inner_ring.give_back(slot)
+        return Access(role=Role.FEED_FORWARD, pool=self._inner_ring.pool, slot=slot, mode=mode)
 
     def _state(self, tier: Tier, unit: int) -> list[Access]:
         role = self.model.role(unit)
@@ -302,20 +323,9 @@ class SlotAssignment:
         elif kind is TaskKind.OFFLOAD_GRADIENT:
             accesses = [self._gradient_access(unit, "r"), self._host_gradient_access(unit, "w")]
             bytes_moved = gradient_bytes
-        elif kind is TaskKind.OFFLOAD_BOUNDARY:
+        elif LANE_OF[kind] in (Lane.H2D, Lane.D2H):
             assert micro is not None
-            accesses = [
-                self._boundary_access(Role.INPUT, unit, micro, "r"),
-                self._own(Role.HOST_BOUNDARY, "host.boundary", unit, "w", micro),
-            ]
-            bytes_moved = model.boundary_bytes(self.tokens)
-        elif kind is TaskKind.FETCH_BOUNDARY:
-            assert micro is not None
-            accesses = [
-                self._own(Role.HOST_BOUNDARY, "host.boundary", unit, "r", micro),
-                self._boundary_access(Role.INPUT, unit, micro, "w"),
-            ]
-            bytes_moved = model.boundary_bytes(self.tokens)
+            accesses, bytes_moved = self._activation_copy(kind, unit, micro)
         else:
             assert micro is not None
             accesses = self._compute_accesses(kind, unit, micro)
@@ -329,6 +339,21 @@ class SlotAssignment:
             accesses=(*accesses, *self._barrier(kind, unit)),
             fifo=Lane.COPY if copies and self.policy.copy_lanes == "shared" else UNSET,
         )  # fmt: skip
+
+    def _activation_copy(self, kind: TaskKind, unit: int, micro: int) -> tuple[list[Access], int]:
+        """Slots and bytes of a copy of activations between GPU and host."""
+        leaves = kind in (TaskKind.OFFLOAD_BOUNDARY, TaskKind.OFFLOAD_INNER)
+        here: Literal["r", "w"] = "r" if leaves else "w"
+        there: Literal["r", "w"] = "w" if leaves else "r"
+        if kind in (TaskKind.OFFLOAD_BOUNDARY, TaskKind.FETCH_BOUNDARY):
+            on_gpu = self._boundary_access(Role.INPUT, unit, micro, here)
+            on_host = self._own(Role.HOST_BOUNDARY, "host.boundary", unit, there, micro)
+            size_bytes = self.model.boundary_bytes(self.tokens)
+        else:
+            on_gpu = self._feed_forward_access(unit, micro, here)
+            on_host = self._own(Role.HOST_FEED_FORWARD, "host.feed_forward", unit, there, micro)
+            size_bytes = self.model.feed_forward_bytes(self.tokens)
+        return [on_gpu, on_host] if leaves else [on_host, on_gpu], size_bytes
 
     def _load_suffix(self, unit: int) -> str:
         """Which pass the next load of a streaming unit is for."""
@@ -348,10 +373,10 @@ class SlotAssignment:
         if kind in (TaskKind.FORWARD, TaskKind.FORWARD_KEEP):
             accesses.append(self._boundary_access(Role.OUTPUT, unit, micro, "w"))
             if kind is TaskKind.FORWARD_KEEP:
-                accesses.append(self._inner(unit, micro, "w"))
+                accesses += self._inner(unit, micro, "w")
             return accesses
         if kind is TaskKind.BACKWARD and unit > 0:
-            accesses.append(self._inner(unit, micro, "r"))
+            accesses += self._inner(unit, micro, "r")
         accesses.append(
             Access(role=Role.BOUNDARY_GRADIENT, pool="gpu.boundary_gradient", slot=micro,
                    mode="w" if kind is TaskKind.LOSS else "r" if unit == 0 else "rw")

@@ -49,9 +49,11 @@ def durations(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
         micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, window=2, prefetch_depth=1,
         host_gradient_slots=2, boundary_slots=4, offloaded_outputs=LAYERS_PRICED, deferred_updates=1,
     )  # fmt: skip
+    away = 0 if kernels == "eager" else 1
     resident = Candidate(
         micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, state_layers=LAYERS_PRICED,
-        weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED,
+        weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED - away,
+        offloaded_inner=away, inner_slots=away,
     )  # fmt: skip
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
     offered = capacities(machine)
@@ -82,6 +84,7 @@ class Bound(Spec, frozen=True):
         return self.step_ns + self.other_ns // 32
 
 
+_INNER_COPIES = (TaskKind.OFFLOAD_INNER, TaskKind.FETCH_INNER)
 _LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
 
 
@@ -158,7 +161,8 @@ class BoundModel:
 
     def _kinds(self, candidate: Candidate) -> dict[Kind, int]:
         """How many tasks of each kind a step has."""
-        layers, micros, kept = self.model.layers, candidate.micro_batches, candidate.kept_layers
+        layers, micros, away = self.model.layers, candidate.micro_batches, candidate.offloaded_inner
+        kept = candidate.kept_layers + away
         streaming = layers - candidate.weight_layers
         hosted = layers - candidate.state_layers
         embedding, head = int(not candidate.embedding_on_gpu), int(not candidate.head_on_gpu)
@@ -188,6 +192,7 @@ class BoundModel:
             # What leaves is the embedding's output and the layers', all of one size.
             (TaskKind.OFFLOAD_BOUNDARY, UnitRole.LAYER): moved,
             (TaskKind.FETCH_BOUNDARY, UnitRole.LAYER): moved,
+            **({(kind, UnitRole.LAYER): away * micros for kind in _INNER_COPIES} if away else {}),
         }
 
     def _cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
@@ -275,8 +280,11 @@ class BoundModel:
         return embedding + self._layer_run(candidate, unit, *kinds)
 
     def _layer_run(self, candidate: Candidate, unit: int, kept_kind: TaskKind, other_kind: TaskKind) -> int:
-        run = self.model.layers - max(unit, 1) + 1
+        first = max(unit, 1)
+        run = self.model.layers - first + 1
         kept = min(run, candidate.kept_layers)
+        if candidate.offloaded_inner:
+            kept += candidate.inner(self.model)[first - 1 :].count("offload")
         kept_ns, other_ns = (self._micros(candidate, kind, UnitRole.LAYER) for kind in (kept_kind, other_kind))
         return kept * kept_ns + (run - kept) * other_ns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Kernels, Policy, Tier, UnitPolicy
+from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Inner, Kernels, Policy, Tier, UnitPolicy
 from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
@@ -19,6 +19,8 @@ class Candidate(Spec, frozen=True):
     embedding_on_gpu, head_on_gpu: whether their weights and state stay on the GPU
     offloaded_outputs: first units whose boundary activation waits on the host
     kept_layers:       last layers that keep their inner activations
+    offloaded_inner:   layers of those between offloaded outputs and kept layers that keep them too, with what can
+                       wait on the host there
     deferred_updates:  how many host-state units, from the first on, are updated in order of next need
                        after all others, which are updated as their gradients arrive; from 1 (order of
                        arrival: the first unit's gradient is the last anyway) to all of them
@@ -33,12 +35,14 @@ class Candidate(Spec, frozen=True):
     gradient_slots: int = 2
     host_gradient_slots: int = 0
     boundary_slots: int = 0
+    inner_slots: int = 0
     state_layers: int = 0
     weight_layers: int = 0
     embedding_on_gpu: bool = False
     head_on_gpu: bool = False
     offloaded_outputs: int = 0
     kept_layers: int = 0
+    offloaded_inner: int = 0
     deferred_updates: int = 0
 
     def state_on_gpu(self, model: ModelSpec, unit: int) -> bool:
@@ -55,9 +59,22 @@ class Candidate(Spec, frozen=True):
         host = [unit for unit in range(model.units) if not self.state_on_gpu(model, unit)]
         return (*reversed(host[self.deferred_updates :]), *host[: self.deferred_updates])
 
+    def inner(self, model: ModelSpec) -> list[Inner]:
+        """What becomes of each layer's inner activations.
+
+        Layers that offload theirs are spread among those that may, so that copies have time to keep up with compute.
+        """
+        recomputed = model.layers - self.kept_layers
+        found: list[Inner] = ["recompute" if layer < recomputed else "keep" for layer in range(model.layers)]
+        room = recomputed - self.offloaded_outputs
+        for number in range(self.offloaded_inner):
+            found[self.offloaded_outputs + (number + 1) * room // self.offloaded_inner - 1] = "offload"
+        return found
+
     def policy(self, model: ModelSpec) -> Policy:
         """The policy spelt out unit by unit."""
         units = []
+        inner = self.inner(model)
         for unit in range(model.units):
             state = Tier.GPU if self.state_on_gpu(model, unit) else Tier.HOST
             layer = model.role(unit) is UnitRole.LAYER
@@ -66,13 +83,13 @@ class Candidate(Spec, frozen=True):
                     state=state,
                     weights=Tier.GPU if layer and unit <= self.weight_layers else state,
                     boundary=Tier.HOST if unit < self.offloaded_outputs else Tier.GPU,
-                    inner="keep" if layer and unit > model.layers - self.kept_layers else "recompute",
+                    inner=inner[unit - 1] if layer else "recompute",
                 )
             )
         return Policy(
             micro_batch=self.micro_batch, micro_batches=self.micro_batches, window=self.window,
             prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
-            host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots,
+            host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots, inner_slots=self.inner_slots,
             gradient_dtype=self.gradient_dtype, kernels=self.kernels, update_order=self.update_order(model), units=tuple(units),
         )  # fmt: skip
 
@@ -87,9 +104,11 @@ class Candidate(Spec, frozen=True):
         gpu += STATE_BYTES * (ends_on_gpu + layer * self.state_layers)
         gpu += gradient * (embedding + head + layer * self.gradient_slots)
         gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
-        kept = [layer >= layers - self.kept_layers for layer in range(layers)]
-        gpu += footprint.inner_bytes * self.kept_layers * micros + footprint.workspace_beside(kept, micros)
+        feed_forward = model.feed_forward_bytes(self.micro_batch * seq_len)
+        of_inner = {"keep": footprint.inner_bytes, "offload": max(1, footprint.inner_bytes - feed_forward)}
+        kept_bytes = [micros * of_inner.get(inner, 0) for inner in self.inner(model)]
+        gpu += sum(kept_bytes) + footprint.workspace_beside(kept_bytes) + feed_forward * self.inner_slots
         host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.state_layers))
         host += gradient * (ends_on_host + layer * self.host_gradient_slots)
-        host += boundary * self.offloaded_outputs * micros
+        host += (boundary * self.offloaded_outputs + feed_forward * self.offloaded_inner) * micros
         return {Tier.GPU: gpu, Tier.HOST: host}

@@ -162,7 +162,7 @@ def dram_bytes(graph: TaskGraph) -> tuple[int, int]:
     Passes of the CPU over host memory, and what copies read or write there; activations aside.
     """
     on_host = (Lane.HOST_UPDATE, Lane.HOST_CAST, Lane.H2D, Lane.D2H)
-    activations = (TaskKind.OFFLOAD_BOUNDARY, TaskKind.FETCH_BOUNDARY)
+    activations = (TaskKind.OFFLOAD_BOUNDARY, TaskKind.FETCH_BOUNDARY, TaskKind.OFFLOAD_INNER, TaskKind.FETCH_INNER)
     casts = (TaskKind.CAST_WEIGHTS, TaskKind.REFRESH_WEIGHTS)
     return (
         sum(task.bytes_moved for task in graph.tasks if LANE_OF[task.kind] in on_host and task.kind not in activations),

@@ -111,9 +111,10 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     inner = []
     if kept:
         inner.append(f"kept for {_named(model, kept)}")
-    if len(kept) < model.layers:
-        inner.append(f"recomputed for {_named(model, [unit for unit in layers if unit not in kept])}")
-    found = [
+    for how, wanted in (("offload", "kept with the feed-forward's part on the host for"), ("recompute", "recomputed for")):
+        if found := [unit for unit in layers if units[unit].inner == how]:
+            inner.append(f"{wanted} {_named(model, found)}")
+    lines = [
         ("micro-batches", f"{policy.micro_batches} of {policy.micro_batch} sequences each"),
         ("weights", "; ".join(weights)),
         ("state", "; ".join(state)),
@@ -122,7 +123,7 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
         ("activations", "; ".join(inner)),
         ("kernels", _KERNELS[policy.kernels]),
     ]
-    return [*found, ("CPU updates", _update_order(model, policy))] if policy.update_order else found
+    return [*lines, ("CPU updates", _update_order(model, policy))] if policy.update_order else lines
 
 
 _KERNELS: dict[Kernels, str] = {

@@ -146,11 +146,13 @@ class SpaceBuilder:
         for step in (-5, -2, -1, 1, 2, 5):
             changed.append({"deferred_updates": candidate.deferred_updates + step})
             changed.append({"offloaded_outputs": min(layers, max(0, candidate.offloaded_outputs + step))})
+            changed.append({"offloaded_inner": candidate.offloaded_inner + step})
             if free:
                 changed.append({"weight_layers": candidate.weight_layers + step})
                 changed.append({"state_layers": candidate.state_layers + step})
                 changed.append({"state_layers": candidate.state_layers + step, "weight_layers": candidate.weight_layers + step})
         changed += [{"offloaded_outputs": offloaded} for offloaded in evenly(0, layers, 5)]
+        changed += [{"offloaded_inner": offloaded} for offloaded in evenly(0, layers - candidate.offloaded_outputs, 5)]
         changed += [{"embedding_on_gpu": embedding, "head_on_gpu": head} for embedding, head in _ENDS] if free else []
         streaming = layers - candidate.weight_layers
         changed += [{"window": window, "prefetch_depth": depth} for window, depth in self._windows(streaming)]
@@ -166,8 +168,13 @@ class SpaceBuilder:
             window = min(moved.window or 2, max(2, streaming)) if streaming else 0
             depth = min(moved.prefetch_depth or 1, window - 1) if streaming else 0
             deferred = min(moved.host_units(self.model), max(1, moved.deferred_updates))
+            # Autograd's own tensors cannot leave the GPU; and what keeps activations has its input there.
+            away = 0 if moved.kernels == "eager" else min(layers - moved.offloaded_outputs, max(0, moved.offloaded_inner))
             found = self._keeping(
-                msgspec.structs.replace(moved, window=window, prefetch_depth=depth, deferred_updates=deferred), spares
+                msgspec.structs.replace(
+                    moved, window=window, prefetch_depth=depth, deferred_updates=deferred, offloaded_inner=away
+                ),
+                spares,
             )
             if found is not None and found != candidate:
                 yield found
@@ -271,7 +278,7 @@ class SpaceBuilder:
             if min(spare.values()) < 0:
                 continue
             inner = self.footprint(base).inner_bytes * base.micro_batches
-            room = self.model.layers - base.offloaded_outputs
+            room = self.model.layers - base.offloaded_outputs - base.offloaded_inner
             kept = min(room, spare[Tier.GPU] // inner) if inner else room
             # The first of them may work where without any there was workspace: then there is room for more.
             while True:
@@ -296,16 +303,25 @@ class SpaceBuilder:
         # Deferred units are the first of all host-state units: the embedding, layers, at last the head.
         waiting = min(host_layers, max(1, base.deferred_updates - (not base.embedding_on_gpu)))
         boundaries = base.micro_batches + 1 if base.offloaded_outputs else 0
-        return {"gradient_slots": 1, "host_gradient_slots": waiting, "boundary_slots": boundaries}
+        return {
+            "gradient_slots": 1, "host_gradient_slots": waiting, "boundary_slots": boundaries,
+            "inner_slots": min(1, base.offloaded_inner),
+        }  # fmt: skip
 
     def _spare_slots(self, candidate: Candidate) -> dict[str, int]:
-        """How many shared slots the candidate has beyond what it needs."""
-        return {knob: max(0, getattr(candidate, knob) - count) for knob, count in self._least_slots(candidate).items()}
+        """How many shared slots the candidate has beyond what it needs; of those that it needs none of, what is good."""
+        return {
+            knob: max(0, getattr(candidate, knob) - count) if count else FIRST_SPARE_SLOTS[knob]
+            for knob, count in self._least_slots(candidate).items()
+        }
 
 
 # Shared slots beyond the fewest: one more lets work overlap, and is where the search begins.
-NO_SPARE_SLOTS = {"gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0}
+NO_SPARE_SLOTS = {"gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0}
 SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
+# With one slot beside the one in use, a copy and the compute that waits for it take turns: inner activations take
+# as long to copy as several layers to compute.
+FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2}
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))

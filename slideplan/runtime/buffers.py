@@ -13,7 +13,7 @@ from slideplan.plan.policy import GradientDtype, Tier
 from slideplan.runtime.backend import Backend
 
 # Classes that cross PCIe: on the host they are page-locked.
-COPIED = (TensorClass.WEIGHTS, TensorClass.GRADIENT, TensorClass.BOUNDARY)
+COPIED = (TensorClass.WEIGHTS, TensorClass.GRADIENT, TensorClass.BOUNDARY, TensorClass.FEED_FORWARD)
 # Classes whose memory belongs to torch's allocator: autograd's saved tensors and transient results.
 DYNAMIC = (TensorClass.INNER, TensorClass.WORKSPACE)
 
@@ -35,6 +35,7 @@ class Buffers:
             TensorClass.MOMENTS: torch.float32,
             TensorClass.GRADIENT: torch.float32 if gradient_dtype == "fp32" else torch.bfloat16,
             TensorClass.BOUNDARY: torch.bfloat16,
+            TensorClass.FEED_FORWARD: torch.bfloat16,
         }
         self.slots: dict[str, list[torch.Tensor]] = {}
         self._pools = graph.pools

@@ -29,11 +29,16 @@ class LayerKernels(Protocol):
     def forward(self, entered: torch.Tensor, left: torch.Tensor) -> None:
         """Output of the layer into `left`."""
 
-    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor) -> Any:
-        """Forward; what it returns is for `backward` of a layer bound to the slot that then holds the weights."""
+    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor, wide: torch.Tensor | None) -> Any:
+        """Forward; what it returns is for `backward` of a layer bound to the slot that then holds the weights.
 
-    def backward(self, kept: Any, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
-        """Backward of a kept forward. `gradient`: of the output, replaced by that of the input."""
+        wide: slot for what waits elsewhere until then, [2, tokens, ffn]; None where all is kept.
+        """
+
+    def backward(
+        self, kept: Any, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot, wide: torch.Tensor | None
+    ) -> None:
+        """Backward of a kept forward. `gradient`: of the output, replaced by that of the input. `wide`: what waited."""
 
     def backward_recompute(self, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
         """Backward from the input alone. `gradient`: of the output, replaced by that of the input."""
@@ -160,13 +165,14 @@ class ComputeHandlers:
         self._layer(task).forward(self._boundary(task, Role.INPUT), self._boundary(task, Role.OUTPUT))
 
     def _forward_keep(self, task: Task, step: int) -> None:
-        kept = self._layer(task).forward_keep(self._boundary(task, Role.INPUT), self._boundary(task, Role.OUTPUT))
+        entered, left = self._boundary(task, Role.INPUT), self._boundary(task, Role.OUTPUT)
+        kept = self._layer(task).forward_keep(entered, left, self._wide(task))
         self._kept[task.slot(Role.INNER)] = kept
 
     def _backward(self, task: Task, step: int) -> None:
         kept = self._kept.pop(task.slot(Role.INNER))
         entered, gradient = self._boundary(task, Role.INPUT), self._boundary(task, Role.BOUNDARY_GRADIENT)
-        self._layer(task).backward(kept, entered, gradient, self._gradient(task, Role.GRADIENT))
+        self._layer(task).backward(kept, entered, gradient, self._gradient(task, Role.GRADIENT), self._wide(task))
 
     def _backward_recompute(self, task: Task, step: int) -> None:
         entered, gradient = self._boundary(task, Role.INPUT), self._boundary(task, Role.BOUNDARY_GRADIENT)
@@ -201,6 +207,11 @@ class ComputeHandlers:
 
     def _boundary(self, task: Task, role: Role) -> torch.Tensor:
         return self._buffers[task.slot(role)].view(self._shape)
+
+    def _wide(self, task: Task) -> torch.Tensor | None:
+        if not task.has(Role.FEED_FORWARD):
+            return None
+        return self._buffers[task.slot(Role.FEED_FORWARD)].view(2, -1, self._model.ffn)
 
     def _gradient(self, task: Task, role: Role) -> GradientSlot:
         return GradientSlot(self._buffers[task.slot(role)], task.builds_on(role))

@@ -79,9 +79,12 @@ class FusedLayer:
         """Output of the layer into `left`."""
         self._leave(self._inner(entered), left, reuse=True)
 
-    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor) -> Saved:
-        """Forward; what it returns is for `backward` of a layer bound to the slot that then holds the weights."""
-        saved = self._inner(entered)
+    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor, wide: torch.Tensor | None = None) -> Saved:
+        """Forward; what it returns is for `backward` of a layer bound to the slot that then holds the weights.
+
+        wide: where gate and up go, [2, tokens, ffn]; they may be elsewhere by then.
+        """
+        saved = self._inner(entered, wide)
         self._leave(saved, left, reuse=False)
         return saved
 
@@ -94,8 +97,8 @@ class FusedLayer:
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
 
-    def _inner(self, entered: torch.Tensor) -> Saved:
-        """All of forward but the last product."""
+    def _inner(self, entered: torch.Tensor, wide: torch.Tensor | None = None) -> Saved:
+        """All of forward but the last product. `wide`: takes gate and up."""
         model, x = self._model, entered.reshape(-1, self._model.hidden)
         normal, input_scale = rms_norm(x, self._weights[ATTENTION_NORM], model.rms_norm_eps)
         normed: dict[str, OwnNorm] = {}
@@ -120,7 +123,13 @@ class FusedLayer:
         if "self_attn.o_proj.bias" in self._weights:
             middle += self._weights["self_attn.o_proj.bias"]
         normal, middle_scale = rms_norm(middle, self._weights[FEED_FORWARD_NORM], model.rms_norm_eps)
-        gate, up = self._linear("mlp.gate_proj", normal), self._linear("mlp.up_proj", normal)
+        names = ("mlp.gate_proj", "mlp.up_proj")
+        if wide is None:
+            gate, up = (self._linear(name, normal) for name in names)
+        else:
+            gate, up = (
+                torch.mm(normal, self._weights[f"{name}.weight"].t(), out=out) for name, out in zip(names, wide, strict=True)
+            )
         return Saved(input_scale, normed, leaves, attended, middle, middle_scale, gate, up)
 
     def _leave(self, saved: Saved, left: torch.Tensor, reuse: bool) -> None:
@@ -132,9 +141,21 @@ class FusedLayer:
 
     # -- backward ------------------------------------------------------------------------------
 
-    def backward(self, saved: Saved, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
-        """Backward of a kept forward. `gradient`: of the output, replaced by that of the input."""
+    def backward(
+        self,
+        saved: Saved,
+        entered: torch.Tensor,
+        gradient: torch.Tensor,
+        into: GradientSlot,
+        wide: torch.Tensor | None = None,
+    ) -> None:
+        """Backward of a kept forward. `gradient`: of the output, replaced by that of the input.
+
+        wide: gate and up, where they are not where the forward put them.
+        """
         model, weights, sink = self._model, self._weights, self._sink
+        if wide is not None:
+            saved.gate, saved.up = wide
         sink.aim(into)
         x, g = entered.reshape(-1, model.hidden), gradient.view(-1, model.hidden)
         product = torch.mm(g, weights["mlp.down_proj.weight"])

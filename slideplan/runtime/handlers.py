@@ -19,6 +19,8 @@ COPIES = {
     TaskKind.OFFLOAD_GRADIENT: (Role.GRADIENT, Role.HOST_GRADIENT),
     TaskKind.OFFLOAD_BOUNDARY: (Role.INPUT, Role.HOST_BOUNDARY),
     TaskKind.FETCH_BOUNDARY: (Role.HOST_BOUNDARY, Role.INPUT),
+    TaskKind.OFFLOAD_INNER: (Role.FEED_FORWARD, Role.HOST_FEED_FORWARD),
+    TaskKind.FETCH_INNER: (Role.HOST_FEED_FORWARD, Role.FEED_FORWARD),
 }
 # Gradient and bf16 weights of each update.
 UPDATES = {

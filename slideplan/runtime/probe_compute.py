@@ -55,6 +55,7 @@ class UnitProbe:
             gradient_slots=1,
             host_gradient_slots=1,
             boundary_slots=0,
+            inner_slots=0,
             gradient_dtype=gradient_dtype,
             kernels=kernels,
             update_order=(3, 2, 1, 0),

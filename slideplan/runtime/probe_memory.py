@@ -137,8 +137,10 @@ class MemoryProbes:
         kinds = {
             TaskKind.LOAD_WEIGHTS: Lane.H2D,
             TaskKind.FETCH_BOUNDARY: Lane.H2D,
+            TaskKind.FETCH_INNER: Lane.H2D,
             TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
             TaskKind.OFFLOAD_BOUNDARY: Lane.D2H,
+            TaskKind.OFFLOAD_INNER: Lane.D2H,
             TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
         }
         measured = {

@@ -91,7 +91,7 @@ class EagerLayer:
         """Output of the layer into `left`."""
         left.copy_(self._run(entered))
 
-    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor) -> Kept:
+    def forward_keep(self, entered: torch.Tensor, left: torch.Tensor, wide: torch.Tensor | None = None) -> Kept:
         """Forward with the graph kept, though the weights may have left the slot when backward comes.
 
         Saved weights are remembered by their place in the unit, and found again in the slot that holds
@@ -120,8 +120,11 @@ class EagerLayer:
         result.untyped_storage().resize_(0)
         return Kept(self, entered, result)
 
-    def backward(self, kept: Kept, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot) -> None:
+    def backward(
+        self, kept: Kept, entered: torch.Tensor, gradient: torch.Tensor, into: GradientSlot, wide: torch.Tensor | None = None
+    ) -> None:
         """Backward of a kept forward. `gradient`: of the output, replaced by that of the input."""
+        assert wide is None, "autograd keeps its tensors where they are"
         kept.layer._backward_flat = self._flat
         kept.layer._sink.aim(into)
         torch.autograd.backward(kept.left, gradient)

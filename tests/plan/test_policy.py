@@ -40,6 +40,10 @@ def test_the_builders_policy_is_legal():
         ({"host_gradient_slots": 0}, "policy.host_gradient_slots is 0 with 4 layers updated on the host"),
         ({"host_gradient_slots": -1}, "policy.host_gradient_slots is -1"),
         ({"boundary_slots": 3}, "policy.boundary_slots must be 0 where no boundary activation waits on the host"),
+        (
+            {"inner_slots": 1},
+            "policy.inner_slots is 1; it must be 1 or more where inner activations of a unit are",
+        ),
         ({"update_order": (5, 4, 3, 2, 1)}, "those are [0, 1, 2, 3, 4, 5], it names [5, 4, 3, 2, 1]"),
         ({"update_order": (5, 4, 3, 2, 1, 0, 0)}, "policy.update_order must name every unit"),
     ],
@@ -68,6 +72,15 @@ def test_refusals_name_the_unit(unit: int, fields: dict, message: str):
 def test_kept_activations_need_their_input_on_the_gpu():
     policy = changed_unit(changed_unit(with_knobs(boundary_slots=3), 1, boundary=Tier.HOST), 2, inner="keep")
     assert "set policy.units[1].boundary to gpu" in refusal(policy)
+
+
+def test_offloaded_inner_activations_need_a_slot_and_our_kernels():
+    policy = tiny_policy(tiny_model(), offload_inner=(2,), kernels="fused")
+    policy.check(tiny_model(), tiny_workload())
+    assert "policy.inner_slots is 0" in refusal(msgspec.structs.replace(policy, inner_slots=0))
+    message = refusal(msgspec.structs.replace(policy, kernels="eager"))
+    assert "policy.units[2] (layer001): inner is offload" in message
+    assert "set policy.kernels to fused" in message
 
 
 def test_no_window_where_nothing_streams():

@@ -70,6 +70,7 @@ def candidates(draw: st.DrawFn) -> tuple[SpaceBuilder, MachineProfile, Candidate
     space = builder(
         model, at, Workload(seq_len=32, global_batch=draw(st.sampled_from([1, 2, 4]))),
         placement=draw(st.sampled_from(["auto", "host"])), gradient_dtype=draw(st.sampled_from(["auto", "bf16", "fp32"])),
+        kernels=draw(st.sampled_from(["eager", "fused"])),
     )  # fmt: skip
     fitting = space.build().fitting
     if not fitting:
@@ -146,6 +147,22 @@ def test_spends_spare_gpu_memory() -> None:
         assert isinstance(plan, Plan)
         steps.append(plan.prediction.record.step_ns)
     assert steps[0] > steps[1] > steps[2]
+
+
+def test_activations_wait_on_the_host_where_recomputing_costs_more() -> None:
+    """A GPU too small to keep them, a host with room, a link faster than compute: nothing is left to recompute."""
+    at = machine(gpu_bytes=1600 * KIB, link=10**12, optimizer=10**11)
+    slow = msgspec.structs.replace(at.efficiency, gemm=flat_curve(10**9))
+    at = msgspec.structs.replace(at, efficiency=slow)
+    steps = {}
+    for kernels in ("eager", "fused"):
+        plan = search(tiny_model(), Workload(seq_len=64, global_batch=4), at, SearchOptions(kernels=kernels, micro_batch=1))
+        assert isinstance(plan, Plan)
+        steps[kernels] = [unit.inner for unit in plan.policy.units[1:-1]]
+    assert "recompute" in steps["eager"]
+    assert "offload" not in steps["eager"]
+    assert "offload" in steps["fused"]
+    assert steps["fused"].count("recompute") < steps["eager"].count("recompute")
 
 
 @settings(max_examples=15, deadline=None)

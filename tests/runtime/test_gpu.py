@@ -31,6 +31,10 @@ POLICIES = {
     "nothing offloaded": {"resident_state": (0, 1, 2, 3, 4, 5), "keep": (1, 2, 3, 4)},
     "updates in order of need": {"update_order": (0, 1, 2, 3, 4, 5)},
 }
+OFFLOADED = {
+    "inner activations on the host": {"offload_inner": (2, 3), "keep": (4,)},
+    "all of them through one slot": {"offload_inner": (1, 2, 3, 4), "inner_slots": 1, "window": 3},
+}
 
 
 def gpu_model(**changes) -> ModelSpec:
@@ -48,12 +52,12 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, *OFFLOADED])
 @pytest.mark.parametrize("kernels", ["fused", "graphed"])
 def test_kernels_train_alike_by_every_policy(name: str, kernels: str) -> None:
     """Bit for bit what fused kernels do with everything resident, and nearly what Hugging Face modules do in memory."""
     model, workload = gpu_model(qk_norm=True, architecture="qwen3", tied_embeddings=True), tiny_workload(seq_len=128)
-    policy = tiny_policy(model, **POLICIES[name], kernels=kernels)
+    policy = tiny_policy(model, **(POLICIES | OFFLOADED)[name], kernels=kernels)
     same = {"micro_batch": policy.micro_batch, "micro_batches": policy.micro_batches, "gradient_dtype": policy.gradient_dtype}
     layers = tuple(range(1, model.head_unit))
     whole = tiny_policy(model, **same, kernels="fused", resident_state=tuple(range(model.units)), keep=layers)

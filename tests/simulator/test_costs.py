@@ -355,15 +355,15 @@ class TestFootprint:
             "head/loss": 10, "embedding/forward": 1,
         }  # fmt: skip
         taken = Footprint(inner_bytes=30, workspace_bytes=7, transient_bytes=needs)
-        assert taken.workspace_beside([False] * 4, 1) == 7 + 90
+        assert taken.workspace_beside([0] * 4) == 7 + 90
         # One layer keeps 30: recomputing works where it lay, and takes 60 beside.
-        assert taken.workspace_beside([False, False, False, True], 1) == 7 + 90 - 30
+        assert taken.workspace_beside([0, 0, 0, 30]) == 7 + 90 - 30
         # Three keep 90: what is left beside them is the last layer's own backward.
-        assert taken.workspace_beside([False, True, True, True], 1) == 7 + 20
-        assert taken.workspace_beside([False, True, True, True], 4) == 7 + 20
+        assert taken.workspace_beside([0, 30, 30, 30]) == 7 + 20
+        assert taken.workspace_beside([0, 120, 120, 120]) == 7 + 20
         # Kept by the first layers, they are there while the others recompute.
-        assert taken.workspace_beside([True, True, True, False], 1) == 7 + 90
-        assert taken.workspace_beside([True, False, False, True], 1) == 7 + 90 + 30 - 60
+        assert taken.workspace_beside([30, 30, 30, 0]) == 7 + 90
+        assert taken.workspace_beside([30, 0, 0, 30]) == 7 + 90 + 30 - 60
 
     def test_a_backend_that_cannot_tell_leaves_the_formulas(self) -> None:
         model = tiny_model()

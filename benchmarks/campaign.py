@@ -63,8 +63,7 @@ STEPPING_S = 10.0  # fewer steady steps rather than longer
 # Wall time of a run beside its steps; what the folder's finished runs took corrects it.
 START_S = 8.0
 RESERVE_BYTES_PER_S = 4 * GIB
-# As fine-tuning has it. At 1e-4 random weights diverge within three steps (losses of 17), activations become alike,
-# and a GPU at its power limit runs alike operands faster: forwards by up to 14 % on an H100.
+# As fine-tuning has it: at 1e-4 random weights diverge within three steps (losses of 17).
 LEARNING_RATE = "1e-5"
 REPORT_S = 15.0  # kept for the report at the end of the budget
 ATTEMPTS = 2  # of a run during which the campaign itself was killed

@@ -60,8 +60,11 @@ class Backend(Protocol):
     def outside_bytes(self) -> int:
         """Device memory outside torch's allocator: driver, kernels, libraries; what other programs hold there, too."""
 
-    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
-        """Fail rather than take more device memory than this, driver and libraries included."""
+    def limit_gpu_bytes(self, capacity_bytes: int, outside_bytes: int) -> None:
+        """Fail rather than take more device memory than this; of it, `outside_bytes` stay with driver and libraries.
+
+        They take some of it only as kernels first run, and fail where tensors lie there.
+        """
 
     def synchronize(self) -> None:
         """Wait for everything that was issued, on any stream."""
@@ -128,7 +131,7 @@ class CpuBackend:
     def outside_bytes(self) -> int:
         return 0
 
-    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+    def limit_gpu_bytes(self, capacity_bytes: int, outside_bytes: int) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -217,9 +220,9 @@ class CudaBackend:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free - torch.cuda.memory_reserved(self.device)
 
-    def limit_gpu_bytes(self, capacity_bytes: int) -> None:
+    def limit_gpu_bytes(self, capacity_bytes: int, outside_bytes: int) -> None:
         total = torch.cuda.mem_get_info(self.device)[1]
-        fraction = min(1.0, max(0, capacity_bytes - self.outside_bytes()) / total)
+        fraction = min(1.0, max(0, capacity_bytes - max(outside_bytes, self.outside_bytes())) / total)
         torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
     def synchronize(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -121,12 +121,14 @@ class ComputeHandlers:
     def capture(self, backend: Backend, tasks: Iterable[Task]) -> None:
         """Capture the layers' and the head's tasks of one step, in this order; slots that they write lose what they held.
 
-        All run once before, so that nothing is compiled or loaded during capture.
+        One unit of each sort runs once before, so that nothing is compiled or loaded during capture.
         """
         with torch.no_grad():
             captured = [task for task in tasks if self._model.role(task.unit) is not UnitRole.EMBEDDING]
+            # What filled the slots ran on the default stream; the memory that it worked in serves no other.
+            backend.release_unused()
             with backend.lane(Lane.COMPUTE):
-                for task in captured:
+                for task in one_of_each_sort(captured):
                     self._issue(task, 0)
             backend.release_unused()
             replays = backend.capture(Lane.COMPUTE, [partial(self._issue, task, 0) for task in captured])
@@ -215,6 +217,19 @@ class ComputeHandlers:
 
     def _gradient(self, task: Task, role: Role) -> GradientSlot:
         return GradientSlot(self._buffers[task.slot(role)], task.builds_on(role))
+
+
+def one_of_each_sort(tasks: Sequence[Task]) -> list[Task]:
+    """All tasks, in their order, of the first unit of those whose tasks differ in nothing but unit and slots."""
+    sorts: dict[int, list[tuple[object, ...]]] = {}
+    for task in tasks:
+        used = [(access.role, access.mode) for access in task.accesses]
+        sorts.setdefault(task.unit, []).append((task.kind, task.micro, *used))
+    first: dict[tuple[tuple[object, ...], ...], int] = {}
+    for unit, sort in sorts.items():
+        first.setdefault(tuple(sort), unit)
+    chosen = set(first.values())
+    return [task for task in tasks if task.unit in chosen]
 
 
 def _uploaded(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -140,7 +140,8 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
     threads = ThreadBudget.of(backend)
     threads.apply()
     save(request.out / "plan.json", plan)
-    backend.limit_gpu_bytes(plan.ledger.tiers[Tier.GPU].capacity_bytes)
+    on_gpu = plan.ledger.tiers[Tier.GPU]
+    backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     try:
         session = Session(plan, backend, source, windows, request.settings, threads, progress)
         measurement = measure(session, request.steps, request.warmup_steps, request.out, request.command, progress)

@@ -77,7 +77,6 @@ class Session:
         if policy.kernels == "graphed":
             if backend.name == "cpu":
                 raise ValueError('policy.kernels is "graphed": nothing can be captured on a CPU; plan with --kernels fused')
-            backend.synchronize()  # slots were filled on the default stream, for which no lane waits
             self.compute.capture(backend, [task for task in graph.tasks if task.lane is Lane.COMPUTE])
         # All of the above ran on the default stream, for which no lane waits.
         backend.release_unused()

@@ -167,7 +167,7 @@ def test_without_waits_between_streams_the_result_is_wrong(monkeypatch: pytest.M
 
 def test_limit_of_device_memory_holds() -> None:
     backend = CudaBackend()
-    backend.limit_gpu_bytes(backend.peak_gpu_bytes() + (64 << 20))
+    backend.limit_gpu_bytes(backend.peak_gpu_bytes() + (64 << 20), 0)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(1 << 30, dtype=torch.uint8, device=backend.device)

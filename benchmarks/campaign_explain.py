@@ -39,13 +39,14 @@ class Explanation(Spec, frozen=True):
 def explain(run: str, plan: Plan, measurement: Measurement) -> Explanation:
     """Split the error of a run."""
     graph, predicted, measured = plan.graph, plan.prediction.record, measurement.record
-    replayed_ns, _ = replay(graph, measurement.task_ns)
+    handoffs = plan.prediction.handoffs
+    replayed_ns, _ = replay(graph, measurement.task_ns, handoffs)
 
     def moved(numbers: Iterable[int]) -> int:
         durations = list(measurement.task_ns)
         for number in numbers:
             durations[number] = predicted.spans[number].end_ns - predicted.spans[number].start_ns
-        return replay(graph, durations)[0] - replayed_ns
+        return replay(graph, durations, handoffs)[0] - replayed_ns
 
     by_kind: dict[str, list[int]] = {}
     for number, task in enumerate(graph.tasks):

@@ -75,7 +75,7 @@ def figures(machine: MachineProfile) -> dict[str, Figure]:
         curve("SSD read", machine.ssd.read)
         curve("SSD write", machine.ssd.write)
     curve("matrix product", machine.efficiency.gemm, lambda flops: f"{flops / 1e9:,.2f} GFLOP")
-    rates |= machine.spreads
+    rates |= {name: spread for name, spread in machine.spreads.items() if not name.endswith("_ns")}
     if machine.interference is not None:
         met = machine.interference
         rates |= {figure_name(lane, (lane,)): rate for lane, rate in met.alone.items()}
@@ -83,6 +83,7 @@ def figures(machine: MachineProfile) -> dict[str, Figure]:
             lanes = tuple(each.lane for each in combination)
             rates |= {figure_name(each.lane, lanes): each.rate for each in combination}
     durations = {launch_name(launch): launch.duration_ns for launch in machine.launches}
+    durations |= {name: spread for name, spread in machine.spreads.items() if name.endswith("_ns")}
     durations |= {cost_name(cost): cost.duration_ns for cost in machine.costs}
     return {name: Figure(spread, "/s") for name, spread in rates.items()} | {
         name: Figure(spread, "ns") for name, spread in durations.items()

@@ -10,6 +10,7 @@ import msgspec
 
 from slideplan.plan.codec import Document, Spec
 from slideplan.plan.graph import GRADIENT_KINDS, Lane, TaskKind
+from slideplan.plan.handoffs import IMMEDIATE, Handoffs
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels
 from slideplan.plan.sharing import Sharing
@@ -287,6 +288,7 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
     """One machine as measured by `planner profile`, or as its datasheets describe it.
 
     launches:     host time to issue tasks; empty where it was not measured or has no meaning
+    handoffs:     from lane to lane; none where they were not measured
     interference: lanes together; None where it was not measured
     spreads:      of figures that stand elsewhere as one number, by their path, like "link.duplex_bytes_per_s"
     """
@@ -301,6 +303,7 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
     costs: tuple[ComputeCost, ...]
     provenance: Provenance
     launches: tuple[LaunchCost, ...] = ()
+    handoffs: Handoffs = IMMEDIATE
     interference: Interference | None = None
     spreads: dict[str, Spread] = msgspec.field(default_factory=dict)
 

@@ -60,7 +60,8 @@ class ComparisonRow(Spec, frozen=True):
 class Comparison(Document, frozen=True, tag="comparison"):
     """Predicted, replayed with measured durations, measured.
 
-    predicted -> replayed is the error of the cost model, replayed -> measured that of the structure.
+    predicted -> replayed is the error of the cost model, replayed -> measured that of the structure; hand-offs
+    from lane to lane are replayed as predicted.
     kinds: time per task kind in one step. lanes: busy time per lane in one step. memory: peak bytes.
     """
 
@@ -90,7 +91,7 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
     if len(measurement.task_ns) != len(plan.graph.tasks) or set(measurement.record.lanes) != set(plan.graph.lanes):
         raise ValueError("the measurement has other tasks or lanes than the plan; run the plan again")
     predicted, measured = plan.prediction.record, measurement.record
-    replayed_ns, spans = replay(plan.graph, measurement.task_ns)
+    replayed_ns, spans = replay(plan.graph, measurement.task_ns, plan.prediction.handoffs)
     replayed = step_record(plan.graph, plan.workload, replayed_ns, spans, measured.peak_bytes)
     kinds: dict[str, list[int]] = {}
     for number, task in enumerate(plan.graph.tasks):

@@ -6,6 +6,7 @@ from slideplan import __version__
 from slideplan.plan.codec import Document, Spec, digest
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import TaskGraph
+from slideplan.plan.handoffs import IMMEDIATE, Handoffs
 from slideplan.plan.ledger import Ledger, ledger_items
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineIdentity, MachineProfile
@@ -23,6 +24,7 @@ class Prediction(Spec, frozen=True):
     cost_sources:   where the cost of each kind of task comes from, kind -> "measured", "interpolated",
                     "derived" or "datasheet", the worst of its tasks'
     step_uncertainty_percent: by which the costs' uncertainties may move the step time; None if not stated
+    handoffs:       from lane to lane, as simulated
     """
 
     record: StepRecord
@@ -30,6 +32,7 @@ class Prediction(Spec, frozen=True):
     critical_ns: dict[str, int]
     cost_sources: dict[str, str]
     step_uncertainty_percent: float | None = None
+    handoffs: Handoffs = IMMEDIATE
 
 
 class FrontPoint(Spec, frozen=True):

@@ -1,7 +1,8 @@
 """Run a task graph on given durations: FIFO lanes, dependencies, no contention.
 
 Without contention a lane schedule is a longest-path recurrence: a task starts when the task before it
-in its lane and all its dependencies have ended. Stored order is topological, so one pass suffices.
+in its lane has ended, and all its dependencies have and were handed over. Stored order is topological, so
+one pass suffices.
 """
 
 from __future__ import annotations
@@ -9,42 +10,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from slideplan.plan.graph import Lane, TaskGraph
+from slideplan.plan.handoffs import IMMEDIATE, Handoffs
 from slideplan.plan.timeline import Span, first_compute
 
 MAX_STEPS = 64
 
 
-def unroll(graph: TaskGraph, durations_ns: Sequence[int], steps: int) -> list[list[Span]]:
+def unroll(graph: TaskGraph, durations_ns: Sequence[int], steps: int, handoffs: Handoffs = IMMEDIATE) -> list[list[Span]]:
     """Absolute spans of `steps` consecutive steps that start with every lane free at 0."""
     lane_free = dict.fromkeys(graph.lanes, 0)
     previous: list[int] = []
     found: list[list[Span]] = []
     for _ in range(steps):
-        spans, ends = _next_step(graph, durations_ns, lane_free, previous)
+        spans, ends = _next_step(graph, durations_ns, lane_free, previous, handoffs)
         found.append(spans)
         previous = ends
     return found
 
 
 def _next_step(
-    graph: TaskGraph, durations_ns: Sequence[int], lane_free: dict[Lane, int], previous_ends: list[int]
+    graph: TaskGraph, durations_ns: Sequence[int], lane_free: dict[Lane, int], previous_ends: list[int], handoffs: Handoffs
 ) -> tuple[list[Span], list[int]]:
     spans: list[Span] = []
     ends: list[int] = []
     for task, duration in zip(graph.tasks, durations_ns, strict=True):
         start = lane_free[task.lane]
         for dependency in task.dependencies:
+            later = handoffs.between(graph.tasks[dependency.task].lane, task.lane)
             if dependency.distance == 0:
-                start = max(start, ends[dependency.task])
+                start = max(start, ends[dependency.task] + later)
             elif previous_ends:
-                start = max(start, previous_ends[dependency.task])
+                start = max(start, previous_ends[dependency.task] + later)
         lane_free[task.lane] = start + duration
         ends.append(start + duration)
         spans.append(Span(start_ns=start, end_ns=start + duration))
     return spans, ends
 
 
-def replay(graph: TaskGraph, durations_ns: Sequence[int]) -> tuple[int, list[Span]]:
+def replay(graph: TaskGraph, durations_ns: Sequence[int], handoffs: Handoffs = IMMEDIATE) -> tuple[int, list[Span]]:
     """Steady step time and spans of one steady step, relative to its first compute task (see `steady_step`).
 
     Spans are the whole state of the recurrence: what repeats once repeats for good.
@@ -54,7 +57,7 @@ def replay(graph: TaskGraph, durations_ns: Sequence[int]) -> tuple[int, list[Spa
 
     def next_step() -> tuple[list[int], list[int]]:
         nonlocal previous
-        spans, previous = _next_step(graph, durations_ns, lane_free, previous)
+        spans, previous = _next_step(graph, durations_ns, lane_free, previous, handoffs)
         return [span.start_ns for span in spans], previous
 
     return steady_step(next_step, first_compute(graph))

@@ -65,6 +65,9 @@ def profile_table(machine: MachineProfile) -> RenderableType:
             row(cost_name(cost), cost.duration_ns, 1e6, "ms")
     for launch in machine.launches:
         row(launch_name(launch), launch.duration_ns, 1e6, "ms")
+    for name, spread in machine.spreads.items():
+        if name.endswith("_ns"):
+            row(name, spread, 1e6, "ms")
     return table if machine.interference is None else Group(table, "", _interference_table(machine.interference))
 
 

@@ -133,7 +133,7 @@ class Searcher:
         """Lower the candidate and take the bound of its graph."""
         graph, costs = self._graph(number)
         self.spent = self.spent._replace(lowered_tasks=self.spent.lowered_tasks + len(graph.tasks))
-        self._lowered[number] = graph_ns = lower_bound(graph, costs, capacities(self._machine))
+        self._lowered[number] = graph_ns = lower_bound(graph, costs, capacities(self._machine), self._machine.handoffs)
         bound = self.bounds[number]
         self.bounds[number] = bound = msgspec.structs.replace(bound, step_ns=max(bound.step_ns, graph_ns))
         return bound
@@ -147,7 +147,7 @@ class Searcher:
             self.spent = self.spent._replace(simulated_tasks=self.spent.simulated_tasks + len(graph.tasks))
             candidate = self.candidates[number]
             assert ledger(graph, self._machine).fits, f"the byte count let through a policy that does not fit: {candidate}"
-            step_ns, _ = simulate(graph, costs, capacities(self._machine))
+            step_ns, _ = simulate(graph, costs, capacities(self._machine), self._machine.handoffs)
             need = self._slot_bytes(candidate)
             step_ns = max(step_ns, self._lowered[number])  # as in `predict`
             self.samples[number] = Sample(candidate, step_ns, need[Tier.GPU], need[Tier.HOST])

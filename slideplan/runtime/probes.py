@@ -20,6 +20,7 @@ import transformers
 from slideplan import __version__
 from slideplan.plan.figures import cost_name, figure_name
 from slideplan.plan.graph import Lane
+from slideplan.plan.handoffs import Handoffs
 from slideplan.plan.machine import (
     ComputeCost,
     GpuProfile,
@@ -38,6 +39,7 @@ from slideplan.runtime.backend import Backend, make_backend
 from slideplan.runtime.machine import identity, resident_bytes, total_host_bytes, usable_cores
 from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
+from slideplan.runtime.probe_handoffs import handoffs
 from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
 from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
 from slideplan.runtime.probing import Effort, Work, mean_rate_spread, spread, timed, together
@@ -101,6 +103,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         steps.next("optimizer")
         optimizer = probes.optimizer(usable_cores(), memory_work[Lane.GPU_UPDATE])
         launches = probes.launches(memory_work)
+        told = handoffs(backend, threads.optimizer)
         device_rate = probes.device_bytes_per_s()
         with SsdProbe.open(backend, Path.cwd(), effort) as disk:
             work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
@@ -120,6 +123,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     spreads |= {
         "gpu.memory_bytes_per_s": device_rate, "link.duplex_bytes_per_s": duplex, "host.dram_bytes_per_s": dram
     }  # fmt: skip
+    spreads |= {f"handoffs.{field}": found for field, found in told.items()}
     if disk_duplex is not None:
         spreads["ssd.duplex_bytes_per_s"] = disk_duplex
     found = identity(backend)
@@ -147,6 +151,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         efficiency=rates,
         costs=tuple(costs),
         launches=(*launches, *unit_launches),
+        handoffs=Handoffs(**{field: spread.p50 for field, spread in told.items()}),
         interference=lanes.interference(device_rate.p50),
         spreads=spreads,
         provenance=Provenance(

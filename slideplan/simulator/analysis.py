@@ -8,6 +8,7 @@ from itertools import pairwise
 import networkx as nx
 
 from slideplan.plan.graph import TaskGraph
+from slideplan.plan.handoffs import IMMEDIATE, Handoffs
 from slideplan.plan.sharing import Resource
 from slideplan.plan.timeline import Span, first_compute
 from slideplan.simulator.costs import TaskCost
@@ -16,13 +17,16 @@ WAIT = "wait"
 CYCLE_STEPS = 16  # within which nearly every schedule repeats
 
 
-def lower_bound(graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int]) -> int:
+def lower_bound(
+    graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int], handoffs: Handoffs = IMMEDIATE
+) -> int:
     """Nanoseconds below which no steady step can be: busiest lane, busiest shared resource, slowest carried cycle.
 
     Contention only slows tasks down, and a shared resource gives no more than its capacity.
     """
     busiest = max(sum(costs[number].duration_ns for number in queue) for queue in graph.lanes.values())
-    return max(busiest, resource_bound(costs, capacities), carried_cycle(graph, [cost.duration_ns for cost in costs]))
+    cycle = carried_cycle(graph, [cost.duration_ns for cost in costs], handoffs)
+    return max(busiest, resource_bound(costs, capacities), cycle)
 
 
 def resource_bound(costs: Iterable[TaskCost], capacities: Mapping[Resource, int]) -> int:
@@ -42,7 +46,7 @@ def resource_time(work: Mapping[Resource, int], capacities: Mapping[Resource, in
     return max((total * (10**9 - 1) // (capacities[resource] * 10**9) for resource, total in work.items()), default=0)
 
 
-def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int]) -> int:
+def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int], handoffs: Handoffs = IMMEDIATE) -> int:
     """Nanoseconds per step, rounded down, of a cycle of lane order and dependencies that leads into later steps.
 
     Steps are unrolled without contention until one is the step before, shifted: the shift is then what
@@ -50,19 +54,23 @@ def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int]) -> int:
     critical path to the last opener is walked back, and the slowest of the cycles that it closes is taken:
     a proven bound too, if not always the best.
     """
-    before: list[list[tuple[int, int]]] = [[(d.task, d.distance) for d in task.dependencies] for task in graph.tasks]
+    tasks = graph.tasks
+    before: list[list[tuple[int, int, int]]] = [
+        [(each.task, each.distance, handoffs.between(tasks[each.task].lane, task.lane)) for each in task.dependencies]
+        for task in tasks
+    ]
     for queue in graph.lanes.values():
         for number, previous in zip(queue, (queue[-1], *queue), strict=False):
-            before[number].append((previous, int(number == queue[0])))
+            before[number].append((previous, int(number == queue[0]), 0))
     last = [0] * len(before)
     unrolled = [last]
     for _ in range(CYCLE_STEPS):
         ends: list[int] = []
         for duration, edges in zip(durations_ns, before, strict=True):
             start = 0
-            for other, distance in edges:
+            for other, distance, later_ns in edges:
                 known = last[other] if distance else ends[other]
-                start = max(start, known)
+                start = max(start, known + later_ns)
             ends.append(start + duration)
         shift = ends[0] - last[0]
         if len(unrolled) > 1 and all(now - then == shift for now, then in zip(ends, last, strict=True)):
@@ -73,7 +81,7 @@ def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int]) -> int:
 
 
 def _cycle_on_path(
-    unrolled: list[list[int]], before: list[list[tuple[int, int]]], durations_ns: Sequence[int], number: int
+    unrolled: list[list[int]], before: list[list[tuple[int, int, int]]], durations_ns: Sequence[int], number: int
 ) -> int:
     """The slowest cycle that the critical path closes; `unrolled` holds ends per step, zeros before the first."""
     step = len(unrolled) - 1
@@ -85,7 +93,9 @@ def _cycle_on_path(
         if later_step > step:
             slowest = max(slowest, (later_end - end) // (later_step - step))
         start = end - durations_ns[number]
-        number, distance = next(edge for edge in before[number] if unrolled[step - edge[1]][edge[0]] == start or not start)
+        number, distance, _ = next(
+            edge for edge in before[number] if unrolled[step - edge[1]][edge[0]] + edge[2] == start or not start
+        )
         step -= distance
     return slowest
 

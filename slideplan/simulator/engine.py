@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from slideplan.plan.graph import Lane, TaskGraph
+from slideplan.plan.handoffs import IMMEDIATE, Handoffs
 from slideplan.plan.replay import MAX_STEPS, steady_step
 from slideplan.plan.sharing import Resource
 from slideplan.plan.timeline import Span, first_compute
@@ -24,6 +25,7 @@ from slideplan.simulator.fluid import FRACTION_BITS, Draw, Speeds
 STEADY_PARTS = 1_000_000
 
 UNKNOWN = -1
+LONG_AGO = -(1 << 62)  # when all was done before the first step: edges carried into it bind nothing
 
 
 class DeadlockError(RuntimeError):
@@ -36,7 +38,7 @@ class Entry(NamedTuple):
     number: int
     duration_ns: int
     draw: int | None
-    dependencies: tuple[tuple[int, int], ...]  # task, distance
+    dependencies: tuple[tuple[int, int, int], ...]  # task, distance, nanoseconds from its end until the lane goes on
 
 
 class Engine(Protocol):
@@ -46,10 +48,10 @@ class Engine(Protocol):
         """Run until the next step is complete; its absolute starts and ends by task number. Raises DeadlockError."""
 
 
-EngineMaker = Callable[[TaskGraph, Sequence[TaskCost], Mapping[Resource, int], int], Engine]
+EngineMaker = Callable[[TaskGraph, Sequence[TaskCost], Mapping[Resource, int], int, Handoffs], Engine]
 
 
-def entries(graph: TaskGraph, costs: Sequence[TaskCost]) -> tuple[dict[Lane, list[Entry]], list[Draw]]:
+def entries(graph: TaskGraph, costs: Sequence[TaskCost], handoffs: Handoffs) -> tuple[dict[Lane, list[Entry]], list[Draw]]:
     """Each lane's queue, and the draws that its entries name. Raises ValueError where costs and tasks differ in number."""
     if len(costs) != len(graph.tasks):
         raise ValueError(f"{len(costs)} costs for {len(graph.tasks)} tasks")
@@ -61,8 +63,10 @@ def entries(graph: TaskGraph, costs: Sequence[TaskCost]) -> tuple[dict[Lane, lis
             flows = drawn and cost.duration_ns
             draw_of[id(cost)] = numbers.setdefault((drawn, cost.weight), len(numbers)) if flows else None
     queues: dict[Lane, list[Entry]] = {lane: [] for lane in graph.lanes}
+    later_on = {lane: {other: handoffs.between(other, lane) for other in graph.lanes} for lane in graph.lanes}
     for number, (task, cost) in enumerate(zip(graph.tasks, costs, strict=True)):
-        dependencies = tuple([(dependency.task, dependency.distance) for dependency in task.dependencies])
+        later = later_on[task.lane]
+        dependencies = tuple([(each.task, each.distance, later[graph.tasks[each.task].lane]) for each in task.dependencies])
         queues[task.lane].append(Entry(number, cost.duration_ns, draw_of[id(cost)], dependencies))
     return queues, [Draw(dict(drawn), weight) for drawn, weight in numbers]
 
@@ -122,13 +126,19 @@ class _LaneState:
 class FastEngine:
     """A run of at most `steps` steps."""
 
-    def __init__(self, graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int], steps: int) -> None:
-        queues, draws = entries(graph, costs)
+    def __init__(
+        self,
+        graph: TaskGraph,
+        costs: Sequence[TaskCost],
+        capacities: Mapping[Resource, int],
+        steps: int,
+        handoffs: Handoffs = IMMEDIATE,
+    ) -> None:
+        queues, draws = entries(graph, costs, handoffs)
         self._graph = graph
         self._max_steps = steps
         self._speeds = Speeds(draws, capacities)
-        # Before the first step all is done: edges carried into it bind nothing.
-        before = _Step(len(graph.tasks), 0, time=0)
+        before = _Step(len(graph.tasks), 0, time=LONG_AGO)
         self._steps = [_Step(len(graph.tasks), len(queues))]
         self._lanes = [
             _LaneState(number, lane, queue, before, self._steps[0]) for number, (lane, queue) in enumerate(queues.items())
@@ -193,10 +203,10 @@ class FastEngine:
         state.waits = None
         while state.place < len(queue):
             number, duration_ns, draw, dependencies = queue[state.place]
-            for dependency, distance in dependencies:
+            for dependency, distance, later_ns in dependencies:
                 end_ns = before[dependency] if distance else ends[dependency]
-                if end_ns > clock:
-                    clock = end_ns
+                if end_ns + later_ns > clock and end_ns != UNKNOWN:
+                    clock = end_ns + later_ns
                 elif end_ns == UNKNOWN:
                     depended = state.before if distance else state.this
                     depended.awaited.setdefault(dependency, []).append(state)
@@ -240,22 +250,25 @@ def trace(
     capacities: Mapping[Resource, int],
     steps: int,
     engine: EngineMaker = FastEngine,
+    handoffs: Handoffs = IMMEDIATE,
 ) -> list[list[Span]]:
     """Absolute spans of `steps` consecutive steps that start with every lane free at 0.
 
     Raises DeadlockError, and ValueError where costs and tasks differ in number.
     """
-    run = engine(graph, costs, capacities, steps)
+    run = engine(graph, costs, capacities, steps, handoffs)
     found = (run.next_step() for _ in range(steps))
     return [[Span(start, end) for start, end in zip(starts, ends, strict=True)] for starts, ends in found]
 
 
-def simulate(graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int]) -> tuple[int, list[Span]]:
+def simulate(
+    graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int], handoffs: Handoffs = IMMEDIATE
+) -> tuple[int, list[Span]]:
     """Steady step time, and spans of one steady step relative to its first compute task. Nanoseconds.
 
     As `plan.replay.steady_step` has it; steps are equal exactly, or under contention to a millionth of the
     step time. Raises DeadlockError, and ValueError where costs and tasks differ in number.
     """
-    run = FastEngine(graph, costs, capacities, MAX_STEPS)
+    run = FastEngine(graph, costs, capacities, MAX_STEPS, handoffs)
     contended = any(cost.demand for cost in costs)
     return steady_step(run.next_step, first_compute(graph), STEADY_PARTS if contended else None)

@@ -28,8 +28,8 @@ def predict(
     """
     costs = price(graph, model, work, workload.seq_len, machine)
     shared = capacities(machine)
-    bound_ns = lower_bound(graph, costs, shared)
-    step_ns, spans = simulate(graph, costs, shared)
+    bound_ns = lower_bound(graph, costs, shared, machine.handoffs)
+    step_ns, spans = simulate(graph, costs, shared, machine.handoffs)
     # A run may end before it is steady, with a lane that falls behind by too little to show.
     step_ns = max(step_ns, bound_ns)
     sources: dict[str, str] = {}
@@ -43,6 +43,7 @@ def predict(
         critical_ns=critical_ns,
         cost_sources=sources,
         step_uncertainty_percent=round(_step_uncertainty(graph, costs, critical_ns), 1),
+        handoffs=machine.handoffs,
     )
 
 

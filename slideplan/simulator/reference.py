@@ -12,9 +12,10 @@ from simpy import Environment, Event
 from simpy.core import EmptySchedule
 
 from slideplan.plan.graph import Lane, TaskGraph
+from slideplan.plan.handoffs import IMMEDIATE, Handoffs
 from slideplan.plan.sharing import Resource
 from slideplan.simulator.costs import TaskCost
-from slideplan.simulator.engine import UNKNOWN, Entry, deadlock, entries
+from slideplan.simulator.engine import LONG_AGO, UNKNOWN, Entry, deadlock, entries
 from slideplan.simulator.fluid import FluidPool
 
 
@@ -34,8 +35,15 @@ class _Step(NamedTuple):
 class SimPyEngine:
     """A run of at most `steps` steps."""
 
-    def __init__(self, graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int], steps: int) -> None:
-        queues, draws = entries(graph, costs)
+    def __init__(
+        self,
+        graph: TaskGraph,
+        costs: Sequence[TaskCost],
+        capacities: Mapping[Resource, int],
+        steps: int,
+        handoffs: Handoffs = IMMEDIATE,
+    ) -> None:
+        queues, draws = entries(graph, costs, handoffs)
         self._graph = graph
         self._env = Environment(initial_time=0)
         self._steps: list[_Step] = []
@@ -63,20 +71,19 @@ class SimPyEngine:
     def _lane(self, lane: Lane, queue: list[Entry], steps: int) -> Generator[Event, None, None]:
         env, pool = self._env, self._pool
         clock = 0
-        # Before the first step all is done: edges carried into it bind nothing.
-        before = _Step.of([0] * len(self._graph.tasks))
+        before = _Step.of([LONG_AGO] * len(self._graph.tasks))
         for step in range(steps):
             if step == len(self._steps):
                 self._open_step()
             this = self._steps[step]
             by_distance = this, before
             for number, duration_ns, draw, dependencies in queue:
-                for dependency, distance in dependencies:
+                for dependency, distance, later_ns in dependencies:
                     depended = by_distance[distance]
                     if depended.ends[dependency] == UNKNOWN:
                         self._waits[lane] = number, dependency, step - distance
                         yield self._end_known(depended, dependency)
-                    clock = max(clock, depended.ends[dependency])
+                    clock = max(clock, depended.ends[dependency] + later_ns)
                 this.starts[number] = clock
                 if draw is None:
                     clock += duration_ns

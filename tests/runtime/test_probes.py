@@ -63,6 +63,9 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0 <= met.mean_residual <= met.max_residual
     assert {"link.duplex_bytes_per_s", "gpu.memory_bytes_per_s"} <= set(profile.spreads)
     assert profile.link.duplex_bytes_per_s == profile.spreads["link.duplex_bytes_per_s"].p50
+    told = profile.handoffs
+    assert 0 < told.host_to_device_ns == profile.spreads["handoffs.host_to_device_ns"].p50 < 10**8
+    assert "handoffs.device_to_host_ns" in figures(profile)
     done = [progress[1] for progress in seen]
     assert done == list(range(seen[-1][2] + 1)), "every probe reports once, and the last call says all"
     save("profile.json", profile)

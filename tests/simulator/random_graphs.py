@@ -6,12 +6,20 @@ from hypothesis import strategies as st
 
 from handmade import KIND, cost, graph
 from slideplan.plan.graph import Lane, TaskGraph
+from slideplan.plan.handoffs import Handoffs
 from slideplan.simulator import Resource, TaskCost
 
 CAPACITIES = {Resource.PCIE: 80, Resource.HOST_DRAM: 100, Resource.SSD: 30, Resource.GPU: 50}
 
 demands = st.dictionaries(st.sampled_from(list(Resource)), st.integers(1, 120), max_size=3)
 weights = st.sampled_from([0.1, 0.5, 1.0, 1.0, 1.4, 8.0])
+
+handoffs = st.builds(
+    Handoffs,
+    device_to_device_ns=st.integers(0, 9),
+    device_to_host_ns=st.integers(0, 300),
+    host_to_device_ns=st.integers(0, 300),
+)
 
 
 @st.composite

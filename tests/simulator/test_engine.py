@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from handmade import cost, graph, times
-from random_graphs import CAPACITIES, demands, priced_graphs
+from random_graphs import CAPACITIES, demands, handoffs, priced_graphs, tied
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import Lane, TaskGraph
+from slideplan.plan.handoffs import Handoffs
 from slideplan.plan.lowering import lower
 from slideplan.plan.replay import replay, unroll
 from slideplan.simulator import DeadlockError, Resource, capacities, carried_cycle, lower_bound, price, simulate, trace
@@ -88,6 +89,17 @@ class TestSpanLogs:
         # D2H alone 10..20, both at half speed 20..40, H2D alone from 40 with 10 ns left.
         assert times(log[0]) == [(0, 10), (10, 20), (10, 40), (20, 50)]
 
+    def test_a_lane_goes_on_when_it_was_told(self) -> None:
+        # load -> compute -> offload -> update, and the next load waits for the update; each is handed over.
+        chain = graph((H2D, (), (3,)), (COMPUTE, (0,), ()), (D2H, (1,), ()), (UPDATE, (2,), ()))
+        later = Handoffs(device_to_device_ns=1, device_to_host_ns=20, host_to_device_ns=300)
+        log = trace(chain, [cost(10)] * 4, {}, 2, handoffs=later)
+        assert [times(step) for step in log] == [
+            [(0, 10), (11, 21), (22, 32), (52, 62)],
+            [(362, 372), (373, 383), (384, 394), (414, 424)],
+        ]
+        assert simulate(chain, [cost(10)] * 4, {}, later)[0] == lower_bound(chain, [cost(10)] * 4, {}, later) == 362
+
 
 class TestSteadyStep:
     def test_a_cycle_of_two_steps_gives_their_mean(self) -> None:
@@ -130,8 +142,8 @@ class TestDeadlock:
             simulate(graph((COMPUTE, (), ())), [cost(1)] * 2, {})
 
 
-def longest_path_ends(drawn: TaskGraph, durations: list[int], steps: int) -> list[list[int]]:
-    """Ends by networkx: longest path over the unrolled graph, an edge as long as the task it leaves."""
+def longest_path_ends(drawn: TaskGraph, durations: list[int], steps: int, later: Handoffs) -> list[list[int]]:
+    """Ends by networkx: longest path over the unrolled graph, an edge as long as the task it leaves and the hand-off."""
     unrolled = nx.DiGraph()
     last_in_lane: dict[Lane, tuple[int, int]] = {}
     for step in range(steps):
@@ -141,7 +153,10 @@ def longest_path_ends(drawn: TaskGraph, durations: list[int], steps: int) -> lis
             before = [(step - d.distance, d.task) for d in task.dependencies if step >= d.distance]
             if task.lane in last_in_lane:
                 before.append(last_in_lane[task.lane])
-            unrolled.add_edges_from((other, node, {"ns": durations[other[1]]}) for other in before)
+            for other in before:
+                ns = durations[other[1]] + later.between(drawn.tasks[other[1]].lane, task.lane)
+                if not unrolled.has_edge(other, node) or unrolled.edges[other, node]["ns"] < ns:
+                    unrolled.add_edge(other, node, ns=ns)
             last_in_lane[task.lane] = node
     starts = {"source": 0}
     for node in nx.topological_sort(unrolled):
@@ -152,15 +167,16 @@ def longest_path_ends(drawn: TaskGraph, durations: list[int], steps: int) -> lis
 class TestReference:
     """The fast engine and the SimPy model agree, span for span."""
 
-    @given(priced_graphs(contended=True))
-    def test_with_contention(self, priced) -> None:
+    @given(priced_graphs(contended=True), handoffs)
+    def test_with_contention(self, priced, later) -> None:
         drawn, costs = priced
-        assert trace(drawn, costs, CAPACITIES, steps=4) == trace(drawn, costs, CAPACITIES, 4, SimPyEngine)
+        fast = trace(drawn, costs, CAPACITIES, 4, handoffs=later)
+        assert fast == trace(drawn, costs, CAPACITIES, 4, SimPyEngine, later)
 
-    @given(priced_graphs(contended=False))
-    def test_without_contention(self, priced) -> None:
+    @given(priced_graphs(contended=False), handoffs)
+    def test_without_contention(self, priced, later) -> None:
         drawn, costs = priced
-        assert trace(drawn, costs, {}, steps=4) == trace(drawn, costs, {}, 4, SimPyEngine)
+        assert trace(drawn, costs, {}, 4, handoffs=later) == trace(drawn, costs, {}, 4, SimPyEngine, later)
 
     @given(st.lists(st.tuples(st.integers(0, 10**9), demands), min_size=6, max_size=6), st.integers(1, 3), st.booleans())
     def test_on_lowered_graphs_with_any_costs(self, drawn, micros: int, offload: bool) -> None:
@@ -181,14 +197,20 @@ class TestReference:
 
 
 class TestOracle:
-    @given(priced_graphs(contended=False))
-    def test_without_contention_the_engine_is_the_longest_path_and_the_replay(self, priced) -> None:
+    @given(priced_graphs(contended=False), handoffs)
+    def test_without_contention_the_engine_is_the_longest_path_and_the_replay(self, priced, later) -> None:
         drawn, costs = priced
         durations = [each.duration_ns for each in costs]
-        log = trace(drawn, costs, {}, steps=4)
-        assert [[span.end_ns for span in step] for step in log] == longest_path_ends(drawn, durations, steps=4)
-        assert log == unroll(drawn, durations, 4)
-        assert simulate(drawn, costs, {}) == replay(drawn, durations)
+        log = trace(drawn, costs, {}, 4, handoffs=later)
+        assert [[span.end_ns for span in step] for step in log] == longest_path_ends(drawn, durations, 4, later)
+        assert log == unroll(drawn, durations, 4, later)
+        assert simulate(drawn, costs, {}, later) == replay(drawn, durations, later)
+
+    @given(priced_graphs(contended=True), handoffs)
+    def test_handoffs_only_delay_and_bounds_hold_with_them(self, priced, later) -> None:
+        drawn, costs = tied(priced[0]), priced[1]
+        step_ns, _ = simulate(drawn, costs, CAPACITIES, later)
+        assert lower_bound(drawn, costs, CAPACITIES) <= lower_bound(drawn, costs, CAPACITIES, later) <= step_ns + 1
 
     @given(priced_graphs(contended=True))
     def test_demands_that_fit_change_nothing(self, priced) -> None:

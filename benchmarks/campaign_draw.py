@@ -221,6 +221,7 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         inner_slots=random.randint(1, 4) if away else 0,
         gradient_dtype=random.choice(["bf16", "fp32"]),
         kernels=kernels,
+        gpu_moments="fp32",
         update_order=order,
         units=tuple(
             UnitPolicy(

@@ -88,6 +88,7 @@ def tiny_policy(
         "inner_slots": 2 if offload_inner else 0,
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
+        "gpu_moments": "fp32",
         "update_order": order,
         "units": units,
     }

@@ -59,6 +59,7 @@ def cases(draw: st.DrawFn) -> Case:
         inner_slots=draw(st.integers(1, 3)) if any(unit.inner == "offload" for unit in units) else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=kernels,
+        gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
         update_order=tuple(order),
         units=tuple(units),
     )
@@ -95,6 +96,7 @@ def foreign_cases(draw: st.DrawFn) -> Case:
         inner_slots=0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=draw(st.sampled_from(["eager", "fused"])),
+        gpu_moments="fp32",
         update_order=tuple(order),
         units=tuple(
             UnitPolicy(

@@ -79,6 +79,7 @@ class TensorClass(StrEnum):
     REMAINDER = "master_remainder"
     MASTER = "master_weights"
     MOMENTS = "moments"
+    MOMENTS_8BIT = "moments_8bit"
     GRADIENT = "gradient"
     BOUNDARY = "boundary_activation"
     INNER = "inner_activation"

@@ -11,6 +11,7 @@ from slideplan.plan.model import ModelSpec, UnitRole
 # How compute tasks run: as Hugging Face modules by autograd; by our own products and kernels; or the latter
 # captured once and replayed, so that the host issues one launch a task.
 Kernels = Literal["eager", "fused", "graphed"]
+Moments = Literal["fp32", "8bit"]
 # What becomes of a layer's inner activations between forward and backward.
 Inner = Literal["recompute", "keep", "offload"]
 GradientDtype = Literal["bf16", "fp32"]
@@ -110,6 +111,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
                          kernels, which keep less and write weight gradients where they belong. "graphed": the
                          same, captured once and replayed, for tasks that are shorter than their launch
+    gpu_moments:         how moments that lie on the GPU are kept: "fp32", exact; or "8bit", block-wise and lossy
     update_order:        host-state units in the order of their updates on the host_update lane
     units:               placement per unit
 
@@ -143,6 +145,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     inner_slots: int
     gradient_dtype: GradientDtype
     kernels: Kernels
+    gpu_moments: Moments
     update_order: tuple[int, ...]
     units: tuple[UnitPolicy, ...]
     master: Literal["split", "fp32", "bf16"] = "split"

@@ -16,10 +16,11 @@ from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import LANE_OF, Access, Lane, Role, SlotPool, Task, TaskKind, TensorClass
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.order import Action, WindowUse
-from slideplan.plan.policy import Kernels, Policy, Tier, Workload
+from slideplan.plan.policy import Kernels, Moments, Policy, Tier, Workload
 from slideplan.plan.quantities import MIB
 
 MOMENT_BYTES = 8  # fp32 m and v per element
+MOMENT_BLOCK = 256  # elements that share scales where moments have 8 bits
 REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
 WEIGHT_BYTES = 2  # bf16 high half
 # All of a master weight, by format: the split one is weight and remainder.
@@ -28,6 +29,11 @@ CLIP_PASSES = 3  # over the gradient: read for the norm, read and written for th
 BARRIER_BYTES = 8  # a counter of updated units
 # AdamW reads and writes the master weights and both moments, and reads the gradient; this, for the split master.
 UPDATE_STATE_TRAFFIC_BYTES = 2 * (MASTER_BYTES["split"] + MOMENT_BYTES)
+
+
+def moment_bytes(elements: int, moments: Moments) -> int:
+    """Both moments of a unit: in fp32; or in 8 bits each, with an fp32 scale of each for every block."""
+    return MOMENT_BYTES * elements if moments == "fp32" else 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
 
 
 # The head computes its loss in chunks of tokens whose logits (in fp32, fused: in bf16) stay within this, so that
@@ -139,7 +145,9 @@ class SlotAssignment:
                 owners = [unit for unit in units if policy.units[unit].state is tier]
                 if policy.master == "split":
                     self._add_pool(f"{tier}.remainder.{role}", tier, TensorClass.REMAINDER, REMAINDER_BYTES * elements, owners)
-                self._add_pool(f"{tier}.moments.{role}", tier, TensorClass.MOMENTS, MOMENT_BYTES * elements, owners)
+                moments = policy.gpu_moments if tier is Tier.GPU else "fp32"
+                holds = TensorClass.MOMENTS if moments == "fp32" else TensorClass.MOMENTS_8BIT
+                self._add_pool(f"{tier}.moments.{role}", tier, holds, moment_bytes(elements, moments), owners)
             on_host = [unit for unit in units if policy.units[unit].state is Tier.HOST]
             if policy.staging != "none":
                 master_bytes = MASTER_BYTES[policy.master] * elements
@@ -319,7 +327,8 @@ class SlotAssignment:
             bytes_moved = 2 * (MASTER_BYTES[self.policy.master] + MOMENT_BYTES) * elements + gradient_bytes
         elif kind is TaskKind.UPDATE_GPU:
             accesses = [self._gradient_access(unit, "r"), *self._state(Tier.GPU, unit), self._weights(unit, "rw")]
-            bytes_moved = UPDATE_STATE_TRAFFIC_BYTES * elements + gradient_bytes
+            state_bytes = MASTER_BYTES["split"] * elements + moment_bytes(elements, self.policy.gpu_moments)
+            bytes_moved = 2 * state_bytes + gradient_bytes
         elif kind is TaskKind.OFFLOAD_GRADIENT:
             accesses = [self._gradient_access(unit, "r"), self._host_gradient_access(unit, "w")]
             bytes_moved = gradient_bytes

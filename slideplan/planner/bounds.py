@@ -18,7 +18,7 @@ from slideplan.plan.graph import LANE_OF, Lane, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import ComputePolicy, Workload
+from slideplan.plan.policy import ComputePolicy, Moments, Workload
 from slideplan.planner.candidate import Candidate
 from slideplan.simulator import Resource, capacities, price, resource_time
 
@@ -41,7 +41,14 @@ class Durations(Spec, frozen=True):
     capacities: dict[Resource, int]
 
 
-def durations(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile, footprint: Footprint) -> Durations:
+def durations(
+    model: ModelSpec,
+    work: ComputePolicy,
+    seq_len: int,
+    machine: MachineProfile,
+    footprint: Footprint,
+    gpu_moments: Moments = "fp32",
+) -> Durations:
     """Prices of all kinds of task at one micro-batch size, gradient type and kind of kernels."""
     micro_batch, dtype, kernels = work.micro_batch, work.gradient_dtype, work.kernels
     short = msgspec.structs.replace(model, layers=LAYERS_PRICED)
@@ -53,7 +60,7 @@ def durations(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
     resident = Candidate(
         micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, state_layers=LAYERS_PRICED,
         weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED - away,
-        offloaded_inner=away, inner_slots=away,
+        offloaded_inner=away, inner_slots=away, gpu_moments=gpu_moments,
     )  # fmt: skip
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
     offered = capacities(machine)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Inner, Kernels, Policy, Tier, UnitPolicy
-from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
+from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Inner, Kernels, Moments, Policy, Tier, UnitPolicy
+from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
 
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
 
@@ -30,6 +30,7 @@ class Candidate(Spec, frozen=True):
     micro_batches: int
     gradient_dtype: GradientDtype
     kernels: Kernels
+    gpu_moments: Moments = "fp32"
     window: int = 0
     prefetch_depth: int = 0
     gradient_slots: int = 2
@@ -90,7 +91,8 @@ class Candidate(Spec, frozen=True):
             micro_batch=self.micro_batch, micro_batches=self.micro_batches, window=self.window,
             prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
             host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots, inner_slots=self.inner_slots,
-            gradient_dtype=self.gradient_dtype, kernels=self.kernels, update_order=self.update_order(model), units=tuple(units),
+            gradient_dtype=self.gradient_dtype, kernels=self.kernels, gpu_moments=self.gpu_moments,
+            update_order=self.update_order(model), units=tuple(units),
         )  # fmt: skip
 
     def slot_bytes(self, model: ModelSpec, seq_len: int, footprint: Footprint) -> dict[Tier, int]:
@@ -101,7 +103,9 @@ class Candidate(Spec, frozen=True):
         ends_on_gpu = embedding * self.embedding_on_gpu + head * self.head_on_gpu
         ends_on_host = embedding + head - ends_on_gpu
         gpu = WEIGHT_BYTES * (embedding + head + layer * (self.weight_layers + self.window))
-        gpu += STATE_BYTES * (ends_on_gpu + layer * self.state_layers)
+        gpu += REMAINDER_BYTES * (ends_on_gpu + layer * self.state_layers)
+        resident = ((embedding, self.embedding_on_gpu), (head, self.head_on_gpu), (layer, self.state_layers))
+        gpu += sum(count * moment_bytes(elements, self.gpu_moments) for elements, count in resident)
         gpu += gradient * (embedding + head + layer * self.gradient_slots)
         gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
         feed_forward = model.feed_forward_bytes(self.micro_batch * seq_len)

@@ -30,6 +30,7 @@ from slideplan.planner.cli_options import (
     KernelsChoice,
     MachineName,
     ModelName,
+    MomentsChoice,
     Objective,
     Placement,
     SeqLen,
@@ -87,6 +88,9 @@ def simulate(
     kernels: Annotated[
         KernelsChoice, typer.Option(help="auto: by what the profile measured, eager, fused or captured in graphs.")
     ] = KernelsChoice.AUTO,
+    gpu_moments: Annotated[
+        MomentsChoice, typer.Option(help="8bit: moments that lie on the GPU take a quarter; lossy, and leaves room for more.")
+    ] = MomentsChoice.FP32,
     objective: Annotated[Objective, typer.Option(help="What the plan is best at.")] = Objective.THROUGHPUT,
     at_least: Annotated[
         str | None, typer.Option(metavar="PERCENT", help="least-host-memory: keep this share of the best speed; default 95%.")
@@ -127,6 +131,7 @@ def simulate(
         placement=placement.value,
         gradient_dtype=gradient_dtype.value,
         kernels=kernels.value,
+        gpu_moments=gpu_moments.value,
         micro_batch=micro_batch,
         lowered_tasks=round(usual.lowered_tasks * effort),
         simulated_tasks=round(usual.simulated_tasks * effort),

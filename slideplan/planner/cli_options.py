@@ -40,6 +40,13 @@ class GradientDtypeChoice(StrEnum):
     FP32 = "fp32"
 
 
+class MomentsChoice(StrEnum):
+    """Choices of --gpu-moments."""
+
+    FP32 = "fp32"
+    EIGHT_BIT = "8bit"
+
+
 class KernelsChoice(StrEnum):
     """Choices of --kernels."""
 

@@ -61,6 +61,7 @@ def slideformer(model: ModelSpec, workload: Workload) -> Policy:
         inner_slots=0,
         gradient_dtype="bf16",
         kernels="eager",
+        gpu_moments="fp32",
         update_order=tuple(reversed(range(model.units))),
         units=tuple(
             UnitPolicy(
@@ -102,6 +103,7 @@ def zero3_offload(model: ModelSpec, workload: Workload) -> Policy:
         inner_slots=0,
         gradient_dtype="fp32",
         kernels="eager",
+        gpu_moments="fp32",
         update_order=tuple(range(model.units)),
         units=tuple(UnitPolicy() for _ in range(model.units)),
         master="fp32",
@@ -132,6 +134,7 @@ def megatrain(model: ModelSpec, workload: Workload) -> Policy:
         inner_slots=0,
         gradient_dtype="bf16",
         kernels="eager",
+        gpu_moments="fp32",
         update_order=tuple(range(model.units)),
         units=tuple(UnitPolicy() for _ in range(model.units)),
         master="bf16",

@@ -106,7 +106,8 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     if policy.update_order:
         state.append(f"{_named(model, sorted(policy.update_order))} on the host, updated by the CPU")
     if on_gpu:
-        state.append(f"{_named(model, on_gpu)} on the GPU, updated there")
+        lossy = ", moments in 8 bits (lossy)" if policy.gpu_moments == "8bit" else ""
+        state.append(f"{_named(model, on_gpu)} on the GPU, updated there{lossy}")
     boundary = [f"outputs of {_named(model, away)} wait on the host"] if away else ["all stay on the GPU"]
     inner = []
     if kept:

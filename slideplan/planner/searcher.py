@@ -190,6 +190,7 @@ class Searcher:
         key = ComputeWork.of(candidate)
         if key not in self._models:
             builder = self.builder
-            times = durations(builder.model, candidate, builder.workload.seq_len, self._machine, builder.footprint(candidate))
+            footprint, moments = builder.footprint(candidate), candidate.gpu_moments
+            times = durations(builder.model, candidate, builder.workload.seq_len, self._machine, footprint, moments)
             self._models[key] = BoundModel(builder.model, times)
         return self._models[key]

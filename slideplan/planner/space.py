@@ -19,8 +19,8 @@ from slideplan.plan.footprint import Footprint
 from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Tier, Workload, check_seq_len
-from slideplan.plan.slots import WEIGHT_BYTES
+from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Moments, Tier, Workload, check_seq_len
+from slideplan.plan.slots import REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
 from slideplan.planner.candidate import STATE_BYTES, Candidate
 from slideplan.planner.kernels import check_kernels, faster_kernels
 from slideplan.simulator import footprint
@@ -36,6 +36,7 @@ class SearchOptions(Spec, frozen=True):
     placement:      "host" keeps weights and state of every unit on the host, so that all is streamed
     kernels:        "auto" decides by what was measured, see `planner.kernels`; they are no part of the search
     gradient_dtype: "auto" sums over several micro-batches in fp32, and takes bf16 for one alone
+    gpu_moments:    "8bit" keeps moments that lie on the GPU in 8 bits, which is lossy and leaves room for more
     micro_batch:    None tries every divisor of the global batch
     lowered_tasks:  size of all task graphs made to bound a step by its longest path
     simulated_tasks: size of all task graphs simulated
@@ -49,6 +50,7 @@ class SearchOptions(Spec, frozen=True):
     placement: Literal["auto", "host"] = "auto"
     kernels: Kernels | Literal["auto"] = "auto"
     gradient_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    gpu_moments: Moments = "fp32"
     micro_batch: int | None = None
     lowered_tasks: int = 200_000
     simulated_tasks: int = 120_000
@@ -204,7 +206,13 @@ class SpaceBuilder:
             kernels = self.options.kernels
             if kernels == "auto":
                 kernels = faster_kernels(self._machine, self.model, size, self.workload.seq_len)
-            yield Candidate(micro_batch=size, micro_batches=count, gradient_dtype=dtype, kernels=kernels)
+            yield Candidate(
+                micro_batch=size,
+                micro_batches=count,
+                gradient_dtype=dtype,
+                kernels=kernels,
+                gpu_moments=self.options.gpu_moments,
+            )
 
     def _resident(self) -> Iterator[Candidate | None]:
         layers = self.model.layers
@@ -229,10 +237,11 @@ class SpaceBuilder:
 
     def _state_counts(self, base: Candidate) -> list[int]:
         """From as many as the host cannot hold to as many as the GPU can."""
-        layers, state = self.model.layers, STATE_BYTES + WEIGHT_BYTES
+        layers, on_host = self.model.layers, (STATE_BYTES + WEIGHT_BYTES) * self._layer
+        on_gpu = (REMAINDER_BYTES + WEIGHT_BYTES) * self._layer + moment_bytes(self._layer, base.gpu_moments)
         spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), NO_SPARE_SLOTS))
-        fewest = min(layers, max(0, -(spare[Tier.HOST] // (state * self._layer))))
-        most = max(0, min(layers, spare[Tier.GPU] // (state * self._layer)))
+        fewest = min(layers, max(0, -(spare[Tier.HOST] // on_host)))
+        most = max(0, min(layers, spare[Tier.GPU] // on_gpu))
         if most + 2 >= layers:  # without any streaming layer the window is spared
             most = layers
         return evenly(fewest, max(fewest, most), GRID)

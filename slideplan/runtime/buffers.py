@@ -33,6 +33,7 @@ class Buffers:
             TensorClass.WEIGHTS: torch.bfloat16,
             TensorClass.REMAINDER: torch.int16,
             TensorClass.MOMENTS: torch.float32,
+            TensorClass.MOMENTS_8BIT: torch.uint8,
             TensorClass.GRADIENT: torch.float32 if gradient_dtype == "fp32" else torch.bfloat16,
             TensorClass.BOUNDARY: torch.bfloat16,
             TensorClass.FEED_FORWARD: torch.bfloat16,

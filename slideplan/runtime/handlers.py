@@ -9,6 +9,7 @@ import torch
 from slideplan.plan.graph import Role, Task, TaskKind
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
+from slideplan.runtime.moments8 import update_8bit
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AdamW, int], None]
@@ -55,9 +56,18 @@ class Handlers:
 
 
 def gpu_update(device: torch.device, host_update: HostUpdate) -> Update:
-    """The update of units whose state is on the device: the Triton kernel, or on a CPU device the host's."""
-    if device.type == "cpu":
-        return host_update
-    from slideplan.runtime.kernels.adamw import update_gpu
+    """The update of units whose state is on the device, by how it keeps moments: Triton kernels, none on a CPU device."""
+    exact: Update = host_update
+    lossy: Update = update_8bit
+    if device.type != "cpu":
+        from slideplan.runtime.kernels.adamw import update_gpu
+        from slideplan.runtime.kernels.adamw8 import update_gpu_8bit
 
-    return update_gpu
+        exact, lossy = update_gpu, update_gpu_8bit
+
+    def update(
+        weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor, gradient: torch.Tensor, how: AdamW, step: int
+    ) -> None:
+        (lossy if moments.dtype is torch.uint8 else exact)(weights, remainder, moments, gradient, how, step)
+
+    return update

@@ -58,6 +58,7 @@ class UnitProbe:
             inner_slots=0,
             gradient_dtype=gradient_dtype,
             kernels=kernels,
+            gpu_moments="fp32",
             update_order=(3, 2, 1, 0),
             units=tuple(units),
         )

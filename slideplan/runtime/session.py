@@ -106,8 +106,10 @@ class Session:
         host_update.compile()
         if any(task.kind is TaskKind.UPDATE_GPU for task in self.plan.graph.tasks) and self.backend.name == "cuda":
             from slideplan.runtime.kernels.adamw import compile_gpu_update
+            from slideplan.runtime.kernels.adamw8 import compile_gpu_update_8bit
 
-            compile_gpu_update(self.backend.device)
+            lossy = self.plan.policy.gpu_moments == "8bit"
+            (compile_gpu_update_8bit if lossy else compile_gpu_update)(self.backend.device)
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""

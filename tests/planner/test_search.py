@@ -70,7 +70,7 @@ def candidates(draw: st.DrawFn) -> tuple[SpaceBuilder, MachineProfile, Candidate
     space = builder(
         model, at, Workload(seq_len=32, global_batch=draw(st.sampled_from([1, 2, 4]))),
         placement=draw(st.sampled_from(["auto", "host"])), gradient_dtype=draw(st.sampled_from(["auto", "bf16", "fp32"])),
-        kernels=draw(st.sampled_from(["eager", "fused"])),
+        kernels=draw(st.sampled_from(["eager", "fused"])), gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
     )  # fmt: skip
     fitting = space.build().fitting
     if not fitting:
@@ -92,7 +92,7 @@ def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuil
     assert {tier: sum(part.items.values()) for tier, part in memory.tiers.items()} == counted
     assert memory.fits == (min(space.spare(candidate).values()) >= 0)
 
-    times = durations(model, candidate, seq_len, at, footprint)
+    times = durations(model, candidate, seq_len, at, footprint, candidate.gpu_moments)
     bounds = BoundModel(model, times)
     priced = price(graph, model, candidate, seq_len, at)
     costs = [cost.duration_ns for cost in priced]
@@ -147,6 +147,21 @@ def test_spends_spare_gpu_memory() -> None:
         assert isinstance(plan, Plan)
         steps.append(plan.prediction.record.step_ns)
     assert steps[0] > steps[1] > steps[2]
+
+
+def test_moments_of_8_bits_leave_room_for_more_state() -> None:
+    found = []
+    for moments in ("fp32", "8bit"):
+        at = machine(gpu_bytes=2200 * KIB, link=10**8, optimizer=10**8)
+        plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), at, SearchOptions(gpu_moments=moments))
+        assert isinstance(plan, Plan)
+        assert plan.policy.gpu_moments == moments
+        found.append(plan)
+    exact, lossy = found
+    assert exact.offloads
+    on_gpu = [sum(unit.state is Tier.GPU for unit in plan.policy.units) for plan in found]
+    assert on_gpu[0] < on_gpu[1]
+    assert lossy.prediction.record.step_ns < exact.prediction.record.step_ns
 
 
 def test_activations_wait_on_the_host_where_recomputing_costs_more() -> None:

@@ -77,6 +77,24 @@ def test_kernels_train_alike_by_every_policy(name: str, kernels: str) -> None:
     assert losses == pytest.approx(eager_losses, rel=2e-3)
 
 
+def test_moments_of_8_bits_train_alike_however_activations_lie() -> None:
+    model, workload = gpu_model(), tiny_workload(seq_len=128)
+    found = []
+    for knobs in ({"gpu_moments": "8bit"}, {"gpu_moments": "8bit", "offload_inner": (2, 3), "kernels": "graphed"}, {}):
+        policy = tiny_policy(model, **{"resident_state": (0, 1, 2), "kernels": "fused", **knobs})
+        backend = CudaBackend()
+        session = session_for(plan_for(model, policy, workload, backend), backend)
+        try:
+            found.append(train(session, STEPS))
+        finally:
+            backend.close()
+    lossy, same, exact = found
+    assert lossy[0] == same[0]
+    assert all(torch.equal(lossy[1][name], value) for name, value in same[1].items())
+    assert any(not torch.equal(lossy[1][name], value) for name, value in exact[1].items())
+    assert lossy[0] == pytest.approx(exact[0], rel=0.02)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_trains_as_in_memory(name: str, tied: bool) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from running import elementary_adamw
+from slideplan.plan.slots import moment_bytes
+from slideplan.runtime.moments8 import decode, encode, noise, update_8bit
 from slideplan.runtime.optimizer import CHUNK_ELEMENTS, CHUNKS_PER_THREAD, LEAST_CHUNK_ELEMENTS, AdamW, HostUpdate
 from slideplan.runtime.split_master import join, split
 
@@ -121,3 +123,75 @@ def test_nan_stays_nan_in_the_weight_that_computes(pattern: int) -> None:
         state = [weights.to(device), low.to(device), torch.zeros(2, 64, device=device)]
         update(*state, nan.expand(64).contiguous().to(device), SETTINGS, 0)
         assert state[0].isnan().all()
+
+
+def moments_8bit(elements: int) -> torch.Tensor:
+    return torch.zeros(moment_bytes(elements, "8bit"), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("elements", [64, 256, 1024, 3008])
+def test_gpu_update_of_8_bits_equals_torchs_bit_for_bit(elements: int, dtype: torch.dtype) -> None:
+    from slideplan.runtime.kernels.adamw8 import update_gpu_8bit
+
+    torch.manual_seed(elements)
+    weights, remainder = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=torch.int16)
+    split(torch.randn(elements), weights, remainder)
+    host = [weights, remainder, moments_8bit(elements)]
+    device = [tensor.clone().to(DEVICE) for tensor in host]
+    for step in range(4):
+        gradient = (torch.randn(elements) * 10.0 ** (step - 2)).to(dtype)
+        gradient[: elements // 3] = 0
+        update_8bit(*host, gradient, SETTINGS, step)
+        update_gpu_8bit(*device, gradient.to(DEVICE), SETTINGS, step)
+        for left, right in zip(host, device, strict=True):
+            assert torch.equal(left, right.cpu()), step
+
+
+@pytest.mark.parametrize("largest", [127, 255])
+def test_a_moment_of_8_bits_is_near_and_right_on_average(largest: int) -> None:
+    """Within an eighth for all magnitudes of its octaves, and without bias: as much is rounded up as down."""
+    octaves = largest // 8
+    values = torch.logspace(-octaves + 1, 0, 4 * 256, base=2).view(4, 256)
+    scales = values.amax(1, keepdim=True)
+    found = []
+    for step in range(400):
+        random = noise(values.numel(), step, torch.device("cpu")).view_as(values) & (1 << 20) - 1
+        decoded = decode(encode(values, scales, random, largest), scales, largest)
+        found.append(decoded / values - 1)
+        assert found[-1].abs().max() <= 1 / 8
+    errors = torch.stack(found)
+    assert errors.mean().abs() < 2e-4
+    assert errors.mean(0).abs().max() < 0.02
+    assert (
+        decode(encode(torch.zeros(1, 256), torch.zeros(1, 1), random[:1], largest), torch.zeros(1, 1), largest).abs().max() == 0
+    )
+
+
+def test_training_with_moments_of_8_bits_goes_nearly_where_exact_ones_go() -> None:
+    """A noisy quadratic: both end near its minimum, and a second moment that must fall does fall."""
+    torch.manual_seed(0)
+    target = torch.randn(1024)
+    ends = []
+    for update, moments in ((HostUpdate(1), torch.zeros(2, 1024)), (update_8bit, moments_8bit(1024))):
+        weights, remainder = torch.empty(1024, dtype=torch.bfloat16), torch.empty(1024, dtype=torch.int16)
+        split(torch.zeros(1024), weights, remainder)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(600):
+            gradient = join(weights, remainder) - target + 0.3 * torch.randn(1024, generator=generator)
+            update(weights, remainder, moments, gradient, AdamW(lr=1e-2), step)
+        ends.append((join(weights, remainder) - target).norm() / target.norm())
+    exact, lossy = ends
+    assert exact < 0.1
+    assert lossy < 1.2 * exact
+
+
+def test_a_second_moment_of_8_bits_never_vanishes_under_a_first() -> None:
+    """An element far below its block's largest takes a step no larger than that one's."""
+    weights, remainder = torch.zeros(256, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.int16)
+    moments, gradient = moments_8bit(256), torch.full((256,), 3e-8)
+    gradient[0] = 1e3
+    for step in range(5):
+        update_8bit(weights, remainder, moments, gradient, AdamW(lr=1e-3), step)
+    moved = join(weights, remainder).abs()
+    assert moved[1:].max() <= moved[0]

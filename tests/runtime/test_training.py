@@ -113,6 +113,27 @@ def test_fused_kernels_train_alike_by_every_policy(model: str, name: str) -> Non
     assert apart < 0.06**2 * moved
 
 
+def test_moments_of_8_bits_train_nearly_as_exact_ones() -> None:
+    """Lossy where state lies on the GPU and nowhere else, and the same for every placement of all the rest."""
+    model, backend, workload, steps = MODELS["llama"], CpuBackend(), tiny_workload(), 8
+    found = {}
+    for name, knobs in {
+        "exact": {},
+        "8 bits": {"gpu_moments": "8bit"},
+        "8 bits, kept": {"gpu_moments": "8bit", "keep": (1, 2, 3, 4)},
+        "8 bits, none there": {"gpu_moments": "8bit", "resident_state": ()},
+    }.items():
+        policy = tiny_policy(model, **{"resident_state": (1, 2, 3), **knobs})
+        found[name] = train(session_for(plan_for(model, policy, workload, backend), backend), steps)
+    (losses, weights), (lossy_losses, lossy) = found["exact"], found["8 bits"]
+    assert lossy_losses == pytest.approx(losses, rel=0.02)
+    assert lossy_losses[-1] < lossy_losses[0] - 0.2
+    assert any(not torch.equal(lossy[name], value) for name, value in weights.items())
+    for same, as_name in (("8 bits, kept", "8 bits"), ("8 bits, none there", "exact")):
+        assert found[same][0] == found[as_name][0]
+        assert all(torch.equal(found[same][1][name], value) for name, value in found[as_name][1].items()), same
+
+
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -113,6 +113,7 @@ def simulate(
       planner simulate --model ./my-model --machine profiles/here.json --seq-len 4096
       planner simulate --model llama-3.1-8b --max-tokens-per-step 65536 --pareto --explain
       planner simulate --model llama-3.1-8b --objective least-host-memory --at-least 90%
+      planner simulate --model llama-3.1-8b --global-batch 1 --gpu-moments 8bit
 
     \b
     Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit.

@@ -18,6 +18,9 @@ GradientDtype = Literal["bf16", "fp32"]
 GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
 
+MOST_SLOTS = 4  # of a kind, per unit and micro-batch
+
+
 class Tier(StrEnum):
     """Where bytes lie."""
 
@@ -240,6 +243,11 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                 raise ValueError(f"policy.units[{unit}].boundary must be gpu: the head consumes it at once")
 
     def _check_slots(self, model: ModelSpec) -> None:
+        # More slots than anything could use would only take memory, and lowering lists them all.
+        most = MOST_SLOTS * model.units * self.micro_batches
+        for knob in ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots"):
+            if getattr(self, knob) > most:
+                raise ValueError(f"policy.{knob} is {getattr(self, knob)}, more than could be used; take at most {most}")
         host_state = [unit for unit in range(model.units) if self.units[unit].state is Tier.HOST]
         if sorted(self.update_order) != host_state:
             raise ValueError(

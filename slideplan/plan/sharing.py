@@ -35,6 +35,18 @@ class Sharing(Spec, frozen=True):
     usage: dict[Lane, dict[Resource, float]]
     weights: dict[Lane, float] = msgspec.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, values in (("capacities", self.capacities), ("weights", self.weights)):
+            for key, value in values.items():
+                if not value > 0:
+                    raise ValueError(f"{name}.{key} is {value}, must be positive")
+        for lane, usage in self.usage.items():
+            for resource, taken in usage.items():
+                if not taken >= 0:
+                    raise ValueError(f"usage.{lane}.{resource} is {taken}, must be zero or more")
+                if taken and resource not in self.capacities:
+                    raise ValueError(f"usage.{lane} names {resource}, which has no entry in capacities")
+
     def demand(self, lane: Lane, bytes_per_s: float) -> dict[Resource, int]:
         """Bytes/s that a task of the lane takes from each resource while it runs at this rate."""
         usage = self.usage.get(lane, {})

@@ -73,7 +73,7 @@ def search(
     chosen = min(found, key=Found.ns_per_sequence)
     slowest_ns = int(chosen.best.step_ns * 100 / options.at_least_percent) if options.least_host_memory else 0
     if options.least_host_memory:
-        chosen = chosen._replace(best=leanest(chosen, slowest_ns))
+        chosen, slowest_ns = leanest_of_all(looked, chosen, slowest_ns)
     if options.pareto:
         look_for_less_memory(chosen.searcher)
     record = msgspec.structs.replace(
@@ -122,6 +122,25 @@ def fastest(searcher: Searcher, space: Space, slower_than: float = FOREVER) -> S
     return best
 
 
+def leanest_of_all(looked: Sequence[tuple[Searcher, Space]], chosen: Found, slowest_ns: int) -> tuple[Found, int]:
+    """The least host memory at any of the batches looked at, and the longest step allowed at its batch.
+
+    slowest_ns: the longest step at the batch of `chosen`, which is the fastest there is.
+    """
+    batch = chosen.searcher.builder.workload.global_batch
+    best, limit_ns = chosen._replace(best=leanest(chosen, slowest_ns)), slowest_ns
+    for searcher, space in looked:
+        here_ns = slowest_ns * searcher.builder.workload.global_batch // batch
+        start = fastest(searcher, space, here_ns + 1) if searcher is not chosen.searcher else None
+        if start is None:
+            continue
+        found = Found(searcher, space, start)
+        found = found._replace(best=leanest(found, here_ns))
+        if (found.best.host_bytes, found.ns_per_sequence()) < (best.best.host_bytes, best.ns_per_sequence()):
+            best, limit_ns = found, here_ns
+    return best, limit_ns
+
+
 def leanest(found: Found, slowest_ns: int) -> Sample:
     """The least host memory at a step of at most `slowest_ns`: all candidates, their leaner forms, and around the best."""
     searcher, builder = found.searcher, found.searcher.builder
@@ -160,7 +179,7 @@ def certificate(looked: Sequence[tuple[Searcher, Space]], chosen: Found, slowest
                 left += 1
                 if not slowest_ns:
                     still += bound.step_ns < threshold
-                elif searcher is chosen.searcher and bound.step_ns <= slowest_ns:
+                elif bound.step_ns <= slowest_ns * here // batch:
                     host_bytes = searcher.host_bytes(number)
                     still += host_bytes < best.host_bytes
                     bound_host_bytes = min(bound_host_bytes, host_bytes)

@@ -124,6 +124,9 @@ class SpaceBuilder:
         need = candidate.slot_bytes(self.model, self.workload.seq_len, self.footprint(candidate))
         return {tier: self.capacity[tier] - count for tier, count in need.items()}
 
+    def _fits(self, candidate: Candidate) -> bool:
+        return min(self.spare(candidate).values()) >= 0
+
     def least_demanding(self) -> Iterator[Candidate]:
         """The policies with the fewest slots, one for each split of state between GPU and host."""
         layers = self.model.layers
@@ -181,7 +184,9 @@ class SpaceBuilder:
             if found is not None and found != candidate:
                 yield found
         for kept in {0, candidate.kept_layers // 2, candidate.kept_layers - 1} - {candidate.kept_layers, -1}:
-            yield msgspec.structs.replace(candidate, kept_layers=kept)
+            fewer = msgspec.structs.replace(candidate, kept_layers=kept)
+            if self._fits(fewer):
+                yield fewer
 
     def leaner(self, candidate: Candidate) -> Candidate:
         """The same with as few shared slots as the order of tasks allows: slower, if anything, and smaller."""
@@ -289,13 +294,12 @@ class SpaceBuilder:
             inner = self.footprint(base).inner_bytes * base.micro_batches
             room = self.model.layers - base.offloaded_outputs - base.offloaded_inner
             kept = min(room, spare[Tier.GPU] // inner) if inner else room
-            # The first of them may work where without any there was workspace: then there is room for more.
-            while True:
-                candidate = msgspec.structs.replace(candidate, kept_layers=kept)
-                more = msgspec.structs.replace(candidate, kept_layers=kept + 1)
-                if kept == room or min(self.spare(more).values()) < 0:
-                    return candidate
+            # What works beside fewer kept layers may take more, or less, than beside none: from there, down or up.
+            while kept and not self._fits(msgspec.structs.replace(candidate, kept_layers=kept)):
+                kept -= 1
+            while kept < room and self._fits(msgspec.structs.replace(candidate, kept_layers=kept + 1)):
                 kept += 1
+            return msgspec.structs.replace(candidate, kept_layers=kept)
         return None
 
     def _with_slots(self, base: Candidate, spare_slots: Mapping[str, int]) -> Candidate:

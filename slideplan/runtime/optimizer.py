@@ -35,7 +35,7 @@ class AdamW:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be in [0, 1)")
         if not self.eps > 0:
             raise ValueError(f"eps is {self.eps}, must be positive")
-        if not self.weight_decay >= 0:
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay is {self.weight_decay}, must be zero or more")
 
     def scalars(self, step: int) -> tuple[float, ...]:

@@ -15,7 +15,8 @@ from slideplan.runtime.executor import Executor
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.probing import spread
 
-COPY_BYTES = 1 << 20
+# A copy long enough for the lanes behind it to have issued what they do before it ends, as in runs.
+COPY_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 # Enough for the optimizer's threads to be awake when it ends, as in runs.
 ELEMENTS = 1 << 22
 ROUNDS, WARMUP_ROUNDS = 48, 8
@@ -26,8 +27,8 @@ CYCLE = (TaskKind.LOAD_WEIGHTS, TaskKind.FORWARD, TaskKind.OFFLOAD_GRADIENT, Tas
 
 def handoffs(backend: Backend, threads: int) -> dict[str, Spread]:
     """Fields of `Handoffs` over the rounds of the cycle; between streams, of both hand-offs there are."""
-    on_host = [backend.allocate(Tier.HOST, COPY_BYTES, copied=True) for _ in range(2)]
-    on_gpu = [backend.allocate(Tier.GPU, COPY_BYTES, copied=True) for _ in range(2)]
+    size = COPY_BYTES[backend.name]
+    on_host, on_gpu = ([backend.allocate(tier, size, copied=True) for _ in range(2)] for tier in (Tier.HOST, Tier.GPU))
     bf16 = [torch.zeros(ELEMENTS, dtype=torch.bfloat16) for _ in range(2)]
     remainder, moments = torch.zeros(ELEMENTS, dtype=torch.int16), torch.zeros(2, ELEMENTS)
     update = HostUpdate(threads)

@@ -21,7 +21,8 @@ from slideplan.runtime.handlers import gpu_update
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.probing import Effort, Work, issue_ns, mean_rate_spread, rate_spread, spread, timed, timed_in_turns
 
-UPDATE_SIZES = (0.25, 0.5, 1, 2)  # of one update, in the effort's elements: units of models differ so
+# Of one update, in the effort's elements: from a head that is a norm alone to a vocabulary.
+UPDATE_SIZES = (1 / 4096, 1 / 256, 1 / 32, 0.25, 0.5, 1, 2)
 SAMPLES = 24  # at least, of every size
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
 SSD_BLOCK_BYTES = 16 << 20

@@ -107,6 +107,8 @@ def check_machine(plan: Plan, backend: Backend, where: str) -> None:
             f"{where}: was made for machine {plan.machine.name}, this one differs (planned, here): {'; '.join(differences)}; "
             "measure this machine with `planner profile` and plan again"
         )
+    if plan.policy.kernels == "graphed" and backend.name == "cpu":
+        raise ValueError(f'{where}: policy.kernels is "graphed": nothing can be captured on a CPU; plan with --kernels fused')
     free = {Tier.HOST: available_host_bytes()}
     if backend.name == "cuda":
         free[Tier.GPU] = torch.cuda.mem_get_info(backend.device)[0]

@@ -44,6 +44,7 @@ def test_the_builders_policy_is_legal():
             {"inner_slots": 1},
             "policy.inner_slots is 1; it must be 1 or more where inner activations of a unit are",
         ),
+        ({"window": 10**9}, "policy.window is 1000000000, more than could be used; take at most 48"),
         ({"update_order": (5, 4, 3, 2, 1)}, "those are [0, 1, 2, 3, 4, 5], it names [5, 4, 3, 2, 1]"),
         ({"update_order": (5, 4, 3, 2, 1, 0, 0)}, "policy.update_order must name every unit"),
     ],

@@ -267,6 +267,20 @@ def test_least_host_memory_agrees_with_brute_force() -> None:
         assert lean.host_bytes == min(map(searcher.host_bytes, allowed))
 
 
+def test_least_host_memory_at_any_batch_is_no_more_than_at_each() -> None:
+    at = machine(gpu_bytes=1600 * KIB, host_bytes=8 * MIB)
+    within = {"least_host_memory": True, "at_least_percent": 40.0}
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=1), at, SearchOptions(max_tokens_per_step=32 * 8, **within))
+    assert isinstance(plan, Plan)
+    bar_tokens_per_s = 32 * plan.workload.global_batch * 1e9 / plan.search.slowest_ns
+    used = plan.ledger.tiers[Tier.HOST].used_bytes
+    for batch in plan.search.batches:
+        alone = search(tiny_model(), Workload(seq_len=32, global_batch=batch), at, SearchOptions(**within))
+        assert isinstance(alone, Plan)
+        if alone.prediction.record.tokens_per_s >= bar_tokens_per_s:
+            assert used <= alone.ledger.tiers[Tier.HOST].used_bytes, batch
+
+
 def test_the_best_batch_within_a_number_of_tokens() -> None:
     at, model = machine(gpu_bytes=1200 * KIB), tiny_model()
     options = SearchOptions(max_tokens_per_step=32 * 7)

@@ -1,0 +1,24 @@
+"""What a model of contention may hold."""
+
+import pytest
+
+from slideplan.plan.graph import Lane
+from slideplan.plan.sharing import Resource, Sharing
+
+GOOD = {"capacities": {Resource.PCIE: 100}, "usage": {Lane.H2D: {Resource.PCIE: 1.0}}, "weights": {Lane.H2D: 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"capacities": {Resource.PCIE: 0}}, "capacities.pcie is 0, must be positive"),
+        ({"capacities": {}}, "usage.h2d names pcie, which has no entry in capacities"),
+        ({"weights": {Lane.H2D: 0.0}}, "weights.h2d is 0.0, must be positive"),
+        ({"usage": {Lane.H2D: {Resource.PCIE: -1.0}}}, "usage.h2d.pcie is -1.0, must be zero or more"),
+        ({"usage": {Lane.H2D: {Resource.PCIE: float("nan")}}}, "usage.h2d.pcie is nan"),
+    ],
+)
+def test_refusals_name_the_field(fields: dict, message: str) -> None:
+    Sharing(**GOOD)
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        Sharing(**GOOD | fields)

@@ -28,6 +28,8 @@ def write_comparison(folder: Path) -> Comparison:
         raise ValueError(f"{folder}: is not a run folder; name the one that `runtime execute` wrote")
     plan = load(folder / "plan.json", Plan)
     plan.check(str(folder / "plan.json"))
+    if not (folder / "measurement.json").exists():
+        raise ValueError(f"{folder}: holds no measurement.json: its run was not finished; run the plan again")
     measurement = load(folder / "measurement.json", Measurement)
     comparison = compare(plan, measurement, file_digest(folder / "plan.json"))
     save(folder / "comparison.json", comparison)

@@ -232,6 +232,22 @@ def test_missing_plan(tmp_path: Path) -> None:
     assert "plan.json: cannot be read: No such file" in done.stderr
 
 
+def test_a_run_that_was_not_finished_says_so(plan: Plan, tmp_path: Path) -> None:
+    save(tmp_path / "plan.json", plan)
+    done = runtime("compare", ".", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "holds no measurement.json: its run was not finished" in done.stderr
+
+
+def test_a_captured_plan_is_refused_on_a_cpu_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:
+    graphed = msgspec.structs.replace(plan.policy, kernels="graphed")
+    save(tmp_path / "plan.json", msgspec.structs.replace(plan, policy=graphed))
+    done = runtime("execute", "plan.json", "--device", "cpu", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nothing can be captured on a CPU" in done.stderr
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
 def test_plan_that_needs_more_memory_than_is_free(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slideplan.runtime.run.available_host_bytes", lambda: 1 << 20)
     save(tmp_path / "plan.json", plan)

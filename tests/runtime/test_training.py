@@ -191,13 +191,6 @@ def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     assert alive == [0, 0, 0, 0]
 
 
-def test_what_cannot_be_captured_is_refused() -> None:
-    model, backend = tiny_model(), CpuBackend()
-    plan = plan_for(model, tiny_policy(model, kernels="graphed"), tiny_workload(), backend)
-    with pytest.raises(ValueError, match="plan with --kernels fused"):
-        session_for(plan, backend)
-
-
 def test_settings_reach_the_update() -> None:
     model = tiny_model()
     backend = CpuBackend()

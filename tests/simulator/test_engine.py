@@ -209,8 +209,12 @@ class TestOracle:
     @given(priced_graphs(contended=True), handoffs)
     def test_handoffs_only_delay_and_bounds_hold_with_them(self, priced, later) -> None:
         drawn, costs = tied(priced[0]), priced[1]
-        step_ns, _ = simulate(drawn, costs, CAPACITIES, later)
-        assert lower_bound(drawn, costs, CAPACITIES) <= lower_bound(drawn, costs, CAPACITIES, later) <= step_ns + 1
+        bound_ns = lower_bound(drawn, costs, CAPACITIES, later)
+        assert lower_bound(drawn, costs, CAPACITIES) <= bound_ns
+        # Over many steps, since a lane may fall behind by too little a step to show in one.
+        starts = [step[0].start_ns for step in trace(drawn, costs, CAPACITIES, 49, handoffs=later)]
+        slack_ns = 2 * sum(each.duration_ns + 300 for each in costs)
+        assert starts[-1] - starts[0] >= 48 * bound_ns - slack_ns
 
     @given(priced_graphs(contended=True))
     def test_demands_that_fit_change_nothing(self, priced) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from slideplan.plan.codec import Spec
 from slideplan.plan.graph import Lane
 
@@ -31,6 +33,10 @@ class Handoffs(Spec, frozen=True):
         if before in HOST_LANES:
             return self.host_to_device_ns
         return self.device_to_host_ns if after in HOST_LANES else self.device_to_device_ns
+
+    def table(self, lanes: Collection[Lane]) -> dict[Lane, dict[Lane, int]]:
+        """The same for all of these lanes: first the lane that goes on, then the one that it waited for."""
+        return {after: {before: self.between(before, after) for before in lanes} for after in lanes}
 
 
 IMMEDIATE = Handoffs()

@@ -19,24 +19,29 @@ MAX_STEPS = 64
 def unroll(graph: TaskGraph, durations_ns: Sequence[int], steps: int, handoffs: Handoffs = IMMEDIATE) -> list[list[Span]]:
     """Absolute spans of `steps` consecutive steps that start with every lane free at 0."""
     lane_free = dict.fromkeys(graph.lanes, 0)
+    later_on = handoffs.table(graph.lanes)
     previous: list[int] = []
     found: list[list[Span]] = []
     for _ in range(steps):
-        spans, ends = _next_step(graph, durations_ns, lane_free, previous, handoffs)
+        spans, ends = _next_step(graph, durations_ns, lane_free, previous, later_on)
         found.append(spans)
         previous = ends
     return found
 
 
 def _next_step(
-    graph: TaskGraph, durations_ns: Sequence[int], lane_free: dict[Lane, int], previous_ends: list[int], handoffs: Handoffs
+    graph: TaskGraph,
+    durations_ns: Sequence[int],
+    lane_free: dict[Lane, int],
+    previous_ends: list[int],
+    later_on: dict[Lane, dict[Lane, int]],
 ) -> tuple[list[Span], list[int]]:
     spans: list[Span] = []
     ends: list[int] = []
     for task, duration in zip(graph.tasks, durations_ns, strict=True):
         start = lane_free[task.lane]
         for dependency in task.dependencies:
-            later = handoffs.between(graph.tasks[dependency.task].lane, task.lane)
+            later = later_on[task.lane][graph.tasks[dependency.task].lane]
             if dependency.distance == 0:
                 start = max(start, ends[dependency.task] + later)
             elif previous_ends:
@@ -53,11 +58,12 @@ def replay(graph: TaskGraph, durations_ns: Sequence[int], handoffs: Handoffs = I
     Spans are the whole state of the recurrence: what repeats once repeats for good.
     """
     lane_free = dict.fromkeys(graph.lanes, 0)
+    later_on = handoffs.table(graph.lanes)
     previous: list[int] = []
 
     def next_step() -> tuple[list[int], list[int]]:
         nonlocal previous
-        spans, previous = _next_step(graph, durations_ns, lane_free, previous, handoffs)
+        spans, previous = _next_step(graph, durations_ns, lane_free, previous, later_on)
         return [span.start_ns for span in spans], previous
 
     return steady_step(next_step, first_compute(graph))

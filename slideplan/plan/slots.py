@@ -188,15 +188,17 @@ class SlotAssignment:
         self._add_shared("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, policy.boundary_slots)
         self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
         feed_forward = model.feed_forward_bytes(self.tokens)
-        inner_bytes = {"keep": self.footprint.inner_bytes, "offload": max(1, self.footprint.inner_bytes - feed_forward)}
-        self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, inner_bytes["keep"], len(kept) * micros)
-        self._add_shared("gpu.inner.rest", Tier.GPU, TensorClass.INNER, inner_bytes["offload"], len(away) * micros)
+        whole, rest = (self.footprint.held_bytes(inner, feed_forward) for inner in ("keep", "offload"))
+        self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, whole, len(kept) * micros)
+        self._add_shared("gpu.inner.rest", Tier.GPU, TensorClass.INNER, rest, len(away) * micros)
         self._add_shared("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, feed_forward, policy.inner_slots)
         self._add_shared("host.feed_forward", Tier.HOST, TensorClass.FEED_FORWARD, feed_forward, len(away) * micros)
         for name, owners in (("gpu.inner", kept), ("gpu.inner.rest", away), ("host.feed_forward", away)):
             self._rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
-        held = [micros * inner_bytes.get(policy.units[unit].inner, 0) for unit in range(1, model.head_unit)]
-        workspace = self.footprint.workspace_beside(held)
+        layers = policy.units[1 : model.head_unit]
+        workspace = self.footprint.workspace_beside(
+            [micros * self.footprint.held_bytes(layer.inner, feed_forward) for layer in layers]
+        )
         self._add_shared("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, workspace, 1)
 
     def _own(self, role: Role, pool: str, unit: int, mode: Literal["r", "w", "rw"], micro: int = 0) -> Access:

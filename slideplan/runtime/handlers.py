@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 from slideplan.plan.graph import Role, Task, TaskKind
+from slideplan.plan.policy import Moments
+from slideplan.plan.slots import MOMENT_BLOCK, moment_bytes
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.moments8 import update_8bit
@@ -71,3 +73,14 @@ def gpu_update(device: torch.device, host_update: HostUpdate) -> Update:
         (lossy if moments.dtype is torch.uint8 else exact)(weights, remainder, moments, gradient, how, step)
 
     return update
+
+
+def compile_gpu_update(update: Update, device: torch.device, moments: Moments) -> None:
+    """Compile the device's update for both gradient dtypes now, so that no measured task pays for it."""
+    n = MOMENT_BLOCK
+    weights, remainder = (torch.zeros(n, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.int16))
+    state = torch.zeros(moment_bytes(n, moments), dtype=torch.uint8, device=device)
+    if moments == "fp32":
+        state = state.view(torch.float32).view(2, n)
+    for dtype in (torch.bfloat16, torch.float32):
+        update(weights, remainder, state, torch.zeros(n, dtype=dtype, device=device), AdamW(), 0)

@@ -14,7 +14,7 @@ from slideplan.runtime.buffers import DYNAMIC, Buffers, parameter_views
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.executor import Executor
-from slideplan.runtime.handlers import UPDATES, Handlers
+from slideplan.runtime.handlers import UPDATES, Handlers, compile_gpu_update, gpu_update
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.split_master import join, split
 from slideplan.runtime.threads import ThreadBudget
@@ -103,11 +103,8 @@ class Session:
         """Compile the updates before the clock starts; no slot is touched. Units compile theirs in the first, warm-up, step."""
         host_update.compile()
         if any(task.kind is TaskKind.UPDATE_GPU for task in self.plan.graph.tasks) and self.backend.name == "cuda":
-            from slideplan.runtime.kernels.adamw import compile_gpu_update
-            from slideplan.runtime.kernels.adamw8 import compile_gpu_update_8bit
-
-            lossy = self.plan.policy.gpu_moments == "8bit"
-            (compile_gpu_update_8bit if lossy else compile_gpu_update)(self.backend.device)
+            device = self.backend.device
+            compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""

@@ -54,10 +54,9 @@ def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int], handoffs: Hando
     critical path to the last opener is walked back, and the slowest of the cycles that it closes is taken:
     a proven bound too, if not always the best.
     """
-    tasks = graph.tasks
+    tasks, later_on = graph.tasks, handoffs.table(graph.lanes)
     before: list[list[tuple[int, int, int]]] = [
-        [(each.task, each.distance, handoffs.between(tasks[each.task].lane, task.lane)) for each in task.dependencies]
-        for task in tasks
+        [(each.task, each.distance, later_on[task.lane][tasks[each.task].lane]) for each in task.dependencies] for task in tasks
     ]
     for queue in graph.lanes.values():
         for number, previous in zip(queue, (queue[-1], *queue), strict=False):

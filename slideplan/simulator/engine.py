@@ -63,7 +63,7 @@ def entries(graph: TaskGraph, costs: Sequence[TaskCost], handoffs: Handoffs) -> 
             flows = drawn and cost.duration_ns
             draw_of[id(cost)] = numbers.setdefault((drawn, cost.weight), len(numbers)) if flows else None
     queues: dict[Lane, list[Entry]] = {lane: [] for lane in graph.lanes}
-    later_on = {lane: {other: handoffs.between(other, lane) for other in graph.lanes} for lane in graph.lanes}
+    later_on = handoffs.table(graph.lanes)
     for number, (task, cost) in enumerate(zip(graph.tasks, costs, strict=True)):
         later = later_on[task.lane]
         dependencies = tuple([(each.task, each.distance, later[graph.tasks[each.task].lane]) for each in task.dependencies])

@@ -8,6 +8,7 @@ import torch
 
 from running import elementary_adamw
 from slideplan.plan.slots import moment_bytes
+from slideplan.runtime.handlers import compile_gpu_update, gpu_update
 from slideplan.runtime.moments8 import decode, encode, noise, update_8bit
 from slideplan.runtime.optimizer import CHUNK_ELEMENTS, CHUNKS_PER_THREAD, LEAST_CHUNK_ELEMENTS, AdamW, HostUpdate
 from slideplan.runtime.split_master import join, split
@@ -195,3 +196,17 @@ def test_a_second_moment_of_8_bits_never_vanishes_under_a_first() -> None:
         update_8bit(weights, remainder, moments, gradient, AdamW(lr=1e-3), step)
     moved = join(weights, remainder).abs()
     assert moved[1:].max() <= moved[0]
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_updates_on_the_device_are_compiled_for_both_gradient_types(moments: str) -> None:
+    device, seen = torch.device(DEVICE), []
+    update = gpu_update(device, HostUpdate(1))
+
+    def watched(weights, remainder, state, gradient, settings, step) -> None:
+        seen.append((state.dtype, gradient.dtype))
+        update(weights, remainder, state, gradient, settings, step)
+
+    compile_gpu_update(watched, device, moments)
+    of_state = torch.float32 if moments == "fp32" else torch.uint8
+    assert seen == [(of_state, torch.bfloat16), (of_state, torch.float32)]

@@ -12,6 +12,20 @@ BLOCK = 1024
 
 
 @triton.jit
+def step_elements(high, low, g, m, v, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
+    """One step of elements in registers, as `AdamW.scalars` writes it: halves of the weight and both moments, new."""
+    p = ((high << 16) + low).to(tl.float32, bitcast=True) * decay
+    m = m + w1 * (g - m)
+    v = v * beta2 + w2 * g * g
+    denominator = tl.div_rn(tl.sqrt_rn(v), root2) + eps
+    p = p - tl.div_rn(step_size * m, denominator)
+    bits = p.to(tl.int32, bitcast=True)
+    # In a NaN the carry would run into the sign and leave a zero weight: see `split_master.split`.
+    rounded = (bits + tl.where(p == p, 0x8000, 0)) >> 16  # noqa: PLR0124 - false for NaN alone
+    return rounded.to(tl.int16), (bits - (rounded << 16)).to(tl.int16), m, v
+
+
+@triton.jit
 def _adamw_kernel(  # type: ignore[no-untyped-def]
     weights, remainder, moments, gradient, n,
     decay, w1, beta2, w2, root2, eps, step_size,
@@ -24,16 +38,9 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     g = tl.load(gradient + i, mask=inside, other=0).to(tl.float32)
     m = tl.load(moments + i, mask=inside, other=0)
     v = tl.load(moments + n + i, mask=inside, other=0)
-    p = ((high << 16) + low).to(tl.float32, bitcast=True) * decay
-    m = m + w1 * (g - m)
-    v = v * beta2 + w2 * g * g
-    denominator = tl.div_rn(tl.sqrt_rn(v), root2) + eps
-    p = p - tl.div_rn(step_size * m, denominator)
-    bits = p.to(tl.int32, bitcast=True)
-    # In a NaN the carry would run into the sign and leave a zero weight: see `split_master.split`.
-    rounded = (bits + tl.where(p == p, 0x8000, 0)) >> 16  # noqa: PLR0124 - false for NaN alone
-    tl.store(weights + i, rounded.to(tl.int16), mask=inside)
-    tl.store(remainder + i, (bits - (rounded << 16)).to(tl.int16), mask=inside)
+    new_high, new_low, m, v = step_elements(high, low, g, m, v, decay, w1, beta2, w2, root2, eps, step_size)
+    tl.store(weights + i, new_high, mask=inside)
+    tl.store(remainder + i, new_low, mask=inside)
     tl.store(moments + i, m, mask=inside)
     tl.store(moments + n + i, v, mask=inside)
 
@@ -54,12 +61,3 @@ def update_gpu(
         weights.view(torch.int16), remainder, moments, gradient, n, *settings.scalars(step),
         BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def compile_gpu_update(device: torch.device) -> None:
-    """Compile for both gradient dtypes now, so that no measured task pays for it."""
-    for dtype in (torch.bfloat16, torch.float32):
-        weights = torch.zeros(16, dtype=torch.bfloat16, device=device)
-        remainder = torch.zeros(16, dtype=torch.int16, device=device)
-        moments = torch.zeros(2, 16, device=device)
-        update_gpu(weights, remainder, moments, torch.zeros(16, dtype=dtype, device=device), AdamW(), step=0)

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from slideplan.plan.slots import MOMENT_BLOCK, moment_bytes
+from slideplan.plan.slots import MOMENT_BLOCK
+from slideplan.runtime.kernels.adamw import step_elements
 from slideplan.runtime.moments8 import CODES, DROPPED_BITS, ONE
 from slideplan.runtime.optimizer import AdamW
 
@@ -36,14 +37,9 @@ def _adamw8_kernel(  # type: ignore[no-untyped-def]
     m = tl.where(code_m > 127, -m, m)
     v = ((code_v + (ONE - V)) << DROPPED).to(tl.float32, bitcast=True)
     v = tl.where(code_v > 0, v, 0.0) * scale_v
-    m = m + w1 * (g - m)
-    v = v * beta2 + w2 * g * g
-    p = ((high << 16) + low).to(tl.float32, bitcast=True) * decay
-    p = p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
-    bits = p.to(tl.int32, bitcast=True)
-    rounded = (bits + tl.where(p == p, 0x8000, 0)) >> 16  # noqa: PLR0124 - as in kernels.adamw
-    tl.store(weights + i, rounded.to(tl.int16), mask=inside)
-    tl.store(remainder + i, (bits - (rounded << 16)).to(tl.int16), mask=inside)
+    new_high, new_low, m, v = step_elements(high, low, g, m, v, decay, w1, beta2, w2, root2, eps, step_size)
+    tl.store(weights + i, new_high, mask=inside)
+    tl.store(remainder + i, new_low, mask=inside)
 
     scale_m, scale_v = tl.max(tl.abs(m), 1)[:, None], tl.max(v, 1)[:, None]
     tl.store(scales + row[:, None], scale_m, mask=(row < blocks)[:, None])
@@ -80,12 +76,3 @@ def update_gpu_8bit(
         n, blocks, *settings.scalars(step), seed - (1 << 32) if seed >> 31 else seed,
         M=CODES[0], V=CODES[1], ONE=ONE, DROPPED=DROPPED_BITS, ROWS=BLOCKS, BLOCK=MOMENT_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def compile_gpu_update_8bit(device: torch.device) -> None:
-    """Compile for both gradient dtypes now, so that no measured task pays for it."""
-    for dtype in (torch.bfloat16, torch.float32):
-        weights = torch.zeros(MOMENT_BLOCK, dtype=torch.bfloat16, device=device)
-        remainder = torch.zeros(MOMENT_BLOCK, dtype=torch.int16, device=device)
-        moments = torch.zeros(moment_bytes(MOMENT_BLOCK, "8bit"), dtype=torch.uint8, device=device)
-        update_gpu_8bit(weights, remainder, moments, torch.zeros(MOMENT_BLOCK, dtype=dtype, device=device), AdamW(), step=0)

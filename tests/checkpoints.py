@@ -8,20 +8,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from running import state_dict
 from slideplan.plan.hf_config import config_of
 from slideplan.plan.model import ModelSpec
 from slideplan.runtime.weights import RandomWeights
 
 
-def state_dict(model: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def random_state_dict(model: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """Random weights under their Hugging Face names."""
     source = RandomWeights(model, seed=5, device=torch.device("cpu"))
-    return {model.unit_prefix(unit) + name: value.to(dtype) for unit in range(model.units) for name, value in source.unit(unit)}
+    return {name: value.to(dtype) for name, value in state_dict(source, model).items()}
 
 
 def write_checkpoint(folder: Path, model: ModelSpec, tensors: dict[str, torch.Tensor] | None = None) -> Path:
     """config.json and model.safetensors, with these tensors or random ones."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_of(model)))
-    save_file(state_dict(model) if tensors is None else tensors, folder / "model.safetensors")
+    save_file(random_state_dict(model) if tensors is None else tensors, folder / "model.safetensors")
     return folder

@@ -25,7 +25,7 @@ from slideplan.runtime.machine import identity
 from slideplan.runtime.optimizer import AdamW
 from slideplan.runtime.session import Session
 from slideplan.runtime.threads import ThreadBudget
-from slideplan.runtime.weights import RandomWeights
+from slideplan.runtime.weights import RandomWeights, WeightSource
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
 
@@ -66,6 +66,23 @@ def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Ses
     return Session(plan, backend, source, token_windows(plan.model, plan.workload), settings, ThreadBudget.of(backend))
 
 
+def unit_tensors(source: WeightSource, unit: int) -> dict[str, torch.Tensor]:
+    """Parameters of a unit, whole, by name within it."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, _, values in source.pieces(unit):
+        parts.setdefault(name, []).append(values)
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def state_dict(source: WeightSource, model: ModelSpec) -> dict[str, torch.Tensor]:
+    """All parameters of a model under their Hugging Face names."""
+    return {
+        model.unit_prefix(unit) + name: value
+        for unit in range(model.units)
+        for name, value in unit_tensors(source, unit).items()
+    }
+
+
 def masters(session: Session) -> dict[str, torch.Tensor]:
     """fp32 master weights of the whole model under their Hugging Face names, on the CPU."""
     model = session.plan.model
@@ -98,7 +115,7 @@ def plain_training(
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).train()
     parameters = dict(network.named_parameters())
     source = RandomWeights(model, seed=1, device=device)
-    master = {model.unit_prefix(unit) + name: value.float() for unit in range(model.units) for name, value in source.unit(unit)}
+    master = {name: value.float() for name, value in state_dict(source, model).items()}
     assert master.keys() | {"lm_head.weight"} == parameters.keys()
     first = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
     second = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}

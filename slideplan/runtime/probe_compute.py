@@ -24,8 +24,9 @@ from slideplan.runtime.fused_layer import attend
 from slideplan.runtime.probing import Effort, Work, rate_spread, spread, timed
 from slideplan.runtime.weights import RandomWeights
 
+LAYERS = 8  # so that the head, which draws the most power, has about the share of a step that it has in models
 MICRO_BATCHES = 2  # the first writes gradients, the second adds to them
-CAPTURES = 40  # of a step of the probe, so that the driver's memory grows by more than its granularity
+CAPTURES = 10  # of a step of the probe, so that the driver's memory grows by more than its granularity
 STEPPING_NS = 1_000_000_000  # fewer repeats rather than longer
 
 
@@ -44,9 +45,9 @@ class UnitProbe:
         self._backend = backend
         self._micro_batch, self._seq_len = micro_batch, seq_len
         self._kernels, self._gradient_dtype = kernels, gradient_dtype
-        self._model = msgspec.structs.replace(model, layers=2)
-        units = [UnitPolicy() for _ in range(4)]
-        units[2] = UnitPolicy(inner="keep")
+        self._model = msgspec.structs.replace(model, layers=LAYERS)
+        units = [UnitPolicy() for _ in range(LAYERS + 2)]
+        units[LAYERS] = UnitPolicy(inner="keep")
         policy = Policy(
             micro_batch=micro_batch,
             micro_batches=MICRO_BATCHES,
@@ -59,7 +60,7 @@ class UnitProbe:
             gradient_dtype=gradient_dtype,
             kernels=kernels,
             gpu_moments="fp32",
-            update_order=(3, 2, 1, 0),
+            update_order=tuple(reversed(range(LAYERS + 2))),
             units=tuple(units),
         )
         workload = Workload(seq_len=seq_len, global_batch=MICRO_BATCHES * micro_batch)
@@ -80,8 +81,8 @@ class UnitProbe:
         weights = RandomWeights(self._model, 0, self._backend.device)
         for task in (task for task in self._tasks if task.has(Role.WEIGHTS)):
             views = parameter_views(buffers[task.slot(Role.WEIGHTS)], self._model.parameters(self._model.role(task.unit)))
-            for name, value in weights.unit(task.unit):
-                views[name].copy_(value)
+            for name, rows, values in weights.pieces(task.unit):
+                views[name][rows].copy_(values)
 
     def costs(self, repeats: int) -> list[ComputeCost]:
         """Every compute task kind of this model at this shape, and with both ways of writing gradients."""

@@ -91,8 +91,8 @@ class Session:
 
     def _place(self, unit: int, source: WeightSource) -> None:
         high, remainder = self._halves(unit)
-        for name, value in source.unit(unit):
-            split(value, high[name], remainder[name])
+        for name, rows, values in source.pieces(unit):
+            split(values, high[name][rows], remainder[name][rows])
 
     def master_weights(self, unit: int) -> dict[str, torch.Tensor]:
         """fp32 master weights of a unit, by name within the unit. Nothing may be running."""

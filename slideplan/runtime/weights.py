@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,13 +14,24 @@ from safetensors import SafetensorError, safe_open
 from slideplan.plan.model import ModelSpec
 
 INITIALIZER_STD = 0.02  # `initializer_range` of all supported families
+# Weights are placed while the slots of a full plan are reserved already; a vocabulary matrix in one piece
+# would need gigabytes beside them.
+PIECE_ELEMENTS = 1 << 22
+
+
+class Piece(NamedTuple):
+    """Some rows of a parameter: its name within the unit, where they lie, their values in any floating dtype, on any device."""
+
+    name: str
+    rows: slice
+    values: torch.Tensor
 
 
 class WeightSource(Protocol):
     """Where the fp32 master weights of a unit come from."""
 
-    def unit(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name within the unit and value of each of its parameters, in any floating dtype and on any device."""
+    def pieces(self, unit: int) -> Iterator[Piece]:
+        """All parameters of a unit, one after the other."""
 
 
 class RandomWeights:
@@ -30,17 +42,18 @@ class RandomWeights:
         self._seed = seed
         self._device = device
 
-    def unit(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def pieces(self, unit: int) -> Iterator[Piece]:
         generator = torch.Generator(device=self._device).manual_seed(self._seed * 100_003 + unit)
         for parameter in self._model.parameters(self._model.role(unit)):
-            if parameter.name.endswith(".bias"):
-                value = torch.zeros(parameter.shape, device=self._device)
-            elif len(parameter.shape) == 1:
-                value = torch.ones(parameter.shape, device=self._device)
-            else:
-                value = torch.empty(parameter.shape, device=self._device)
-                value.normal_(0.0, INITIALIZER_STD, generator=generator)
-            yield parameter.name, value
+            for rows in _rows(parameter.shape):
+                values = torch.empty((rows.stop - rows.start, *parameter.shape[1:]), device=self._device)
+                if parameter.name.endswith(".bias"):
+                    values.zero_()
+                elif len(parameter.shape) == 1:
+                    values.fill_(1.0)
+                else:
+                    values.normal_(0.0, INITIALIZER_STD, generator=generator)
+                yield Piece(parameter.name, rows, values)
 
 
 class SafetensorsWeights:
@@ -59,12 +72,14 @@ class SafetensorsWeights:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise ValueError(f"--weights {folder}: does not hold {model.name}: " + "; ".join(problems[:3]) + more)
 
-    def unit(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def pieces(self, unit: int) -> Iterator[Piece]:
         prefix = self._model.unit_prefix(unit)
         for parameter in self._model.parameters(self._model.role(unit)):
             name = prefix + parameter.name
             with safe_open(self._folder / self._file_of[name], framework="pt") as file:
-                yield parameter.name, file.get_tensor(name)
+                tensor = file.get_slice(name)
+                for rows in _rows(parameter.shape):
+                    yield Piece(parameter.name, rows, tensor[rows])
 
     def _locate(self) -> dict[str, str]:
         index = self._folder / "model.safetensors.index.json"
@@ -106,6 +121,13 @@ class SafetensorsWeights:
                         yield f"tensor {name} in {file_name} has shape {part.get_shape()}, expected {list(expected[name])}"
                     elif part.get_dtype() not in ("BF16", "F16", "F32"):
                         yield f"tensor {name} in {file_name} has dtype {part.get_dtype()}, expected BF16, F16 or F32"
+
+
+def _rows(shape: tuple[int, ...]) -> Iterator[slice]:
+    """A tensor's rows in pieces of at most PIECE_ELEMENTS, or one row."""
+    rows = max(1, PIECE_ELEMENTS // prod(shape[1:]))
+    for first in range(0, shape[0], rows):
+        yield slice(first, min(first + rows, shape[0]))
 
 
 def _opened(path: Path):  # type: ignore[no-untyped-def]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
 from slideplan.plan.codec import Spec
 from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
-from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, RatePoint, Spread
+from slideplan.plan.machine import Curve, MachineProfile, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, ComputeWork, Kernels
 from slideplan.plan.sharing import Resource
@@ -56,9 +57,9 @@ def price(
 
     Copies take what the link's curve says, updates bytes_moved / rate of the optimizer. Compute tasks
     take what was measured for this shape, kind, kernels, way of writing gradients and size, or for another
-    way with the traffic that the two differ by; or lie on the line through two micro-batches measured at
-    this sequence length; or take derived(here) x measured(there) / derived(there); or what `formulas`
-    derives. What was not measured takes no less than its launch.
+    way with the traffic that the two differ by; or lie on the line through two measurements over tokens, with
+    attention, which grows with the sequence too, left out and put back at its rate; or take derived(here) x
+    measured(there) / derived(there); or what `formulas` derives. What was not measured takes no less than its launch.
     """
     pricer = _Pricer(model, work, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
@@ -160,13 +161,23 @@ class _Pricer:
         if pair is None:
             # What was measured is a policy's work at another size.
             there_work = msgspec.structs.replace(ComputeWork.of(self._work), micro_batch=cost.micro_batch)
-            sizes = (self._work, seq_len), (there_work, cost.seq_len)
-            here, there = (self._derived_ns(kind, role, *at, accumulate) for at in sizes)
+            both = (self._work, seq_len), (there_work, cost.seq_len)
+            here, there = (self._derived_ns(kind, role, *at, accumulate) for at in both)
             return here * cost.duration_ns.p50 // there, "interpolated", percent + SCALED_PERCENT
-        between = pair[0].micro_batch < micro_batch < pair[1].micro_batch
+        tokens = micro_batch * seq_len
+        sizes = [each.micro_batch * each.seq_len for each in pair]
+        durations_ns = [each.duration_ns.p50 for each in pair]
+        attention_ns = [self._attention_ns(kind, role, size, each.seq_len) for size, each in zip(sizes, pair, strict=True)]
+        rest_ns = [max(0, whole - part) for whole, part in zip(durations_ns, attention_ns, strict=True)]
+        duration_ns = max(1, _on_line(sizes, rest_ns, tokens) + self._attention_ns(kind, role, tokens, seq_len))
         percent = added + max(measured_percent(each.duration_ns) for each in pair)
-        percent += BETWEEN_PERCENT if between else BEYOND_PERCENT
-        return _on_line(*pair, micro_batch), "interpolated", percent
+        percent += BETWEEN_PERCENT if sizes[0] <= tokens <= sizes[1] else BEYOND_PERCENT
+        # By what attention makes of it, it is as uncertain as attention's rate.
+        percent += DERIVED_PERCENT * abs(duration_ns - _on_line(sizes, durations_ns, tokens)) / duration_ns
+        return duration_ns, "interpolated", percent
+
+    def _attention_ns(self, kind: TaskKind, role: UnitRole, tokens: int, seq_len: int) -> int:
+        return round(formulas.attention_ns(self._model, role, kind, tokens, seq_len, self._machine.efficiency))
 
     def _derived_ns(self, kind: TaskKind, role: UnitRole, work: ComputePolicy, seq_len: int, accumulate: bool) -> int:
         return formulas.compute_ns(self._model, role, kind, work, seq_len, accumulate, self._machine.efficiency)
@@ -182,16 +193,16 @@ def measured_percent(spread: Spread) -> float:
     return REPEAT_PERCENT + 50.0 * (spread.p90 - spread.p10) / spread.p50
 
 
-def _on_line(low: ComputeCost, high: ComputeCost, micro_batch: int) -> int:
-    """Time at this micro-batch on the line through two measurements. Nanoseconds.
+def _on_line(sizes: Sequence[int], durations_ns: Sequence[int], size: int) -> int:
+    """Time at a size on the line through two others, the smaller one first. Nanoseconds.
 
     Beyond both, it stays between the nearer one's time and that time in proportion: work has a fixed
     part and one that grows with it, whatever the slope that noise gives the line.
     """
-    low_ns, high_ns = low.duration_ns.p50, high.duration_ns.p50
-    line_ns = low_ns + (high_ns - low_ns) * (micro_batch - low.micro_batch) // (high.micro_batch - low.micro_batch)
-    if low.micro_batch < micro_batch < high.micro_batch:
+    (low, high), (low_ns, high_ns) = sizes, durations_ns
+    line_ns = low_ns + (high_ns - low_ns) * (size - low) // (high - low)
+    if low <= size <= high:
         return line_ns
-    near = low if micro_batch < low.micro_batch else high
-    bounds = sorted((near.duration_ns.p50, near.duration_ns.p50 * micro_batch // near.micro_batch))
+    near, near_ns = (low, low_ns) if size < low else (high, high_ns)
+    bounds = sorted((near_ns, near_ns * size // near))
     return min(max(line_ns, bounds[0]), bounds[1])

@@ -14,6 +14,14 @@ from slideplan.plan.slots import loss_chunk_tokens
 FORWARD_PASSES = 2.5
 BACKWARD_PASSES = 5.0
 
+# Attention in a layer's task, in forwards: flash attention's backward takes 5 products to the forward's 2.
+ATTENTION_FORWARDS = {
+    TaskKind.FORWARD: 1.0,
+    TaskKind.FORWARD_KEEP: 1.0,
+    TaskKind.BACKWARD: 2.5,
+    TaskKind.BACKWARD_RECOMPUTE: 3.5,
+}
+
 # Bytes per logit beside the products. Eager: bf16 -> fp32 (2 + 4), log-sum-exp (4), probabilities minus
 # target in place (4 + 4), fp32 -> bf16 (4 + 2). Fused: read for the normaliser, read and replaced by the gradient.
 LOGIT_TRAFFIC_BYTES: dict[Kernels, int] = {"eager": 24, "fused": 6, "graphed": 6}
@@ -37,9 +45,16 @@ def compute_ns(
         duration = traffic * 1e9 / rates.elementwise_bytes_per_s
     else:
         layer_ns = _eager_layer_ns if work.kernels == "eager" else _fused_layer_ns
-        duration = layer_ns(model, kind, tokens, seq_len, rates)
+        duration = layer_ns(model, kind, tokens, rates) + attention_ns(model, role, kind, tokens, seq_len, rates)
     written = gradient_bytes(model, role, kind, work.gradient_dtype, accumulate)
     return max(1, round(duration + written * 1e9 / rates.elementwise_bytes_per_s))
+
+
+def attention_ns(model: ModelSpec, role: UnitRole, kind: TaskKind, tokens: int, seq_len: int, rates: Efficiency) -> float:
+    """What of a task grows with tokens x seq_len: attention_flops / rate, as often as ATTENTION_FORWARDS says."""
+    if role is not UnitRole.LAYER:
+        return 0.0
+    return ATTENTION_FORWARDS[kind] * model.attention_flops(tokens, seq_len) * 1e9 / rates.attention_flops_per_s
 
 
 def gradient_bytes(model: ModelSpec, role: UnitRole, kind: TaskKind, dtype: GradientDtype, accumulate: bool) -> int:
@@ -63,36 +78,33 @@ def _products_ns(model: ModelSpec, tokens: int, rates: Efficiency) -> tuple[floa
     return 2 * product(q) + 2 * product(kv) + 3 * product(ffn), product(ffn)
 
 
-def _eager_layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, seq_len: int, rates: Efficiency) -> float:
-    """Forward: products + attention_flops / rate + 2.5 saved_bytes / rate.
+def _eager_layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, rates: Efficiency) -> float:
+    """Beside attention. Forward: products + 2.5 saved_bytes / rate.
 
-    Backward: two products per forward product (one per operand), 2.5 times the attention, 5 saved_bytes / rate.
-    Recomputing is all of forward.
+    Backward: two products per forward product (one per operand), 5 saved_bytes / rate. Recomputing is all of forward.
     """
     products, _ = _products_ns(model, tokens, rates)
-    attention = model.attention_flops(tokens, seq_len) * 1e9 / rates.attention_flops_per_s
     saved = model.saved_bytes(tokens, eager=True) * 1e9 / rates.elementwise_bytes_per_s
-    forward = products + attention + FORWARD_PASSES * saved
+    forward = products + FORWARD_PASSES * saved
     if kind in (TaskKind.FORWARD, TaskKind.FORWARD_KEEP):
         return forward
-    backward = 2 * products + 2.5 * attention + BACKWARD_PASSES * saved
+    backward = 2 * products + BACKWARD_PASSES * saved
     return backward if kind is TaskKind.BACKWARD else forward + backward
 
 
-def _fused_layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, seq_len: int, rates: Efficiency) -> float:
-    """Products and attention as eager, beside the traffic of the kernels; recomputing leaves out the last product.
+def _fused_layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, rates: Efficiency) -> float:
+    """Products as eager, beside the traffic of the kernels; recomputing leaves out the last product.
 
     Bytes per token, forward: two norms (read, write) and two residuals 12 hidden, rotation 4 (q + kv), gated
     SiLU 6 ffn. Backward: two norms again and their backward 24 hidden, rotation 4 (q + kv), gated SiLU 12 ffn.
     """
     products, last = _products_ns(model, tokens, rates)
-    attention = model.attention_flops(tokens, seq_len) * 1e9 / rates.attention_flops_per_s
     rotation = 4 * (model.q_width + model.kv_width)
     per_byte = tokens * 1e9 / rates.elementwise_bytes_per_s
-    forward = products + attention + (12 * model.hidden + rotation + 6 * model.ffn) * per_byte
+    forward = products + (12 * model.hidden + rotation + 6 * model.ffn) * per_byte
     if kind in (TaskKind.FORWARD, TaskKind.FORWARD_KEEP):
         return forward
-    backward = 2 * products + 2.5 * attention + (24 * model.hidden + rotation + 12 * model.ffn) * per_byte
+    backward = 2 * products + (24 * model.hidden + rotation + 12 * model.ffn) * per_byte
     return backward if kind is TaskKind.BACKWARD else forward - last - 6 * model.ffn * per_byte + backward
 
 

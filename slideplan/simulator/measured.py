@@ -67,14 +67,18 @@ def nearest(costs: Sequence[ComputeCost], micro_batch: int, seq_len: int) -> Com
 
 
 def neighbours(costs: Sequence[ComputeCost], micro_batch: int, seq_len: int) -> tuple[ComputeCost, ComputeCost] | None:
-    """Two measurements at this sequence length to draw a line through: around the micro-batch, else the two nearest.
+    """Two measurements to draw a line through: those around this number of tokens, else the two nearest to it.
 
-    The smaller micro-batch first; None where fewer than two were measured.
+    The one of fewer tokens first; None where all were measured with as many tokens. Of measurements with
+    equal tokens the one nearest in sequence length stands for all.
     """
-    sizes = {cost.micro_batch: cost for cost in costs if cost.seq_len == seq_len}
+    tokens = micro_batch * seq_len
+    sizes: dict[int, ComputeCost] = {}
+    for cost in sorted(costs, key=lambda cost: (-abs(log(cost.seq_len / seq_len)), cost.seq_len)):
+        sizes[cost.micro_batch * cost.seq_len] = cost
     if len(sizes) < 2:
         return None
-    below = sorted(size for size in sizes if size <= micro_batch)
-    above = sorted(size for size in sizes if size > micro_batch)
+    below = sorted(size for size in sizes if size <= tokens)
+    above = sorted(size for size in sizes if size > tokens)
     low, high = (below[-1], above[0]) if below and above else sorted([*below[-2:], *above[:2]])
     return sizes[low], sizes[high]

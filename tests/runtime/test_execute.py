@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from checkpoints import state_dict, write_checkpoint
+from checkpoints import random_state_dict, write_checkpoint
 from running import plan_for
 from slideplan.plan.codec import save
 from slideplan.plan.plan import Plan
@@ -124,7 +124,7 @@ def test_run_folder_is_not_written_twice(run_folder: Path) -> None:
 
 def test_loss_that_is_not_finite_ends_the_run(plan: Plan, tmp_path: Path) -> None:
     save(tmp_path / "plan.json", plan)
-    tensors = state_dict(MODEL)
+    tensors = random_state_dict(MODEL)
     tensors["model.layers.1.mlp.up_proj.weight"][5, 5] = float("nan")
     write_checkpoint(tmp_path / "weights", MODEL, tensors)
     done = runtime(

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from checkpoints import state_dict, write_checkpoint
-from running import masters, plan_for, token_windows
+from checkpoints import random_state_dict, write_checkpoint
+from running import masters, plan_for, token_windows, unit_tensors
+from slideplan.runtime import weights
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.optimizer import AdamW
 from slideplan.runtime.session import Session
@@ -19,9 +20,13 @@ from slideplan.runtime.weights import RandomWeights, SafetensorsWeights
 MODEL = tiny_model()
 
 
+@pytest.mark.parametrize("piece_elements", [1, 1000, weights.PIECE_ELEMENTS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_weights_arrive_in_the_master_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = state_dict(MODEL, dtype)
+def test_weights_arrive_in_the_master_exactly(
+    tmp_path: Path, dtype: torch.dtype, piece_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PIECE_ELEMENTS", piece_elements)
+    tensors = random_state_dict(MODEL, dtype)
     source = SafetensorsWeights(MODEL, write_checkpoint(tmp_path, MODEL, tensors))
     backend = CpuBackend()
     plan = plan_for(MODEL, tiny_policy(MODEL, resident_state=(1,)), tiny_workload(), backend)
@@ -31,7 +36,7 @@ def test_weights_arrive_in_the_master_exactly(tmp_path: Path, dtype: torch.dtype
 
 
 def test_shards(tmp_path: Path) -> None:
-    tensors = state_dict(MODEL)
+    tensors = random_state_dict(MODEL)
     names = sorted(tensors)
     parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for file, part in parts.items():
@@ -39,7 +44,7 @@ def test_shards(tmp_path: Path) -> None:
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     source = SafetensorsWeights(MODEL, tmp_path)
-    for name, value in source.unit(2):
+    for name, value in unit_tensors(source, 2).items():
         assert torch.equal(value, tensors[MODEL.unit_prefix(2) + name])
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-2\.safetensors: not a readable safetensors file"):
@@ -47,7 +52,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
-    tensors = state_dict(MODEL)
+    tensors = random_state_dict(MODEL)
     wrong = dict(tensors)
     wrong["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3, 3, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj\.weight .* shape \[3, 3\], expected \[128, 64\]"):
@@ -73,7 +78,7 @@ def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_random_weights_do_not_depend_on_order() -> None:
     source = RandomWeights(MODEL, seed=0, device=torch.device("cpu"))
-    first = dict(source.unit(3))
-    list(source.unit(1))
-    assert all(torch.equal(value, first[name]) for name, value in source.unit(3))
-    assert not torch.equal(dict(source.unit(2))["mlp.up_proj.weight"], first["mlp.up_proj.weight"])
+    first = unit_tensors(source, 3)
+    unit_tensors(source, 1)
+    assert all(torch.equal(value, first[name]) for name, value in unit_tensors(source, 3).items())
+    assert not torch.equal(unit_tensors(source, 2)["mlp.up_proj.weight"], first["mlp.up_proj.weight"])

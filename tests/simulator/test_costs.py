@@ -15,7 +15,7 @@ from slideplan.plan.policy import Policy
 from slideplan.plan.quantities import MIB
 from slideplan.plan.slots import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
 from slideplan.simulator import Resource, TaskCost, capacities, footprint, price
-from slideplan.simulator.formulas import compute_ns
+from slideplan.simulator.formulas import attention_ns, compute_ns
 
 LLAMA_8B = tiny_model(
     name="llama-8b",
@@ -172,16 +172,38 @@ class TestCompute:
             (16, 2500),
         ],
     )
-    def test_between_micro_batches_and_beyond_them_cost_is_a_line(self, micro_batch: int, expected: int) -> None:
+    def test_between_sizes_and_beyond_them_cost_is_a_line(self, micro_batch: int, expected: int) -> None:
         model = tiny_model()
         points = ((2, 500), (4, 700), (8, 1300))
         costs = tuple(measured(model, TaskKind.FORWARD, micro, 32, 1000 * ns) for micro, ns in points)
-        machine = tiny_machine(costs=(*costs, measured(model, TaskKind.FORWARD, micro_batch, 64, 10**9)))
+        far = measured(model, TaskKind.FORWARD, 1, 64, 10**9)  # as many tokens as the first, and another sequence length
+        machine = tiny_machine(costs=(far, *costs))
         graph = lowered(model)
         number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.FORWARD and t.unit > 0)
         found = price(graph, model, work(micro_batch), 32, machine)[number]
-        assert found.duration_ns == 1000 * expected
+        assert found.duration_ns == pytest.approx(1000 * expected, abs=2)  # attention is left out and put back, rounded
         assert found.source == ("measured" if micro_batch == 8 else "interpolated")
+
+    def test_other_sequence_lengths_differ_by_attention_alone(self) -> None:
+        """Measured times made of 100 ns a token and attention at its rate are found at every size between and beyond."""
+        model, machine = tiny_model(), tiny_machine()
+        rates = machine.efficiency
+
+        def truth(kind: TaskKind, micro_batch: int, seq_len: int) -> int:
+            tokens = micro_batch * seq_len
+            return 100 * tokens + round(attention_ns(model, UnitRole.LAYER, kind, tokens, seq_len, rates))
+
+        kinds = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)
+        sizes = ((1, 32), (1, 64), (8, 32), (8, 64))
+        costs = tuple(measured(model, kind, *size, truth(kind, *size)) for kind in kinds for size in sizes)
+        machine = msgspec.structs.replace(machine, costs=costs)
+        graph = lowered(model)
+        for kind in kinds:
+            number = next(n for n, t in enumerate(graph.tasks) if t.kind is kind and t.unit > 0)
+            for micro_batch, seq_len in ((2, 32), (4, 64), (1, 128), (1, 48), (16, 64)):
+                found = price(graph, model, work(micro_batch), seq_len, machine)[number]
+                assert found.duration_ns == pytest.approx(truth(kind, micro_batch, seq_len), abs=2)
+                assert found.source == "interpolated"
 
     def test_what_was_not_measured_takes_no_less_than_its_launch(self) -> None:
         model = tiny_model()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numba
@@ -120,7 +121,7 @@ def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_
 
 
 # fastmath stays off: results must not depend on how the compiler contracts or reorders.
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
 def _chunk(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
     for i in range(high.size):
         _update(i, high, remainder, m, v, _gradient(gradient[i]), decay, w1, beta2, w2, root2, eps, step_size)  # type: ignore[call-arg]
@@ -141,6 +142,8 @@ def _adamw(threads, size, taken, high, remainder, m, v, gradient, decay, w1, bet
 CHUNK_ELEMENTS = 1 << 16
 CHUNKS_PER_THREAD = 4  # at least, where that leaves them long enough
 LEAST_CHUNK_ELEMENTS = 1 << 12
+# What one thread does before others are awake: norms and biases alone, such as a tied head's.
+ALONE_ELEMENTS = 1 << 15
 
 
 class HostUpdate:
@@ -163,21 +166,22 @@ class HostUpdate:
         weights: bf16 [n]; remainder: int16 [n]; moments: fp32 [2, n]; gradient: bf16 or fp32 [n].
         Every operation is an IEEE fp32 operation in the order that `AdamW.scalars` writes down.
         """
-        numba.set_num_threads(self.threads)  # numba keeps this per calling thread
         scalars = (np.float32(value) for value in settings.scalars(step))
         high = _bits(weights)
         of_gradient = gradient.numpy() if gradient.dtype is torch.float32 else _bits(gradient)
+        arrays = high, remainder.numpy(), moments[0].numpy(), moments[1].numpy(), of_gradient
+        if high.size <= ALONE_ELEMENTS:
+            _chunk(*arrays, *scalars)
+            return
+        numba.set_num_threads(self.threads)  # numba keeps this per calling thread
         size = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, high.size // (self.threads * CHUNKS_PER_THREAD)))
-        taken = np.zeros(1, np.int64)
-        _adamw(
-            self.threads, size, taken, high, remainder.numpy(), moments[0].numpy(), moments[1].numpy(), of_gradient, *scalars
-        )
+        _adamw(self.threads, size, np.zeros(1, np.int64), *arrays, *scalars)
 
     def compile(self) -> None:
         """Compile for both gradient dtypes now, so that no measured task pays for it."""
-        weights, remainder = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int16)
-        for dtype in (torch.bfloat16, torch.float32):
-            self(weights, remainder, torch.zeros(2, 64), torch.zeros(64, dtype=dtype), AdamW(), step=0)
+        for dtype, n in product((torch.bfloat16, torch.float32), (64, ALONE_ELEMENTS + 1)):
+            weights, remainder = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int16)
+            self(weights, remainder, torch.zeros(2, n), torch.zeros(n, dtype=dtype), AdamW(), step=0)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

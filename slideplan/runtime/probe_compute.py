@@ -24,14 +24,16 @@ from slideplan.runtime.fused_layer import attend
 from slideplan.runtime.probing import Effort, Work, rate_spread, spread, timed
 from slideplan.runtime.weights import RandomWeights
 
-LAYERS = 8  # so that the head, which draws the most power, has about the share of a step that it has in models
+# Of short units as many that the head, which draws the most power, has about the share of a step that it has in models;
+# long ones settle at the clock of their own.
+LAYERS, STEP_TOKENS = 8, 1 << 15
 MICRO_BATCHES = 2  # the first writes gradients, the second adds to them
 CAPTURES = 10  # of a step of the probe, so that the driver's memory grows by more than its granularity
 STEPPING_NS = 1_000_000_000  # fewer repeats rather than longer
 
 
 class UnitProbe:
-    """Two layers of a model with embedding and head: layer 1 recomputes, layer 2 keeps its activations."""
+    """Some layers of a model with embedding and head: the last one keeps its activations, the others recompute."""
 
     def __init__(
         self,
@@ -45,9 +47,10 @@ class UnitProbe:
         self._backend = backend
         self._micro_batch, self._seq_len = micro_batch, seq_len
         self._kernels, self._gradient_dtype = kernels, gradient_dtype
-        self._model = msgspec.structs.replace(model, layers=LAYERS)
-        units = [UnitPolicy() for _ in range(LAYERS + 2)]
-        units[LAYERS] = UnitPolicy(inner="keep")
+        layers = max(2, min(LAYERS, STEP_TOKENS // (micro_batch * seq_len)))
+        self._model = msgspec.structs.replace(model, layers=layers)
+        units = [UnitPolicy() for _ in range(layers + 2)]
+        units[layers] = UnitPolicy(inner="keep")
         policy = Policy(
             micro_batch=micro_batch,
             micro_batches=MICRO_BATCHES,
@@ -60,7 +63,7 @@ class UnitProbe:
             gradient_dtype=gradient_dtype,
             kernels=kernels,
             gpu_moments="fp32",
-            update_order=tuple(reversed(range(LAYERS + 2))),
+            update_order=tuple(reversed(range(layers + 2))),
             units=tuple(units),
         )
         workload = Workload(seq_len=seq_len, global_batch=MICRO_BATCHES * micro_batch)

@@ -86,8 +86,8 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     try:
         steps.next("threads and kernels")
         threads = _warm_up(backend, request.models[0])
-        capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
         process_bytes = resident_bytes()
+        capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
         steps.next("matrix products and attention")
         rates, spreads = efficiency(backend, effort)
         probes = MemoryProbes(backend, effort, threads.optimizer)

@@ -10,7 +10,14 @@ from running import elementary_adamw
 from slideplan.plan.slots import moment_bytes
 from slideplan.runtime.handlers import compile_gpu_update, gpu_update
 from slideplan.runtime.moments8 import decode, encode, noise, update_8bit
-from slideplan.runtime.optimizer import CHUNK_ELEMENTS, CHUNKS_PER_THREAD, LEAST_CHUNK_ELEMENTS, AdamW, HostUpdate
+from slideplan.runtime.optimizer import (
+    ALONE_ELEMENTS,
+    CHUNK_ELEMENTS,
+    CHUNKS_PER_THREAD,
+    LEAST_CHUNK_ELEMENTS,
+    AdamW,
+    HostUpdate,
+)
 from slideplan.runtime.split_master import join, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +47,9 @@ def test_gpu_update_equals_the_hosts_bit_for_bit(elements: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("elements", [5001, 8 * LEAST_CHUNK_ELEMENTS * CHUNKS_PER_THREAD + 1, 8 * CHUNK_ELEMENTS + 7])
+@pytest.mark.parametrize(
+    "elements", [5001, ALONE_ELEMENTS + 1, 8 * LEAST_CHUNK_ELEMENTS * CHUNKS_PER_THREAD + 1, 8 * CHUNK_ELEMENTS + 7]
+)
 def test_host_update_is_elementary_fp32_adamw(elements: int, dtype: torch.dtype) -> None:
     """However it is cut into chunks: every element once."""
     generator = np.random.default_rng(0)

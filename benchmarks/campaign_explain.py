@@ -72,6 +72,19 @@ def explain(run: str, plan: Plan, measurement: Measurement) -> Explanation:
     )  # fmt: skip
 
 
+def left_errors(plan: Plan, measurement: Measurement) -> dict[str, float]:
+    """What is left of the step time's error where the tasks of one lane take what they were measured to; per lane."""
+    graph, handoffs = plan.graph, plan.prediction.handoffs
+    predicted_ns = [span.end_ns - span.start_ns for span in plan.prediction.record.spans]
+    left = {}
+    for lane, numbers in graph.lanes.items():
+        durations_ns = list(predicted_ns)
+        for number in numbers:
+            durations_ns[number] = measurement.task_ns[number]
+        left[str(lane)] = replay(graph, durations_ns, handoffs)[0] / measurement.record.step_ns - 1
+    return left
+
+
 def _largest_first(moves_ns: dict[str, int]) -> dict[str, int]:
     return dict(sorted(moves_ns.items(), key=lambda item: -abs(item[1])))
 

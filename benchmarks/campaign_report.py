@@ -10,7 +10,7 @@ from statistics import fmean
 
 import campaign_plots
 from campaign_draw import sketch
-from campaign_explain import Explanation, explain
+from campaign_explain import Explanation, explain, left_errors
 from campaign_records import CampaignFolder, Choice, Configuration, Entry, Manifest
 from campaign_table import table
 from slideplan.plan.codec import Document, Spec, save, write_atomic
@@ -51,6 +51,7 @@ class RunResult(Spec, frozen=True):
     step: Row
     cost_model_error: float
     structure_error: float
+    left_errors: dict[str, float]  # lane -> what is left where its tasks take their measured time
     step_spread: float  # (p90 - p10) / p50 of the steady steps
     step_ns: tuple[int, ...]  # every step, warm-up included
     steady_steps: tuple[int, ...]
@@ -136,6 +137,7 @@ class Summary(Spec, frozen=True):
     step: Errors
     cost_model: Errors
     structure: Errors
+    left: dict[str, Errors]  # lane -> errors of all runs where its tasks take their measured time
     groups: dict[str, Errors]
     memory: dict[str, Errors]
     kinds: dict[str, KindErrors]
@@ -224,6 +226,7 @@ def _result(folder: CampaignFolder, entry: Entry) -> RunResult:
         step=Row.of(comparison.step),
         cost_model_error=comparison.cost_model_error,
         structure_error=comparison.structure_error,
+        left_errors=left_errors(plan, measurement),
         step_spread=comparison.step_spread,
         step_ns=measurement.step_ns,
         steady_steps=measurement.steady_steps,
@@ -283,6 +286,10 @@ def summarize(results: Sequence[RunResult]) -> Summary:
         step=Errors.of([result.error for result in results]),
         cost_model=Errors.of([result.cost_model_error for result in results]),
         structure=Errors.of([result.structure_error for result in results]),
+        left={
+            lane: Errors.of([result.left_errors.get(lane, result.error) for result in results])
+            for lane in sorted({lane for result in results for lane in result.left_errors})
+        },
         groups={name: Errors.of(errors) for name, errors in sorted(groups.items())},
         memory={tier: Errors.of(errors) for tier, errors in memory.items() if errors},
         kinds=_kinds(results),

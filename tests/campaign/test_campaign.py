@@ -17,10 +17,13 @@ import pytest
 import campaign
 import campaign_report
 from campaign import Ended
+from campaign_explain import left_errors
 from campaign_records import CampaignFolder, Manifest, Outcome
 from campaign_report import Validation, histogram
 from slideplan.plan.codec import load, save
+from slideplan.plan.graph import Lane
 from slideplan.plan.machine import MachineProfile
+from slideplan.plan.replay import replay
 from slideplan.planner.catalogue import find_model
 from slideplan.runtime.cli import app
 from slideplan.runtime.probes import ProfileRequest, profile_machine
@@ -83,7 +86,7 @@ def test_all_runs_finish_and_errors_are_bounded(finished: CampaignFolder) -> Non
         assert all(map(math.isfinite, (comparison.cost_model_error, comparison.structure_error, comparison.step_spread)))
         measurement = finished.measurement(entry)
         assert len(measurement.step_ns) == campaign.steps_of(entry)
-        assert measurement.steady_steps == tuple(range(2, len(measurement.step_ns) - 1))
+        assert measurement.steady_steps == tuple(range(campaign.WARMUP_STEPS, len(measurement.step_ns) - 1))
         assert not (finished.run_folder(entry) / "trace.json").exists()
         if entry.configuration.model == "demo":  # its tasks are long enough not to be ruled by the interpreter
             fastest = min(measurement.step_ns[step] for step in measurement.steady_steps)
@@ -148,6 +151,22 @@ def test_figures_of_the_report_agree(report: Path, finished: CampaignFolder) -> 
         times = [run.step.measured for run in runs if run.configuration.name == regret.configuration]
         assert regret.regret == pytest.approx(regret.planned_ns / min(times) - 1)
         assert regret.regret >= 0
+
+
+def test_what_is_left_of_an_error_without_one_lane_of_it(finished: CampaignFolder) -> None:
+    """A step that took twice as long as predicted in one lane, and as predicted in all others."""
+    entry = finished.manifest().entries[0]
+    plan, measurement = finished.plan(entry), finished.measurement(entry)
+    predicted_ns = [span.end_ns - span.start_ns for span in plan.prediction.record.spans]
+    task_ns = tuple(
+        ns * (2 if task.lane is Lane.COMPUTE else 1) for ns, task in zip(predicted_ns, plan.graph.tasks, strict=True)
+    )
+    step_ns = replay(plan.graph, task_ns, plan.prediction.handoffs)[0]
+    record = msgspec.structs.replace(measurement.record, step_ns=step_ns)
+    left = left_errors(plan, msgspec.structs.replace(measurement, task_ns=task_ns, record=record))
+    assert set(left) == {str(lane) for lane in plan.graph.lanes}
+    assert left.pop("compute") == 0
+    assert set(left.values()) == {replay(plan.graph, predicted_ns, plan.prediction.handoffs)[0] / step_ns - 1}
 
 
 def test_worst_case_is_explained_from_its_figures(report: Path) -> None:

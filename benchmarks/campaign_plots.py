@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -110,25 +111,25 @@ def _scatter(path: Path, validation: Validation) -> None:
 
 
 def _kinds(path: Path, validation: Validation) -> None:
-    """Per task kind: every run as a dot, the mean as a bar."""
+    """Per task kind: every run as a dot, the mean as a bar. Of the step, for what is wrong about a short task is little."""
     runs, kinds = validation.runs, validation.summary.kinds
     colours = _model_colours(runs)
     figure, axis = pyplot.subplots(figsize=(WIDTH_INCHES, 1.8 + 0.5 * len(kinds)))
     axis.axvspan(-BAND_PERCENT, BAND_PERCENT, color="#e8eef4", zorder=0)
     axis.axvline(0, color="black", linewidth=1, zorder=1)
-    for place, (kind, found) in enumerate(kinds.items()):
-        axis.barh(place, 100 * found.errors.mean, height=0.62, color="#b9c9d8", zorder=2)
-        for run in runs:
-            row = run.kinds.get(kind)
-            if row is not None and row.error is not None:
-                axis.scatter(
-                    100 * row.error, place, marker=_marker(run), s=26, color=colours[run.configuration.model], alpha=0.75,
-                    linewidth=0, zorder=3,
-                )  # fmt: skip
+    for place, kind in enumerate(kinds):
+        having = [run for run in runs if kind in run.kinds]
+        off = [100 * (run.kinds[kind].predicted - run.kinds[kind].measured) / run.step.measured for run in having]
+        axis.barh(place, fmean(off), height=0.62, color="#b9c9d8", zorder=2)
+        for run, percent in zip(having, off, strict=True):
+            axis.scatter(
+                percent, place, marker=_marker(run), s=26, color=colours[run.configuration.model], alpha=0.75,
+                linewidth=0, zorder=3,
+            )  # fmt: skip
     shares = [f"{kind}  ({found.step_share:.1%})" for kind, found in kinds.items()]
     axis.set_yticks(range(len(kinds)), shares)
     axis.invert_yaxis()
-    axis.set_xlabel("error of the kind's time in one step, (predicted - measured) / measured  [%]")
+    axis.set_xlabel("(predicted - measured) time of the kind / measured step  [%]")
     axis.set_title("bar: signed mean; dots: runs; in brackets: share of the measured step", loc="left")
     dots = [
         Line2D([], [], color=colour, marker="o", linestyle="", markersize=7, label=name) for name, colour in colours.items()

@@ -48,7 +48,7 @@ class Effort:
         )
 
 
-GROUPS = 8  # of runs, for the spread of a mean
+GROUPS = 8  # of runs that follow each other, for the spread of a mean
 
 
 def spread(values: list[int] | list[float]) -> Spread:
@@ -65,9 +65,9 @@ def rate_spread(size: int, durations_ns: list[int]) -> Spread:
 def mean_rate_spread(size: int, durations_ns: list[int]) -> Spread:
     """Units per second over all runs, as a step that adds up many has it: where a few runs are slow, less than the median's.
 
-    p10 and p90 are of parts that are each spread over the whole time: how far the mean may be off.
+    p10 and p90 are of parts of the time: how far a step that lasts as long may be off, where the rate drifts.
     """
-    parts = [durations_ns[first::GROUPS] for first in range(min(GROUPS, len(durations_ns)))]
+    parts = [part.tolist() for part in np.array_split(durations_ns, min(GROUPS, len(durations_ns)))]
     rates = [size * 1e9 * len(part) / max(1, sum(part)) for part in parts]
     mean = size * 1e9 * len(durations_ns) / max(1, sum(durations_ns))
     low, high = np.percentile(rates, (10, 90))

@@ -9,7 +9,7 @@ import msgspec
 
 from slideplan.plan.codec import Spec
 from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
-from slideplan.plan.machine import Curve, MachineProfile, RatePoint, Spread
+from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, ComputeWork, Kernels
 from slideplan.plan.sharing import Resource
@@ -29,6 +29,8 @@ BETWEEN_PERCENT = 3.0
 BEYOND_PERCENT = 5.0
 SCALED_PERCENT = 10.0
 DERIVED_PERCENT = 45.0
+# Attention between shapes of equal tokens took 0.5 to 1.3 of what its rate at one shape says, a tenth of a layer.
+ATTENTION_PERCENT = 30.0
 DATASHEET_PERCENT = 50.0
 
 
@@ -59,7 +61,8 @@ def price(
     take what was measured for this shape, kind, kernels, way of writing gradients and size, or for another
     way with the traffic that the two differ by; or lie on the line through two measurements over tokens, with
     attention, which grows with the sequence too, left out and put back at its rate; or take derived(here) x
-    measured(there) / derived(there); or what `formulas` derives. What was not measured takes no less than its launch.
+    measured(there) / derived(there); or what `formulas` derives. The last two take no less than their launch, which
+    is in what was measured.
     """
     pricer = _Pricer(model, work, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
@@ -142,8 +145,6 @@ class _Pricer:
 
     def _compute(self, kind: TaskKind, role: UnitRole, accumulate: bool) -> TaskCost:
         duration_ns, source, percent = self.compute_ns(kind, role, accumulate)
-        if source != "measured":
-            duration_ns = max(duration_ns, self._launch_ns.get((kind, role), 0))
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.
         return self._cost(Lane.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)
 
@@ -151,30 +152,38 @@ class _Pricer:
         micro_batch, seq_len = self._work.micro_batch, self._seq_len
         costs, converted = measurements(self._machine, self._model, role, kind, self._work, accumulate)
         cost = nearest(costs, micro_batch, seq_len)
+        launch_ns = self._launch_ns.get((kind, role), 0)
         if cost is None:
-            return self._derived_ns(kind, role, self._work, seq_len, accumulate), "derived", DERIVED_PERCENT
+            derived_ns = self._derived_ns(kind, role, self._work, seq_len, accumulate)
+            return max(derived_ns, launch_ns), "derived", DERIVED_PERCENT
         added = SCALED_PERCENT if converted else 0.0
         percent = measured_percent(cost.duration_ns) + added
         if (cost.micro_batch, cost.seq_len) == (micro_batch, seq_len):
             return cost.duration_ns.p50, "interpolated" if converted else "measured", percent
         pair = neighbours(costs, micro_batch, seq_len)
-        if pair is None:
-            # What was measured is a policy's work at another size.
-            there_work = msgspec.structs.replace(ComputeWork.of(self._work), micro_batch=cost.micro_batch)
-            both = (self._work, seq_len), (there_work, cost.seq_len)
-            here, there = (self._derived_ns(kind, role, *at, accumulate) for at in both)
-            return here * cost.duration_ns.p50 // there, "interpolated", percent + SCALED_PERCENT
-        tokens = micro_batch * seq_len
+        if pair is not None:
+            duration_ns, percent = self._on_line(kind, role, pair)
+            return duration_ns, "interpolated", percent + added
+        # What was measured is a policy's work at another size.
+        there_work = msgspec.structs.replace(ComputeWork.of(self._work), micro_batch=cost.micro_batch)
+        sizes = (self._work, seq_len), (there_work, cost.seq_len)
+        here, there = (self._derived_ns(kind, role, *at, accumulate) for at in sizes)
+        scaled_ns = here * cost.duration_ns.p50 // there
+        return max(scaled_ns, launch_ns), "interpolated", percent + SCALED_PERCENT
+
+    def _on_line(self, kind: TaskKind, role: UnitRole, pair: tuple[ComputeCost, ComputeCost]) -> tuple[int, float]:
+        """Time and uncertainty from two measurements: attention at its rate, all else on the line over tokens."""
+        tokens = self._work.micro_batch * self._seq_len
         sizes = [each.micro_batch * each.seq_len for each in pair]
-        durations_ns = [each.duration_ns.p50 for each in pair]
+        whole_ns = [each.duration_ns.p50 for each in pair]
         attention_ns = [self._attention_ns(kind, role, size, each.seq_len) for size, each in zip(sizes, pair, strict=True)]
-        rest_ns = [max(0, whole - part) for whole, part in zip(durations_ns, attention_ns, strict=True)]
-        duration_ns = max(1, _on_line(sizes, rest_ns, tokens) + self._attention_ns(kind, role, tokens, seq_len))
-        percent = added + max(measured_percent(each.duration_ns) for each in pair)
+        rest_ns = [max(0, whole - attention) for whole, attention in zip(whole_ns, attention_ns, strict=True)]
+        duration_ns = max(1, _on_line(sizes, rest_ns, tokens) + self._attention_ns(kind, role, tokens, self._seq_len))
+        percent = max(measured_percent(each.duration_ns) for each in pair)
         percent += BETWEEN_PERCENT if sizes[0] <= tokens <= sizes[1] else BEYOND_PERCENT
         # By what attention makes of it, it is as uncertain as attention's rate.
-        percent += DERIVED_PERCENT * abs(duration_ns - _on_line(sizes, durations_ns, tokens)) / duration_ns
-        return duration_ns, "interpolated", percent
+        percent += ATTENTION_PERCENT * abs(duration_ns - _on_line(sizes, whole_ns, tokens)) / duration_ns
+        return duration_ns, percent
 
     def _attention_ns(self, kind: TaskKind, role: UnitRole, tokens: int, seq_len: int) -> int:
         return round(formulas.attention_ns(self._model, role, kind, tokens, seq_len, self._machine.efficiency))

@@ -211,8 +211,13 @@ class TestCompute:
         graph = lowered(model)
         number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.FORWARD and t.unit > 0)
         assert price(graph, model, work(2), 32, tiny_machine(launches=(launch,)))[number].duration_ns == 10**9
-        exact = measured(model, TaskKind.FORWARD, 2, 32, 5_000)  # a launch that hid it is in the measurement
-        assert price(graph, model, work(2), 32, tiny_machine(launches=(launch,), costs=(exact,)))[number].duration_ns == 5_000
+        scaled = measured(model, TaskKind.FORWARD, 4, 32, 10_000)
+        assert price(graph, model, work(2), 32, tiny_machine(launches=(launch,), costs=(scaled,)))[number].duration_ns == 10**9
+        # A launch that hid it is in the measurement, and in what lies between two of them.
+        for others in (2,), (1, 3):
+            costs = tuple(measured(model, TaskKind.FORWARD, micro_batch, 32, 5_000) for micro_batch in others)
+            found = price(graph, model, work(2), 32, tiny_machine(launches=(launch,), costs=costs))[number]
+            assert found.duration_ns == pytest.approx(5_000, abs=2)
 
     def test_an_8b_layer_costs_about_what_was_measured(self) -> None:
         """Eager layer, 16 x 1024 tokens, one H100: forward 13.5 ms, forward and backward 42.7 ms."""

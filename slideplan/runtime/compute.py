@@ -19,6 +19,7 @@ from slideplan.runtime.fused_layer import FusedLayer
 from slideplan.runtime.gradients import GradientSink, GradientSlot, Projection
 from slideplan.runtime.head import FusedHead, Head
 from slideplan.runtime.units import EagerHead, EagerLayer, rotary_positions, skeleton
+from slideplan.runtime.uploads import TokenUploads
 
 VOCABULARY = "model.embed_tokens.weight"
 
@@ -62,7 +63,7 @@ class ComputeHandlers:
         self._model = model
         self._buffers = buffers
         self.device = device
-        self._windows = windows
+        self._uploads = TokenUploads(windows, micro_batch, device)
         self._shape = (micro_batch, seq_len, model.hidden)
         self._scale = 1.0 / (micro_batch * micro_batches * seq_len)
         parts = skeleton(model)
@@ -138,7 +139,7 @@ class ComputeHandlers:
 
     def _embed(self, task: Task, step: int) -> None:
         assert task.micro is not None
-        batch = _uploaded(self._windows.micro_batch(step, task.micro, self._shape[0]), self.device)
+        batch = self._uploads.take(step, task.micro)
         self._batches[task.micro] = batch
         self._labels[task.micro].copy_(batch.labels)
         left = self._boundary(task, Role.OUTPUT).view(-1, self._model.hidden)
@@ -160,6 +161,7 @@ class ComputeHandlers:
         if not slot.accumulate:
             table.zero_()
         table.index_add_(0, batch.distinct, rows.to(table.dtype))
+        self._uploads.send(step + 1, task.micro)
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -230,15 +232,3 @@ def one_of_each_sort(tasks: Sequence[Task]) -> list[Task]:
         first.setdefault(tuple(sort), unit)
     chosen = set(first.values())
     return [task for task in tasks if task.unit in chosen]
-
-
-def _uploaded(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch on the device."""
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        if device.type == "cpu":
-            return tensor
-        # torch's own pinned cache keeps the source alive until the copy is over.
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    return MicroBatch(move(batch.inputs), move(batch.labels), move(batch.distinct), move(batch.positions_in_distinct))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ DOCUMENT_SEPARATOR = b"\n\n"
 MAX_TOKENS = 1 << 26
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch of a step, on the host. All int64, flattened to [micro_batch x seq_len].
+class MicroBatch(NamedTuple):
+    """One micro-batch of a step. All int64, flattened to [micro_batch x seq_len].
 
     inputs and labels are shifted by one token; `distinct` are the token numbers that occur and
     `positions_in_distinct` says for each input which of them it is.

@@ -77,6 +77,7 @@ class UnitProbe:
         self._handlers = ComputeHandlers(
             self._model, self._graph, buffers, backend.device, windows, micro_batch, MICRO_BATCHES, seq_len, kernels
         )
+        self._steps = 0  # issued so far: tokens are sent ahead, step by step
         backend.synchronize()  # the slots were filled on the default stream, for which no lane waits
 
     def _initialise(self, buffers: Buffers) -> None:
@@ -132,8 +133,9 @@ class UnitProbe:
         marks = []
         for task in self._tasks:
             start = self._backend.mark(Lane.COMPUTE)
-            self._handlers(task, 0)
+            self._handlers(task, self._steps)
             marks.append((start, self._backend.mark(Lane.COMPUTE)))
+        self._steps += 1
         return marks
 
     def launches(self, repeats: int) -> list[LaunchCost]:
@@ -150,9 +152,10 @@ class UnitProbe:
                 self._backend.wait(self._backend.mark(Lane.COMPUTE))
                 for task in self._tasks:
                     started = time.perf_counter_ns()
-                    self._handlers(task, 0)
+                    self._handlers(task, self._steps)
                     key = task.kind, self._model.role(task.unit)
                     taken.setdefault(key, []).append(time.perf_counter_ns() - started)
+                self._steps += 1
         return [
             LaunchCost(kind=kind, role=role, duration_ns=spread(values), kernels=self._kernels)
             for (kind, role), values in taken.items()
@@ -186,11 +189,12 @@ class UnitProbe:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-                self._handlers(task, 0)
+                self._handlers(task, self._steps)
                 torch.cuda.synchronize()
                 left = max(0, torch.cuda.memory_allocated() - before) if task.kind is TaskKind.FORWARD_KEEP else 0
                 saved.append(left)
                 workspace.append(max(0, torch.cuda.max_memory_allocated() - before - left))
+            self._steps += 1
         return saved, workspace
 
 

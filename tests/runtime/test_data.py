@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from slideplan.runtime.data import TokenWindows, default_text, text_files, tokenize
+from slideplan.runtime.uploads import TokenUploads
 
 
 def test_windows_cover_an_epoch_once_and_shift_labels() -> None:
@@ -35,6 +36,18 @@ def test_micro_batches_divide_the_step_and_depend_on_seed_and_step_alone() -> No
     assert torch.equal(whole.inputs, TokenWindows(tokens, 10, 4, seed=3).micro_batch(7, 0, 4).inputs)
     assert not torch.equal(whole.inputs, TokenWindows(tokens, 10, 4, seed=4).micro_batch(7, 0, 4).inputs)
     assert torch.equal(whole.distinct[whole.positions_in_distinct], whole.inputs)
+
+
+def test_what_was_sent_ahead_is_what_the_step_takes() -> None:
+    """In any order, after a step was left out, and where nothing was sent."""
+    tokens = np.random.default_rng(0).integers(0, 50, 1001).astype(np.uint32)
+    uploads = TokenUploads(TokenWindows(tokens, 10, 4, seed=3), 2, torch.device("cpu"))
+    truth = TokenWindows(tokens, 10, 4, seed=3)
+    for step, next_step in ((0, 1), (1, 2), (2, 7), (7, 8), (3, 4)):
+        for micro in (1, 0):
+            taken, expected = uploads.take(step, micro), truth.micro_batch(step, micro, 2)
+            assert all(torch.equal(left, right) for left, right in zip(taken, expected, strict=True))
+            uploads.send(next_step, micro)
 
 
 def test_too_little_text_is_an_error() -> None:

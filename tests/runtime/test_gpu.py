@@ -4,6 +4,7 @@ import os
 import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,10 @@ from builders import tiny_model, tiny_policy, tiny_workload
 from running import masters, plain_training, plan_for, session_for, train
 from slideplan.plan.model import ModelSpec
 from slideplan.runtime.backend import STREAM_LANES, CudaBackend
+from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.executor import Executor
 from slideplan.runtime.lanes import LaneError
+from slideplan.runtime.uploads import TokenUploads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,6 +184,24 @@ def test_without_waits_between_streams_the_result_is_wrong(monkeypatch: pytest.M
     monkeypatch.setattr(CudaBackend, "join", lambda self, marker, lane: None)
     found = run_dawdling(CudaBackend(), 0)
     assert found[0] != expected[0]
+
+
+def test_tokens_sent_ahead_do_not_wait_for_weights_that_are_loaded() -> None:
+    device = torch.device("cuda")
+    uploads = TokenUploads(TokenWindows(np.arange(4097, dtype=np.uint32), 512, 8), 8, device)
+    weights = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    slot = torch.empty_like(weights, device=device)
+    loads, loaded = torch.cuda.Stream(), torch.cuda.Event()
+    uploads.send(0, 0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(loads):
+        for _ in range(8):
+            slot.copy_(weights, non_blocking=True)
+        loaded.record()
+    inputs = uploads.take(0, 0).inputs.clone()
+    torch.cuda.current_stream().synchronize()
+    assert not loaded.query()
+    assert sorted(inputs.tolist()) == list(range(4096))
 
 
 def test_limit_of_device_memory_holds() -> None:

@@ -21,7 +21,7 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan, SearchRecord
 from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
-from slideplan.plan.slots import SlotAssignment
+from slideplan.plan.pools import PoolLayout
 from slideplan.plan.validate import validate
 from slideplan.planner.catalogue import find_model
 from slideplan.planner.kernels import faster_kernels
@@ -185,9 +185,9 @@ def draw_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
     """A policy that fits on the machine, every knob drawn at random; None where TRIES draws held none."""
     for _ in range(TRIES):
         policy = _any_policy(model, workload, machine, random)
-        slots = SlotAssignment(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
+        layout = PoolLayout(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
         # Pools alone tell what a policy takes; edges are made for those that fit.
-        if ledger(TaskGraph(pools=tuple(slots.pools.values()), tasks=()), machine).fits:
+        if ledger(TaskGraph(pools=tuple(layout.pools.values()), tasks=()), machine).fits:
             return policy
     return None
 
@@ -199,11 +199,12 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
     micro_batches = random.choice([count for count in range(1, min(batch, MICRO_BATCHES) + 1) if batch % count == 0])
     state = {unit for unit in (0, model.head_unit) if random.random() < 1 / 3} | set(_some(random, layers))
     weights = state | set(_some(random, [unit for unit in layers if unit not in state]))
+    passing = set(_some(random, sorted(weights - state))) if random.random() < 1 / 3 else set()
     offloaded = random.choice([0, model.layers, random.randint(0, model.layers)])
     kernels = faster_kernels(machine, model, batch // micro_batches, workload.seq_len)
     kept = set(_some(random, [unit for unit in layers if unit - 1 >= offloaded]))
     away = set(_some(random, sorted(kept))) if kernels != "eager" and random.random() < 1 / 3 else set()
-    host = [unit for unit in range(model.units) if unit not in state]
+    host = [unit for unit in range(model.units) if unit not in state and unit not in passing]
     deferred = random.choice([min(1, len(host)), len(host), random.randint(0, len(host))])
     order = (*reversed(host[deferred:]), *host[:deferred])
     streaming = sum(unit not in weights for unit in layers)
@@ -219,6 +220,7 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         host_gradient_slots=min(host_layers, waiting_gradients(model, order) + random.randint(0, 2)),
         boundary_slots=micro_batches + random.randint(1, 4) if offloaded else 0,
         inner_slots=random.randint(1, 4) if away else 0,
+        state_slots=random.randint(1, 3) if passing else 0,
         gradient_dtype=random.choice(["bf16", "fp32"]),
         kernels=kernels,
         gpu_moments="fp32",
@@ -229,6 +231,7 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
                 state=Tier.GPU if unit in state else Tier.HOST,
                 boundary=Tier.HOST if unit < offloaded else Tier.GPU,
                 inner="offload" if unit in away else "keep" if unit in kept else "recompute",
+                streams_state=unit in passing,
             )
             for unit in range(model.units)
         ),
@@ -269,6 +272,7 @@ def sketch(model: ModelSpec, policy: Policy) -> str:
     layers = [policy.units[unit] for unit in range(1, model.head_unit)]
     state = sum(unit.state is Tier.GPU for unit in layers)
     weights = sum(unit.weights is Tier.GPU for unit in layers)
+    passing = sum(unit.streams_state for unit in layers)
     kept, inner = (sum(unit.inner == how for unit in layers) for how in ("keep", "offload"))
     away = sum(unit.boundary is Tier.HOST for unit in policy.units)
     ends = [name for name, unit in (("embedding", 0), ("head", -1)) if policy.units[unit].state is Tier.GPU]
@@ -280,6 +284,7 @@ def sketch(model: ModelSpec, policy: Policy) -> str:
         for word, count in (
             ("weights", weights),
             ("state", state),
+            ("state passing through", passing),
             ("kept", kept),
             ("kept on the host", inner),
             ("boundaries out", away),

@@ -21,7 +21,7 @@ import numba
 import numpy as np
 import torch
 
-from slideplan.plan.slots import UPDATE_STATE_TRAFFIC_BYTES
+from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.backend import host_buffer
 from slideplan.runtime.machine import usable_cores
 from slideplan.runtime.optimizer import AdamW, HostUpdate

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.slots import loss_chunk_tokens
+from slideplan.plan.pools import loss_chunk_tokens
 from slideplan.planner.catalogue import find_model
 from slideplan.runtime.fused_layer import FusedLayer
 from slideplan.runtime.gradients import GradientSlot

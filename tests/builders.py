@@ -48,6 +48,7 @@ def tiny_policy(
     gradient_dtype: str = "fp32",
     resident_weights: tuple[int, ...] = (),
     resident_state: tuple[int, ...] = (),
+    stream_state: tuple[int, ...] = (),
     keep: tuple[int, ...] = (),
     offload_inner: tuple[int, ...] = (),
     offload_boundaries: bool = False,
@@ -56,11 +57,13 @@ def tiny_policy(
     """Everything on the host, weights streamed, updates in backward order; legal as it stands.
 
     resident_weights, resident_state, keep: units with weights, with weights and state, and with inner
-    activations on the GPU. offload_inner: units with a part of those on the host, which eager kernels cannot.
+    activations on the GPU. stream_state: with weights there, through which their state passes.
+    offload_inner: units with a part of those activations on the host, which eager kernels cannot.
     offload_boundaries: outputs of all layers but the last wait on the host, where nothing that is kept
     forbids it. `changes` replaces fields of the policy.
     """
-    on_gpu = {*resident_weights, *resident_state}
+    on_gpu = {*resident_weights, *resident_state, *stream_state}
+    updated_there = {*resident_state, *stream_state}
     units = tuple(
         UnitPolicy(
             weights=Tier.GPU if unit in on_gpu else Tier.HOST,
@@ -69,13 +72,14 @@ def tiny_policy(
             if offload_boundaries and unit < model.layers and unit + 1 not in (*keep, *offload_inner)
             else Tier.GPU,
             inner="offload" if unit in offload_inner else "keep" if unit in keep else "recompute",
+            streams_state=unit in stream_state,
         )
         for unit in range(model.units)
     )
     layers = range(1, model.head_unit)
     streams = any(unit not in on_gpu for unit in layers)
-    host_layers = sum(unit not in resident_state for unit in layers)
-    order = tuple(unit for unit in reversed(range(model.units)) if unit not in resident_state)
+    host_layers = sum(unit not in updated_there for unit in layers)
+    order = tuple(unit for unit in reversed(range(model.units)) if unit not in updated_there)
     fields: dict[str, Any] = {
         "micro_batch": micro_batch,
         "micro_batches": micro_batches,
@@ -86,6 +90,7 @@ def tiny_policy(
         "host_gradient_slots": host_layers if "update_order" in changes else min(2, host_layers),
         "boundary_slots": micro_batches + 2 if any(unit.boundary is Tier.HOST for unit in units) else 0,
         "inner_slots": 2 if offload_inner else 0,
+        "state_slots": 2 if stream_state else 0,
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
         "gpu_moments": "fp32",

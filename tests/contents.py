@@ -11,6 +11,7 @@ from typing import Any
 from slideplan.plan.graph import Lane, Role, Task, TaskGraph, TaskKind
 from slideplan.plan.model import ModelSpec
 
+HOST_STATE = {Role.HOST_REMAINDER: Role.REMAINDER, Role.HOST_MOMENTS: Role.MOMENTS}
 Choose = Callable[[list[Lane]], Lane]
 
 
@@ -27,6 +28,9 @@ class Contents:
                 for role in self._state(task):
                     self.slots[task.slot(role)] = (role, task.unit, 0)
                 self.slots[task.slot(self._master(task))] = ("weights", task.unit, 0)
+            elif task.kind is TaskKind.LOAD_STATE:
+                for on_host, role in HOST_STATE.items():
+                    self.slots[task.slot(on_host)] = (role, task.unit, 0)
             elif task.kind is TaskKind.REFRESH_WEIGHTS:
                 self.slots[task.slot(Role.HOST_WEIGHTS)] = ("weights", task.unit, 0)
             if task.has(Role.BARRIER):
@@ -88,6 +92,14 @@ class Contents:
         elif task.kind is TaskKind.FETCH_INNER:
             self._find(task, Role.HOST_FEED_FORWARD, ("wide", unit, micro, step))
             self._put(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
+        elif task.kind is TaskKind.LOAD_STATE:
+            for on_host, role in HOST_STATE.items():
+                self._find(task, on_host, (role, unit, step))
+                self._put(task, role, (role, unit, step))
+        elif task.kind is TaskKind.OFFLOAD_STATE:
+            for on_host, role in HOST_STATE.items():
+                self._find(task, role, (role, unit, step + 1))
+                self._put(task, on_host, (role, unit, step + 1))
         elif task.kind is TaskKind.OFFLOAD_GRADIENT:
             self._find(task, Role.GRADIENT, self._whole_gradient(unit, step))
             self._put(task, Role.HOST_GRADIENT, self._whole_gradient(unit, step))

@@ -1,12 +1,14 @@
-"""Handlers that fill a slot with NaN as soon as its last reader has run: whoever reads it later shows."""
+"""Handlers that poison a slot as soon as its last reader has run: whoever reads it later shows."""
 
 from __future__ import annotations
 
-from slideplan.plan.graph import Task, TaskGraph
+from slideplan.plan.graph import Role, Task, TaskGraph
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.executor import Handler
 
-POISON = float("nan")
+POISON, POISON_INTEGER = float("nan"), 0x5555
+# State lives as long as the run, also where copies take it away and bring it back.
+STATE = (Role.HOST_REMAINDER, Role.HOST_MOMENTS)
 
 
 class Poisoned:
@@ -22,19 +24,22 @@ class Poisoned:
         self._handler(task, step)
         for access in task.accesses:
             slot = access.pool, access.slot
+            if access.role in STATE:
+                continue
             if access.mode == "w":
                 self._left[slot] = self._readers[task.name, slot]
             elif slot in self._left:
                 self._left[slot] -= 1
                 if self._left[slot] == 0 and access.pool in self._buffers.slots:
-                    self._buffers[slot].fill_(POISON)
+                    dead = self._buffers[slot]
+                    dead.fill_(POISON if dead.dtype.is_floating_point else POISON_INTEGER)
 
 
 def _readers_of_writes(graph: TaskGraph) -> dict[tuple[str, tuple[str, int]], int]:
     """For each overwriting access, how many accesses build on it or read it before the next overwrites."""
     accesses: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for task in graph.tasks:
-        for access in task.accesses:
+        for access in (access for access in task.accesses if access.role not in STATE):
             accesses.setdefault((access.pool, access.slot), []).append((access.mode, task.name))
     counts: dict[tuple[str, tuple[str, int]], int] = {}
     for slot, uses in accesses.items():

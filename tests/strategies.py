@@ -40,10 +40,11 @@ def cases(draw: st.DrawFn) -> Case:
         boundary = draw(st.sampled_from([Tier.HOST, Tier.GPU])) if unit < model.layers else Tier.GPU
         may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
         inner = draw(st.sampled_from(inners)) if may_keep else "recompute"
-        units.append(UnitPolicy(weights=weights, state=state, boundary=boundary, inner=inner))
+        passes = is_layer and (weights, state) == (Tier.GPU, Tier.HOST) and draw(st.booleans())
+        units.append(UnitPolicy(weights=weights, state=state, boundary=boundary, inner=inner, streams_state=passes))
     streams = any(units[unit].weights is Tier.HOST for unit in range(1, model.head_unit))
     window = draw(st.integers(2, model.layers + 2)) if streams else 0
-    arrival = [unit for unit in reversed(range(model.units)) if units[unit].state is Tier.HOST]
+    arrival = [unit for unit in reversed(range(model.units)) if units[unit].updated_on_host]
     order = draw(st.permutations(arrival))
     host_layers = sum(0 < unit < model.head_unit for unit in arrival)
     in_order = list(order) == arrival and host_layers > 0
@@ -57,6 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
         host_gradient_slots=draw(st.integers(1, host_layers)) if in_order else host_layers,
         boundary_slots=micro_batches + draw(st.integers(1, 4)) if offloads else 0,
         inner_slots=draw(st.integers(1, 3)) if any(unit.inner == "offload" for unit in units) else 0,
+        state_slots=draw(st.integers(1, 3)) if any(unit.streams_state for unit in units) else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=kernels,
         gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
@@ -94,6 +96,7 @@ def foreign_cases(draw: st.DrawFn) -> Case:
         host_gradient_slots=model.units if all_waiting else draw(st.integers(1, 3)),
         boundary_slots=micro_batches * (interval + 1) + 1 if offloads or passing else 0,
         inner_slots=0,
+        state_slots=0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=draw(st.sampled_from(["eager", "fused"])),
         gpu_moments="fp32",

@@ -1,4 +1,4 @@
-"""Lowering, pass 4: dependencies follow from what tasks read and write.
+"""Lowering, pass 5: dependencies follow from what tasks read and write.
 
 For every slot, in issue order and on into the next step: a reader waits for the last writer, a writer
 waits for the readers since. Walking the step twice finds the edges carried from one step into the

@@ -41,6 +41,8 @@ class TaskKind(StrEnum):
     OFFLOAD_INNER = "offload_inner"  # the feed-forward's two wide products
     FETCH_INNER = "fetch_inner"
     OFFLOAD_GRADIENT = "offload_gradient"
+    LOAD_STATE = "load_state"  # of a unit whose state lies on the host and is updated on the GPU
+    OFFLOAD_STATE = "offload_state"
     UPDATE_HOST = "update_host"
     UPDATE_GPU = "update_gpu"
     CAST_WEIGHTS = "cast_weights"  # from the fp32 master into the staging buffer of a load
@@ -60,6 +62,8 @@ LANE_OF = {
     TaskKind.OFFLOAD_INNER: Lane.D2H,
     TaskKind.FETCH_INNER: Lane.H2D,
     TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
+    TaskKind.LOAD_STATE: Lane.H2D,
+    TaskKind.OFFLOAD_STATE: Lane.D2H,
     TaskKind.UPDATE_HOST: Lane.HOST_UPDATE,
     TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
     TaskKind.CAST_WEIGHTS: Lane.HOST_CAST,
@@ -94,8 +98,10 @@ class Role(StrEnum):
     TIED_WEIGHTS = "tied_weights"
     HOST_WEIGHTS = "host_weights"
     REMAINDER = "remainder"
+    HOST_REMAINDER = "host_remainder"
     MASTER = "master"
     MOMENTS = "moments"
+    HOST_MOMENTS = "host_moments"
     GRADIENT = "gradient"
     TIED_GRADIENT = "tied_gradient"
     HOST_GRADIENT = "host_gradient"

@@ -2,8 +2,9 @@
 
 1. compute order   `order.compute_order`   units x micro-batches, vertical
 2. transfers       `order.with_transfers`  loads, offloads, fetches, updates where they are issued
-3. slots           `slots.SlotAssignment`  every buffer a pool, every action its slots
-4. edges           `edges.derive`          dependencies, carried ones too, from slot accesses
+3. pools           `pools.PoolLayout`      every buffer a pool
+4. slots           `slots.SlotAssignment`  every action its slots
+5. edges           `edges.derive`          dependencies, carried ones too, from slot accesses
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from slideplan.plan.graph import TaskGraph
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.order import compute_order, visits, window_slots, with_transfers
 from slideplan.plan.policy import Policy, Workload
+from slideplan.plan.pools import PoolLayout
 from slideplan.plan.slots import SlotAssignment
 
 
@@ -25,7 +27,8 @@ def lower(model: ModelSpec, policy: Policy, workload: Workload, footprint: Footp
     policy.check(model, workload)
     order = compute_order(model, policy)
     windows = window_slots(model, policy, visits(order))
-    slots = SlotAssignment(model, policy, workload, footprint, windows)
+    layout = PoolLayout(model, policy, workload, footprint)
+    slots = SlotAssignment(layout, workload.seq_len, windows)
     tasks = [slots.task(action) for action in with_transfers(model, policy, order, windows)]
-    graph = TaskGraph(pools=tuple(slots.pools.values()), tasks=tuple(tasks))
+    graph = TaskGraph(pools=tuple(layout.pools.values()), tasks=tuple(tasks))
     return TaskGraph(pools=graph.pools, tasks=derive(tasks, graph))

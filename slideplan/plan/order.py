@@ -8,6 +8,7 @@ issued. Both give plain action lists; slots and edges come later (`slots`, `edge
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from slideplan.plan.graph import TaskKind
@@ -115,8 +116,10 @@ def with_transfers(
 
     Loads stand `prefetch_depth` visits ahead of the visit that needs them, each behind its cast where
     there is one; fetches of activations as far ahead as their GPU slots allow.
-    Gradients leave after a unit's last backward. A host update stands after its gradient's arrival and
-    after the updates before it in `update_order`; with clipping, after all gradients' clipping.
+    Gradients leave after a unit's last backward. State that passes through the GPU comes as many updates ahead
+    as there are slots for it, from the first loss on, and leaves after its update. A host update stands after
+    its gradient's arrival and after the updates before it in `update_order`; with clipping, after all
+    gradients' clipping.
     """
     before: list[list[Action]] = [[] for _ in actions]
     turns = visits(actions)
@@ -125,7 +128,7 @@ def with_transfers(
     for now, (visit, window) in enumerate(zip(turns, windows, strict=True)):
         loads = [window.unit] if window is not None and window.load else []
         # Weights with a slot of their own are loaded once a step, if the host updates them.
-        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].state is Tier.HOST
+        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].updated_on_host
         if own and visit.unit not in loaded_once:
             loads.append(visit.unit)
             loaded_once.add(visit.unit)
@@ -137,6 +140,9 @@ def with_transfers(
     first_loss = next(place for place, action in enumerate(actions) if action.kind is TaskKind.LOSS)
     for issue, fetch in _fetches(model, policy, actions, first_loss):
         before[issue].append(fetch)
+    states = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]  # as gradients are made
+    before[first_loss] += [Action(TaskKind.LOAD_STATE, unit) for unit in states[: policy.state_slots]]
+    next_states = iter(states[policy.state_slots :])
 
     issued: list[Action] = []
     waiting_updates = list(policy.update_order)
@@ -151,8 +157,11 @@ def with_transfers(
             issued.append(Action(TaskKind.OFFLOAD_INNER, action.unit, action.micro))
         if place < first_loss or place != last_action[action.unit]:
             continue
-        if policy.units[action.unit].state is Tier.GPU:
+        if not policy.units[action.unit].updated_on_host:
             issued.append(Action(TaskKind.UPDATE_GPU, action.unit))
+            if policy.units[action.unit].streams_state:
+                issued.append(Action(TaskKind.OFFLOAD_STATE, action.unit))
+                issued += [Action(TaskKind.LOAD_STATE, unit) for unit in islice(next_states, 1)]
             continue
         issued.append(Action(TaskKind.OFFLOAD_GRADIENT, action.unit))
         arrived.add(action.unit)

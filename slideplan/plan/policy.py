@@ -82,7 +82,7 @@ class ComputeWork(Spec, frozen=True):
 class UnitPolicy(Spec, frozen=True):
     """Placement of one unit's tensors.
 
-    state:    fp32 remainder and moments, and with them where the update runs.
+    state:    fp32 remainder and moments, and with them where the update runs, but for `streams_state`.
     weights:  GPU keeps the bf16 weights in a slot of the unit's own, HOST streams them through the
               window. State on the GPU implies weights on the GPU. Embedding and head always have
               slots of their own, so for them `weights` equals `state`.
@@ -91,12 +91,19 @@ class UnitPolicy(Spec, frozen=True):
     inner:    "recompute" the unit's inner activations in backward, "keep" them on the GPU, or "offload": keep
               them, while the feed-forward's two wide products, most of their bytes, wait on the host.
               Embedding and head have none to keep.
+    streams_state: the state lies on the host and passes through the GPU, in and out once a step, to be updated
+              there. For layers whose weights the GPU keeps: of those the host has no copy.
     """
 
     weights: Tier = Tier.HOST
     state: Tier = Tier.HOST
     boundary: Tier = Tier.GPU
     inner: Inner = "recompute"
+    streams_state: bool = False
+
+    @property
+    def updated_on_host(self) -> bool:
+        return self.state is Tier.HOST and not self.streams_state
 
 
 class Policy(Spec, frozen=True, omit_defaults=True):
@@ -107,19 +114,20 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     window:              weight slots shared by the layers whose weights stream
     prefetch_depth:      how many units ahead a weight load may be issued, 1..window - 1
     gradient_slots:      GPU gradient slots shared by the layers
-    host_gradient_slots: host gradient slots shared by the layers whose state is on the host
+    host_gradient_slots: host gradient slots shared by the layers that the host updates
     boundary_slots:      GPU slots shared by the boundary activations that wait on the host
     inner_slots:         GPU slots shared by the inner activations that wait on the host
+    state_slots:         GPU slots shared by the state that passes through
     gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
     kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
                          kernels, which keep less and write weight gradients where they belong. "graphed": the
                          same, captured once and replayed, for tasks that are shorter than their launch
-    gpu_moments:         how moments that lie on the GPU are kept: "fp32", exact; or "8bit", block-wise and lossy
-    update_order:        host-state units in the order of their updates on the host_update lane
+    gpu_moments:         how moments are kept that the GPU updates: "fp32", exact; or "8bit", block-wise and lossy
+    update_order:        units that the host updates, in the order of their updates on the host_update lane
     units:               placement per unit
 
     Knobs below have a default that is how the runtime works; other values describe how other systems
-    work, so that they can be priced by the same engine. They need all state on the host.
+    work, so that they can be priced by the same engine. They need all state on the host, and updated there.
 
     master:              format of the master weights on the host. "split": bf16 high half and int16 remainder.
                          "fp32": one fp32 tensor, from which bf16 weights must be cast. "bf16": no fp32 at all
@@ -146,6 +154,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     host_gradient_slots: int
     boundary_slots: int
     inner_slots: int
+    state_slots: int
     gradient_dtype: GradientDtype
     kernels: Kernels
     gpu_moments: Moments
@@ -201,9 +210,11 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         if self.checkpoint_interval < 1:
             raise ValueError(f"policy.checkpoint_interval is {self.checkpoint_interval}, must be at least 1")
         foreign = self.foreign_knobs()
-        on_gpu = [unit for unit, placement in enumerate(self.units) if placement.state is not Tier.HOST]
+        on_gpu = [unit for unit, placement in enumerate(self.units) if not placement.updated_on_host]
         if foreign and on_gpu:
-            raise ValueError(f"policy.{next(iter(foreign))}: needs all state on the host, that of unit {on_gpu[0]} is not")
+            raise ValueError(
+                f"policy.{next(iter(foreign))}: needs all state on the host and updated there, that of unit {on_gpu[0]} is not"
+            )
         if (self.master, self.staging) not in _WEIGHT_FORMATS:
             known = "; ".join(f"{master} with {staging}" for master, staging in _WEIGHT_FORMATS)
             raise ValueError(f"policy.master {self.master} does not go with staging {self.staging}; these do: {known}")
@@ -226,6 +237,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                 raise ValueError(f"{where}: the SSD tier cannot be scheduled yet; use host or gpu")
             if placement.state is Tier.GPU and placement.weights is not Tier.GPU:
                 raise ValueError(f"{where}: state on the gpu needs weights on the gpu")
+            if placement.streams_state and (placement.state, placement.weights) != (Tier.HOST, Tier.GPU):
+                raise ValueError(f"{where}: streams_state is for state on the host of a unit with weights on the gpu")
             if model.role(unit) is not UnitRole.LAYER:
                 if placement.weights is not placement.state and self.unit_slots == "sized":
                     raise ValueError(f"{where}: weights must lie where state does")
@@ -245,14 +258,14 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     def _check_slots(self, model: ModelSpec) -> None:
         # More slots than anything could use would only take memory, and lowering lists them all.
         most = MOST_SLOTS * model.units * self.micro_batches
-        for knob in ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots"):
+        for knob in ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots"):
             if getattr(self, knob) > most:
                 raise ValueError(f"policy.{knob} is {getattr(self, knob)}, more than could be used; take at most {most}")
-        host_state = [unit for unit in range(model.units) if self.units[unit].state is Tier.HOST]
-        if sorted(self.update_order) != host_state:
+        on_host = [unit for unit in range(model.units) if self.units[unit].updated_on_host]
+        if sorted(self.update_order) != on_host:
             raise ValueError(
-                "policy.update_order must name every unit whose state is on the host once, and no other; "
-                f"those are {host_state}, it names {list(self.update_order)}"
+                "policy.update_order must name every unit that the host updates once, and no other; "
+                f"those are {on_host}, it names {list(self.update_order)}"
             )
         streaming = sum(self.streams_weights(unit) for unit in range(model.units))
         if streaming:
@@ -266,24 +279,31 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             raise ValueError("policy.window and prefetch_depth must be 0 where no weights stream")
         if self.gradient_slots < 1:
             raise ValueError(f"policy.gradient_slots is {self.gradient_slots}, must be at least 1")
-        layers_on_host = sum(0 < unit < model.head_unit for unit in host_state)
+        layers_on_host = sum(0 < unit < model.head_unit for unit in on_host)
         if bool(layers_on_host) != bool(self.host_gradient_slots) or self.host_gradient_slots < 0:
             raise ValueError(
                 f"policy.host_gradient_slots is {self.host_gradient_slots} with {layers_on_host} layers updated on the host"
             )
+        self._check_passage_slots(model)
+
+    def _check_passage_slots(self, model: ModelSpec) -> None:
+        """Slots of what lies on the host and passes through the GPU."""
         offloaded = any(placement.boundary is Tier.HOST for placement in self.units)
-        passing = not all(self.keeps_boundary(unit) for unit in range(model.head_unit))
-        if (offloaded or passing) and self.boundary_slots < self.micro_batches + 1:
+        computed_again = not all(self.keeps_boundary(unit) for unit in range(model.head_unit))
+        if (offloaded or computed_again) and self.boundary_slots < self.micro_batches + 1:
             raise ValueError(
                 f"policy.boundary_slots is {self.boundary_slots}, must be at least micro_batches + 1 = {self.micro_batches + 1}"
             )
-        if not offloaded and not passing and self.boundary_slots:
+        if not offloaded and not computed_again and self.boundary_slots:
             raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on the host")
-        if any(placement.inner == "offload" for placement in self.units) != (self.inner_slots > 0) or self.inner_slots < 0:
-            raise ValueError(
-                f"policy.inner_slots is {self.inner_slots}; it must be 1 or more where inner activations of a unit are to "
-                "be offloaded, and 0 where none are"
-            )
+        inner = any(placement.inner == "offload" for placement in self.units)
+        state = any(placement.streams_state for placement in self.units)
+        for knob, count, wanted, what in (
+            ("inner_slots", self.inner_slots, inner, "inner activations of a unit are to be offloaded"),
+            ("state_slots", self.state_slots, state, "state of a unit is to pass through the GPU"),
+        ):
+            if wanted != (count > 0) or count < 0:
+                raise ValueError(f"policy.{knob} is {count}; it must be 1 or more where {what}, and 0 otherwise")
 
 
 # Master format and how the bf16 weights come about from it.

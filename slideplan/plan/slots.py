@@ -1,4 +1,4 @@
-"""Lowering, pass 3: every buffer gets a pool, every action its slots.
+"""Lowering, pass 4: every action gets its slots of the pools.
 
 Walks the issue order once. A slot shared by several units goes back to its ring at its last reader
 and the ring hands out the slot freed longest ago, so the assignment is static and repeats every step.
@@ -12,40 +12,19 @@ from typing import Literal
 
 from msgspec import UNSET
 
-from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import LANE_OF, Access, Lane, Role, SlotPool, Task, TaskKind, TensorClass
-from slideplan.plan.model import ModelSpec, UnitRole
+from slideplan.plan.graph import LANE_OF, Access, Lane, Role, Task, TaskKind
+from slideplan.plan.model import UnitRole
 from slideplan.plan.order import Action, WindowUse
-from slideplan.plan.policy import Kernels, Moments, Policy, Tier, Workload
-from slideplan.plan.quantities import MIB
-
-MOMENT_BYTES = 8  # fp32 m and v per element
-MOMENT_BLOCK = 256  # elements that share scales where moments have 8 bits
-REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
-WEIGHT_BYTES = 2  # bf16 high half
-# All of a master weight, by format: the split one is weight and remainder.
-MASTER_BYTES = {"split": WEIGHT_BYTES + REMAINDER_BYTES, "fp32": 4, "bf16": 2}
-CLIP_PASSES = 3  # over the gradient: read for the norm, read and written for the scaling
-BARRIER_BYTES = 8  # a counter of updated units
-# AdamW reads and writes the master weights and both moments, and reads the gradient; this, for the split master.
-UPDATE_STATE_TRAFFIC_BYTES = 2 * (MASTER_BYTES["split"] + MOMENT_BYTES)
-
-
-def moment_bytes(elements: int, moments: Moments) -> int:
-    """Both moments of a unit: in fp32; or in 8 bits each, with an fp32 scale of each for every block."""
-    return MOMENT_BYTES * elements if moments == "fp32" else 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
-
-
-# The head computes its loss in chunks of tokens whose logits (in fp32, fused: in bf16) stay within this, so that
-# they are never whole, and eager gradients of the projection in blocks of rows whose bf16 product stays within that.
-LOSS_CHUNK_BYTES: dict[Kernels, int] = {"eager": 256 * MIB, "fused": 512 * MIB, "graphed": 512 * MIB}
-LOGIT_BYTES: dict[Kernels, int] = {"eager": 4, "fused": 2, "graphed": 2}
-PRODUCT_BYTES = 128 * MIB
-
-
-def loss_chunk_tokens(vocabulary: int, kernels: Kernels) -> int:
-    """Tokens whose logits fit in LOSS_CHUNK_BYTES; at least one."""
-    return max(1, LOSS_CHUNK_BYTES[kernels] // (LOGIT_BYTES[kernels] * vocabulary))
+from slideplan.plan.policy import Tier
+from slideplan.plan.pools import (
+    CLIP_PASSES,
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    REMAINDER_BYTES,
+    WEIGHT_BYTES,
+    PoolLayout,
+    moment_bytes,
+)
 
 
 class _Ring:
@@ -66,37 +45,27 @@ class _Ring:
 
 
 class SlotAssignment:
-    """Pools of a policy, and the accesses of its actions in issue order.
+    """Accesses of a policy's actions to its pools, in issue order.
 
-    `windows`: what each visit needs of the window (`order.window_slots`); pools alone need none.
+    `windows`: what each visit needs of the window (`order.window_slots`).
     """
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        policy: Policy,
-        workload: Workload,
-        footprint: Footprint,
-        windows: Sequence[WindowUse | None] = (),
-    ) -> None:
-        self.model = model
-        self.policy = policy
-        self.tokens = policy.micro_batch * workload.seq_len
-        self.seq_len = workload.seq_len
-        self.footprint = footprint
-        self.pools: dict[str, SlotPool] = {}
-        self._rank: dict[tuple[str, int], int] = {}  # (pool, unit) -> slot of its own
-        self._make_pools()
-        shared = self._gradient_ring_of(UnitRole.LAYER)
+    def __init__(self, layout: PoolLayout, seq_len: int, windows: Sequence[WindowUse | None]) -> None:
+        self.model, self.policy, self.tokens, self.seq_len = layout.model, layout.policy, layout.tokens, seq_len
+        policy = layout.policy
+        self._layout = layout
+        shared = layout.gradient_ring_of(UnitRole.LAYER)
         self._gradient_ring = _Ring(f"gpu.gradient.{shared}", policy.gradient_slots, "gradient_slots")
         self._host_gradient_ring = _Ring(f"host.gradient.{shared}", policy.host_gradient_slots, "host_gradient_slots")
         self._boundary_ring = _Ring("gpu.boundary.cycle", policy.boundary_slots, "boundary_slots")
         self._inner_ring = _Ring("gpu.feed_forward", policy.inner_slots, "inner_slots")
+        self._state_ring = _Ring("gpu.state", policy.state_slots, "state_slots")
         self._gradient: dict[int, int] = {}
         self._host_gradient: dict[int, int] = {}
         self._boundary: dict[tuple[int, int], int] = {}
         self._boundary_users: dict[tuple[int, int], int] = {}
         self._feed_forward: dict[tuple[int, int], int] = {}
+        self._passing: dict[int, int] = {}  # unit -> slot of its state
         self._loads: dict[int, int] = {}
         self._ran: set[tuple[int, int]] = set()  # unit, micro-batch: forward once already
         self._loading = False  # whether the step's first cast or load was seen
@@ -108,101 +77,8 @@ class SlotAssignment:
                 if window.load:
                     self._window_loads.setdefault(window.unit, deque()).append(window.slot)
 
-    # -- pools ---------------------------------------------------------------------------------
-
-    def _add_pool(self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, owners: list[int]) -> None:
-        for slot, unit in enumerate(owners):
-            self._rank[name, unit] = slot
-        self._add_shared(name, tier, tensor_class, slot_bytes, len(owners))
-
-    def _add_shared(self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, count: int) -> None:
-        if count and slot_bytes:
-            self.pools[name] = SlotPool(name=name, tier=tier, tensor_class=tensor_class, slot_bytes=slot_bytes, count=count)
-
-    def _pinned(self, size_bytes: int) -> int:
-        """Bytes that a host buffer takes which copies touch."""
-        return size_bytes if self.policy.pinned_sizes == "exact" else 1 << max(0, size_bytes - 1).bit_length()
-
-    def _gradient_ring_of(self, role: UnitRole) -> str | None:
-        """Name of the gradient slots that units of the role share; None where they have their own."""
-        if self.policy.unit_slots == "uniform":
-            return "window"
-        return role if role is UnitRole.LAYER else None
-
-    def _make_pools(self) -> None:
-        model, policy = self.model, self.policy
-        largest = max(model.flat_elements(role) for role in UnitRole)
-        for role in UnitRole:
-            units = [unit for unit in range(model.units) if model.role(unit) is role]
-            elements = model.flat_elements(role)
-            streaming = sum(policy.streams_weights(unit) for unit in units)
-            resident = [unit for unit in units if not policy.streams_weights(unit)]
-            self._add_pool(f"gpu.weights.{role}", Tier.GPU, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, resident)
-            if streaming:
-                slot_bytes = WEIGHT_BYTES * (largest if policy.unit_slots == "uniform" else elements)
-                self._add_shared("gpu.weights.window", Tier.GPU, TensorClass.WEIGHTS, slot_bytes, policy.window)
-            for tier in (Tier.GPU, Tier.HOST):
-                owners = [unit for unit in units if policy.units[unit].state is tier]
-                if policy.master == "split":
-                    self._add_pool(f"{tier}.remainder.{role}", tier, TensorClass.REMAINDER, REMAINDER_BYTES * elements, owners)
-                moments = policy.gpu_moments if tier is Tier.GPU else "fp32"
-                holds = TensorClass.MOMENTS if moments == "fp32" else TensorClass.MOMENTS_8BIT
-                self._add_pool(f"{tier}.moments.{role}", tier, holds, moment_bytes(elements, moments), owners)
-            on_host = [unit for unit in units if policy.units[unit].state is Tier.HOST]
-            if policy.staging != "none":
-                master_bytes = MASTER_BYTES[policy.master] * elements
-                self._add_pool(f"host.master.{role}", Tier.HOST, TensorClass.MASTER, master_bytes, on_host)
-            if policy.staging != "per_load":
-                weight_bytes = self._pinned(WEIGHT_BYTES * elements)
-                self._add_pool(f"host.weights.{role}", Tier.HOST, TensorClass.WEIGHTS, weight_bytes, on_host)
-            self._add_gradients(role, elements, len(on_host))
-        if policy.unit_slots == "uniform":
-            self._add_gradients(UnitRole.LAYER, largest, len(policy.update_order))
-        if policy.staging == "per_load":
-            self._add_shared("host.staging", Tier.HOST, TensorClass.WEIGHTS, self._pinned(WEIGHT_BYTES * largest), 1)
-        if policy.step_barrier:
-            self._add_shared("host.barrier", Tier.HOST, TensorClass.WORKSPACE, BARRIER_BYTES, 1)
-        self._make_activation_pools()
-
-    def _add_gradients(self, role: UnitRole, elements: int, on_host: int) -> None:
-        """Slots of the ring for layers, one each for embedding and head; units of uniform size share one ring."""
-        policy, ring = self.policy, self._gradient_ring_of(role)
-        size_bytes = policy.gradient_element_bytes * elements
-        name, gpu, host = (role, 1, on_host) if ring is None else (ring, policy.gradient_slots, policy.host_gradient_slots)
-        self._add_shared(f"gpu.gradient.{name}", Tier.GPU, TensorClass.GRADIENT, size_bytes, gpu)
-        self._add_shared(f"host.gradient.{name}", Tier.HOST, TensorClass.GRADIENT, self._pinned(size_bytes), host)
-
-    def _make_activation_pools(self) -> None:
-        model, policy = self.model, self.policy
-        boundary = model.boundary_bytes(self.tokens)
-        micros = policy.micro_batches
-        held = [unit for unit in range(model.head_unit) if policy.keeps_boundary(unit)]
-        stay = [unit for unit in held if policy.units[unit].boundary is Tier.GPU]
-        leave = [unit for unit in held if policy.units[unit].boundary is Tier.HOST]
-        kept = [unit for unit in range(model.units) if policy.units[unit].inner == "keep"]
-        away = [unit for unit in range(model.units) if policy.units[unit].inner == "offload"]
-        self._add_shared("gpu.boundary", Tier.GPU, TensorClass.BOUNDARY, boundary, len(stay) * micros)
-        self._add_shared("host.boundary", Tier.HOST, TensorClass.BOUNDARY, self._pinned(boundary), len(leave) * micros)
-        for name, owners in (("gpu.boundary", stay), ("host.boundary", leave)):
-            self._rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
-        self._add_shared("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, policy.boundary_slots)
-        self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
-        feed_forward = model.feed_forward_bytes(self.tokens)
-        whole, rest = (self.footprint.held_bytes(inner, feed_forward) for inner in ("keep", "offload"))
-        self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, whole, len(kept) * micros)
-        self._add_shared("gpu.inner.rest", Tier.GPU, TensorClass.INNER, rest, len(away) * micros)
-        self._add_shared("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, feed_forward, policy.inner_slots)
-        self._add_shared("host.feed_forward", Tier.HOST, TensorClass.FEED_FORWARD, feed_forward, len(away) * micros)
-        for name, owners in (("gpu.inner", kept), ("gpu.inner.rest", away), ("host.feed_forward", away)):
-            self._rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
-        layers = policy.units[1 : model.head_unit]
-        workspace = self.footprint.workspace_beside(
-            [micros * self.footprint.held_bytes(layer.inner, feed_forward) for layer in layers]
-        )
-        self._add_shared("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, workspace, 1)
-
     def _own(self, role: Role, pool: str, unit: int, mode: Literal["r", "w", "rw"], micro: int = 0) -> Access:
-        return Access(role=role, pool=pool, slot=self._rank[pool, unit] + micro, mode=mode)
+        return Access(role=role, pool=pool, slot=self._layout.rank[pool, unit] + micro, mode=mode)
 
     # -- slots of each tensor class ------------------------------------------------------------
 
@@ -234,7 +110,7 @@ class SlotAssignment:
 
     def _gradient_access(self, unit: int, mode: Literal["r", "w", "rw"], role: Role = Role.GRADIENT) -> Access:
         unit_role = self.model.role(unit)
-        if self._gradient_ring_of(unit_role) is None:
+        if self._layout.gradient_ring_of(unit_role) is None:
             return Access(role=role, pool=f"gpu.gradient.{unit_role}", slot=0, mode=mode)
         if mode == "w":
             self._gradient[unit] = self._gradient_ring.take()
@@ -245,7 +121,7 @@ class SlotAssignment:
 
     def _host_gradient_access(self, unit: int, mode: Literal["r", "w", "rw"]) -> Access:
         unit_role = self.model.role(unit)
-        if self._gradient_ring_of(unit_role) is None:
+        if self._layout.gradient_ring_of(unit_role) is None:
             return Access(role=Role.HOST_GRADIENT, pool=f"host.gradient.{unit_role}", slot=0, mode=mode)
         if mode == "w":
             self._host_gradient[unit] = self._host_gradient_ring.take()
@@ -293,6 +169,27 @@ class SlotAssignment:
             self._inner_ring.give_back(slot)
         return Access(role=Role.FEED_FORWARD, pool=self._inner_ring.pool, slot=slot, mode=mode)
 
+    def _passing_state(self, kind: TaskKind, unit: int) -> list[Access]:
+        """Slots on the GPU of state that passes through: taken by its load, given back by its way out."""
+        if kind is TaskKind.LOAD_STATE:
+            self._passing[unit] = self._state_ring.take()
+        slot = self._passing[unit]
+        mode: Literal["r", "w", "rw"] = "w" if kind is TaskKind.LOAD_STATE else "rw"
+        if kind is TaskKind.OFFLOAD_STATE:
+            self._state_ring.give_back(self._passing.pop(unit))
+            mode = "r"
+        return [
+            Access(role=Role.REMAINDER, pool="gpu.remainder.passing", slot=slot, mode=mode),
+            Access(role=Role.MOMENTS, pool="gpu.moments.passing", slot=slot, mode=mode),
+        ]
+
+    def _state_on_host(self, unit: int, mode: Literal["r", "w"]) -> list[Access]:
+        """Where state that passes through the GPU lies on the host."""
+        return [
+            self._own(Role.HOST_REMAINDER, "host.remainder.passing", unit, mode),
+            self._own(Role.HOST_MOMENTS, "host.moments.passing", unit, mode),
+        ]
+
     def _state(self, tier: Tier, unit: int) -> list[Access]:
         role = self.model.role(unit)
         moments = self._own(Role.MOMENTS, f"{tier}.moments.{role}", unit, "rw")
@@ -328,9 +225,15 @@ class SlotAssignment:
             accesses = [self._host_gradient_access(unit, "r"), *self._state(Tier.HOST, unit), self._master(unit, "rw")]
             bytes_moved = 2 * (MASTER_BYTES[self.policy.master] + MOMENT_BYTES) * elements + gradient_bytes
         elif kind is TaskKind.UPDATE_GPU:
-            accesses = [self._gradient_access(unit, "r"), *self._state(Tier.GPU, unit), self._weights(unit, "rw")]
+            passes = self.policy.units[unit].streams_state
+            state = self._passing_state(kind, unit) if passes else self._state(Tier.GPU, unit)
+            accesses = [self._gradient_access(unit, "r"), *state, self._weights(unit, "rw")]
             state_bytes = MASTER_BYTES["split"] * elements + moment_bytes(elements, self.policy.gpu_moments)
             bytes_moved = 2 * state_bytes + gradient_bytes
+        elif kind in (TaskKind.LOAD_STATE, TaskKind.OFFLOAD_STATE):
+            on_host = self._state_on_host(unit, "r" if kind is TaskKind.LOAD_STATE else "w")
+            accesses = [*on_host, *self._passing_state(kind, unit)]
+            bytes_moved = REMAINDER_BYTES * elements + moment_bytes(elements, self.policy.gpu_moments)
         elif kind is TaskKind.OFFLOAD_GRADIENT:
             accesses = [self._gradient_access(unit, "r"), self._host_gradient_access(unit, "w")]
             bytes_moved = gradient_bytes

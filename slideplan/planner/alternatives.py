@@ -73,10 +73,11 @@ def front(searchers: Sequence[Searcher], machine: MachineProfile) -> tuple[Front
 def in_brief(candidate: Candidate) -> str:
     """The candidate in a line: micro-batches, window/depth, layers with weights/state on the GPU, kept + on the host, ..."""
     on_host = f"+{candidate.offloaded_inner}" if candidate.offloaded_inner else ""
+    passing = f"+{candidate.streamed_state}" if candidate.streamed_state else ""
     ends = "".join(("E" if candidate.embedding_on_gpu else "", "H" if candidate.head_on_gpu else ""))
     return (
         f"{candidate.micro_batches}x{candidate.micro_batch} w{candidate.window}/{candidate.prefetch_depth} "
-        f"res{candidate.weight_layers}/{candidate.state_layers}{ends} keep{candidate.kept_layers}{on_host} "
+        f"res{candidate.weight_layers}/{candidate.state_layers}{passing}{ends} keep{candidate.kept_layers}{on_host} "
         f"away{candidate.offloaded_outputs} defer{candidate.deferred_updates} grad{candidate.gradient_slots}/"
         f"{candidate.host_gradient_slots} {candidate.gradient_dtype} {candidate.kernels}"
     )
@@ -93,6 +94,7 @@ KNOBS: dict[str, Callable[[Candidate], str]] = {
     "embedding, head on the GPU": lambda c: _ENDS[c.embedding_on_gpu, c.head_on_gpu],
     "layers with weights on the GPU": lambda c: f"{c.weight_layers}",
     "layers with state on the GPU": lambda c: f"{c.state_layers}",
+    "layers with state passing through": lambda c: f"{c.streamed_state}",
     "layers keeping activations": lambda c: f"{c.kept_layers}",
     "layers with activations on the host": lambda c: f"{c.offloaded_inner}",
     "outputs waiting on the host": lambda c: f"{c.offloaded_outputs}",
@@ -102,6 +104,7 @@ KNOBS: dict[str, Callable[[Candidate], str]] = {
     "host gradient slots": lambda c: f"{c.host_gradient_slots}",
     "GPU slots of outputs away": lambda c: f"{c.boundary_slots}",
     "GPU slots of activations away": lambda c: f"{c.inner_slots}",
+    "GPU slots of state passing through": lambda c: f"{c.state_slots}",
 }
 
 

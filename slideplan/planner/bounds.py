@@ -62,10 +62,11 @@ def durations(
         weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED - away,
         offloaded_inner=away, inner_slots=away, gpu_moments=gpu_moments,
     )  # fmt: skip
+    passing = msgspec.structs.replace(resident, state_layers=0, streamed_state=LAYERS_PRICED, state_slots=1)
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
     offered = capacities(machine)
     found = Durations({}, {}, offered)
-    for candidate in (streamed, resident):
+    for candidate in (streamed, resident, passing):
         graph = lower(short, candidate.policy(short), workload, footprint)
         for task, cost in zip(graph.tasks, price(graph, short, work, seq_len, machine), strict=True):
             key = task.kind, short.role(task.unit), task.accumulates
@@ -96,20 +97,20 @@ _LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
 
 
 class _HostUnits:
-    """Units whose state is on the host, in unit order, without listing them."""
+    """Units that the host updates, in unit order, without listing them."""
 
     def __init__(self, model: ModelSpec, candidate: Candidate) -> None:
         self._head = model.head_unit
-        self._state_layers = candidate.state_layers
+        self._gpu_updated = candidate.gpu_updated
         self._embedding = int(not candidate.embedding_on_gpu)
-        self._layers = model.layers - candidate.state_layers
+        self._layers = model.layers - candidate.gpu_updated
         self.count = self._embedding + self._layers + int(not candidate.head_on_gpu)
 
     def __getitem__(self, place: int) -> int:
         if place < self._embedding:
             return 0
         layer = place - self._embedding
-        return self._state_layers + 1 + layer if layer < self._layers else self._head
+        return self._gpu_updated + 1 + layer if layer < self._layers else self._head
 
     def roles(self, count: int) -> dict[UnitRole, int]:
         """How many of each role the first `count` are."""
@@ -171,7 +172,7 @@ class BoundModel:
         layers, micros, away = self.model.layers, candidate.micro_batches, candidate.offloaded_inner
         kept = candidate.kept_layers + away
         streaming = layers - candidate.weight_layers
-        hosted = layers - candidate.state_layers
+        hosted = layers - candidate.gpu_updated
         embedding, head = int(not candidate.embedding_on_gpu), int(not candidate.head_on_gpu)
         moved = candidate.offloaded_outputs * micros
         return {
@@ -200,13 +201,15 @@ class BoundModel:
             (TaskKind.OFFLOAD_BOUNDARY, UnitRole.LAYER): moved,
             (TaskKind.FETCH_BOUNDARY, UnitRole.LAYER): moved,
             **({(kind, UnitRole.LAYER): away * micros for kind in _INNER_COPIES} if away else {}),
+            (TaskKind.LOAD_STATE, UnitRole.LAYER): candidate.streamed_state,
+            (TaskKind.OFFLOAD_STATE, UnitRole.LAYER): candidate.streamed_state,
         }
 
     def _cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
         hosted = _HostUnits(self.model, candidate)
         deferred, every = candidate.deferred_updates, hosted.count
         if every:
-            assert 1 <= deferred <= every, "the first host-state unit is updated last but for deferred ones"
+            assert 1 <= deferred <= every, "the first unit that the host updates is its last but for deferred ones"
             late, all_updates = self._updates(hosted, deferred), self._updates(hosted, every)
             opening = every - 1 if deferred < every else 0  # which gradient starts the updates
             yield self._cycle(candidate, hosted[opening], all_updates, hosted[deferred - 1])
@@ -230,10 +233,10 @@ class BoundModel:
         layer number k that the host updates, in order of arrival, leaves when the update of number k - slots
         has freed its host slot; until then the backward that needs the GPU slot cannot begin.
         """
-        layers, hosted = self.model.layers, self.model.layers - candidate.state_layers
+        layers, hosted = self.model.layers, self.model.layers - candidate.gpu_updated
         offload, update = (self._time(kind, UnitRole.LAYER) for kind in (TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST))
         if candidate.gradient_slots == 1:
-            on_gpu = max(0, candidate.state_layers - 1)
+            on_gpu = max(0, candidate.gpu_updated - 1)
             leave = (layers - 1 - on_gpu) * offload + on_gpu * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
             yield compute_ns + leave
         slots = candidate.host_gradient_slots
@@ -263,7 +266,7 @@ class BoundModel:
         """
         layers = self.model.layers
         offload, load = self._unit_time(TaskKind.OFFLOAD_GRADIENT, first), self._unit_time(TaskKind.LOAD_WEIGHTS, last)
-        later = max(0, layers - max(last, candidate.state_layers))  # host-state layers after `last`
+        later = max(0, layers - max(last, candidate.gpu_updated))  # layers after `last` that the host updates
         loads = later * self._time(TaskKind.LOAD_WEIGHTS, UnitRole.LAYER) + self._forward(candidate, layers) if later else 0
         compute = self._loss(candidate) + self._backward(candidate, first)
         return offload + updates_ns + load + max(self._forward(candidate, last), loads) + compute

@@ -6,7 +6,7 @@ from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Inner, Kernels, Moments, Policy, Tier, UnitPolicy
-from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
+from slideplan.plan.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
 
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
 
@@ -15,13 +15,15 @@ class Candidate(Spec, frozen=True):
     """A policy by counts. The fields shared with `Policy` mean the same.
 
     state_layers:      first layers whose state, and with it weights, stay on the GPU
-    weight_layers:     first layers whose weights stay on the GPU; at least state_layers
+    streamed_state:    layers after those whose state lies on the host and is updated on the GPU: their gradients are
+                       the last, so that the host has begun to update the others
+    weight_layers:     first layers whose weights stay on the GPU; all of the above at least
     embedding_on_gpu, head_on_gpu: whether their weights and state stay on the GPU
     offloaded_outputs: first units whose boundary activation waits on the host
     kept_layers:       last layers that keep their inner activations
     offloaded_inner:   layers of those between offloaded outputs and kept layers that keep them too, with what can
                        wait on the host there
-    deferred_updates:  how many host-state units, from the first on, are updated in order of next need
+    deferred_updates:  how many units that the host updates, from the first on, are updated in order of next need
                        after all others, which are updated as their gradients arrive; from 1 (order of
                        arrival: the first unit's gradient is the last anyway) to all of them
     """
@@ -37,7 +39,9 @@ class Candidate(Spec, frozen=True):
     host_gradient_slots: int = 0
     boundary_slots: int = 0
     inner_slots: int = 0
+    state_slots: int = 0
     state_layers: int = 0
+    streamed_state: int = 0
     weight_layers: int = 0
     embedding_on_gpu: bool = False
     head_on_gpu: bool = False
@@ -51,13 +55,19 @@ class Candidate(Spec, frozen=True):
             return self.embedding_on_gpu
         return self.head_on_gpu if unit == model.head_unit else unit <= self.state_layers
 
+    @property
+    def gpu_updated(self) -> int:
+        """First layers that are updated on the GPU."""
+        return self.state_layers + self.streamed_state
+
     def host_units(self, model: ModelSpec) -> int:
-        """How many units have their state on the host."""
-        return model.units - self.state_layers - self.embedding_on_gpu - self.head_on_gpu
+        """How many units the host updates."""
+        return model.units - self.gpu_updated - self.embedding_on_gpu - self.head_on_gpu
 
     def update_order(self, model: ModelSpec) -> tuple[int, ...]:
-        """Host-state units: the later ones as their gradients arrive, then the deferred, first unit first."""
-        host = [unit for unit in range(model.units) if not self.state_on_gpu(model, unit)]
+        """Units that the host updates: the later ones as their gradients arrive, then the deferred, first unit first."""
+        passing = range(self.state_layers + 1, self.gpu_updated + 1)
+        host = [unit for unit in range(model.units) if not self.state_on_gpu(model, unit) and unit not in passing]
         return (*reversed(host[self.deferred_updates :]), *host[: self.deferred_updates])
 
     def inner(self, model: ModelSpec) -> list[Inner]:
@@ -85,12 +95,14 @@ class Candidate(Spec, frozen=True):
                     weights=Tier.GPU if layer and unit <= self.weight_layers else state,
                     boundary=Tier.HOST if unit < self.offloaded_outputs else Tier.GPU,
                     inner=inner[unit - 1] if layer else "recompute",
+                    streams_state=layer and self.state_layers < unit <= self.gpu_updated,
                 )
             )
         return Policy(
             micro_batch=self.micro_batch, micro_batches=self.micro_batches, window=self.window,
             prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
             host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots, inner_slots=self.inner_slots,
+            state_slots=self.state_slots,
             gradient_dtype=self.gradient_dtype, kernels=self.kernels, gpu_moments=self.gpu_moments,
             update_order=self.update_order(model), units=tuple(units),
         )  # fmt: skip
@@ -106,12 +118,15 @@ class Candidate(Spec, frozen=True):
         gpu += REMAINDER_BYTES * (ends_on_gpu + layer * self.state_layers)
         resident = ((embedding, self.embedding_on_gpu), (head, self.head_on_gpu), (layer, self.state_layers))
         gpu += sum(count * moment_bytes(elements, self.gpu_moments) for elements, count in resident)
+        passing = REMAINDER_BYTES * layer + moment_bytes(layer, self.gpu_moments)
+        gpu += passing * self.state_slots
         gpu += gradient * (embedding + head + layer * self.gradient_slots)
         gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
         feed_forward = model.feed_forward_bytes(self.micro_batch * seq_len)
         kept_bytes = [micros * footprint.held_bytes(inner, feed_forward) for inner in self.inner(model)]
         gpu += sum(kept_bytes) + footprint.workspace_beside(kept_bytes) + feed_forward * self.inner_slots
-        host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.state_layers))
+        host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.gpu_updated))
+        host += passing * self.streamed_state
         host += gradient * (ends_on_host + layer * self.host_gradient_slots)
         host += (boundary * self.offloaded_outputs + feed_forward * self.offloaded_inner) * micros
         return {Tier.GPU: gpu, Tier.HOST: host}

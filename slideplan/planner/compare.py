@@ -15,8 +15,8 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.plan import MachineReference, Plan, Prediction
 from slideplan.plan.policy import Kernels, Policy, Tier, Workload
+from slideplan.plan.pools import WEIGHT_BYTES
 from slideplan.plan.quantities import format_bytes, format_ns
-from slideplan.plan.slots import WEIGHT_BYTES
 from slideplan.plan.timeline import Span
 from slideplan.plan.validate import validate
 from slideplan.planner import peers

@@ -24,7 +24,7 @@ from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
-from slideplan.plan.slots import WEIGHT_BYTES
+from slideplan.plan.pools import WEIGHT_BYTES
 
 # Defaults of DeepSpeed's ZeRO-3 configuration, in elements.
 ZERO3_MAX_LIVE_PARAMETERS = 10**9
@@ -59,6 +59,7 @@ def slideformer(model: ModelSpec, workload: Workload) -> Policy:
         host_gradient_slots=1,
         boundary_slots=2,
         inner_slots=0,
+        state_slots=0,
         gradient_dtype="bf16",
         kernels="eager",
         gpu_moments="fp32",
@@ -101,6 +102,7 @@ def zero3_offload(model: ModelSpec, workload: Workload) -> Policy:
         host_gradient_slots=model.layers,
         boundary_slots=0,
         inner_slots=0,
+        state_slots=0,
         gradient_dtype="fp32",
         kernels="eager",
         gpu_moments="fp32",
@@ -132,6 +134,7 @@ def megatrain(model: ModelSpec, workload: Workload) -> Policy:
         host_gradient_slots=model.layers,
         boundary_slots=max(2, interval - 1) if interval > 1 else 0,
         inner_slots=0,
+        state_slots=0,
         gradient_dtype="bf16",
         kernels="eager",
         gpu_moments="fp32",

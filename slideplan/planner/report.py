@@ -105,6 +105,8 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     state = []
     if policy.update_order:
         state.append(f"{_named(model, sorted(policy.update_order))} on the host, updated by the CPU")
+    if passing := [unit for unit in layers if units[unit].streams_state]:
+        state.append(f"{_named(model, passing)} on the host, passing through {policy.state_slots} GPU slots, updated there")
     if on_gpu:
         lossy = ", moments in 8 bits (lossy)" if policy.gpu_moments == "8bit" else ""
         state.append(f"{_named(model, on_gpu)} on the GPU, updated there{lossy}")

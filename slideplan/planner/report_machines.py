@@ -11,8 +11,8 @@ from slideplan.plan.figures import Change, cost_name, launch_name
 from slideplan.plan.graph import Lane
 from slideplan.plan.machine import Interference, MachineProfile, Spread
 from slideplan.plan.model import ModelSpec
+from slideplan.plan.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 from slideplan.plan.quantities import format_bytes
-from slideplan.plan.slots import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 from slideplan.planner.report_tables import new_table, parameter_count
 
 TRAINING_BYTES = WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES  # per parameter, gradients aside

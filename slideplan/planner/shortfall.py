@@ -13,7 +13,7 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.plan import MachineReference
 from slideplan.plan.policy import Policy, Tier, Workload
-from slideplan.plan.slots import SlotAssignment
+from slideplan.plan.pools import PoolLayout
 from slideplan.planner.candidate import Candidate
 from slideplan.planner.machines import machines
 from slideplan.planner.space import SpaceBuilder, divisors
@@ -48,14 +48,14 @@ def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
     least = min(shorts, key=lambda candidate: (shorts[candidate][Tier.GPU] > 0, sum(shorts[candidate].values())))
     assert any(shorts[least].values()), "something fits after all"
     model, policy = builder.model, least.policy(builder.model)
-    slots = SlotAssignment(model, policy, builder.workload, builder.footprint(least))
+    layout = PoolLayout(model, policy, builder.workload, builder.footprint(least))
     return DoesNotFit(
         version=__version__,
         model=model,
         machine=MachineReference.of(machine),
         workload=builder.workload,
         policy=policy,
-        ledger=ledger(TaskGraph(pools=tuple(slots.pools.values()), tasks=()), machine),
+        ledger=ledger(TaskGraph(pools=tuple(layout.pools.values()), tasks=()), machine),
         host_bytes_needed=_capacity_needed(builder, Tier.HOST, machine.host.process_bytes),
         gpu_bytes_needed=_capacity_needed(builder, Tier.GPU, machine.gpu.context_bytes),
         global_batch=_largest_batch(builder, machine),

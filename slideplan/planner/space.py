@@ -20,7 +20,7 @@ from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Moments, Tier, Workload, check_seq_len
-from slideplan.plan.slots import REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
+from slideplan.plan.pools import REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
 from slideplan.planner.candidate import STATE_BYTES, Candidate
 from slideplan.planner.kernels import check_kernels, faster_kernels
 from slideplan.simulator import footprint
@@ -149,6 +149,10 @@ class SpaceBuilder:
         layers = self.model.layers
         changed: list[dict[str, int | bool]] = []
         for step in (-5, -2, -1, 1, 2, 5):
+            if free:
+                passing = candidate.streamed_state + step
+                changed.append({"streamed_state": passing})
+                changed.append({"streamed_state": passing, "state_layers": candidate.state_layers - step})
             changed.append({"deferred_updates": candidate.deferred_updates + step})
             changed.append({"offloaded_outputs": min(layers, max(0, candidate.offloaded_outputs + step))})
             changed.append({"offloaded_inner": candidate.offloaded_inner + step})
@@ -168,6 +172,9 @@ class SpaceBuilder:
         for change, spares in moves:
             moved = msgspec.structs.replace(candidate, kept_layers=0, **change)
             streaming = layers - moved.weight_layers
+            # Layers whose state passes through the GPU follow those whose state stays there; both have weights there.
+            passing = min(moved.streamed_state, moved.weight_layers - moved.state_layers)
+            moved = msgspec.structs.replace(moved, streamed_state=max(0, passing))
             if not 0 <= moved.state_layers <= moved.weight_layers <= layers:
                 continue
             window = min(moved.window or 2, max(2, streaming)) if streaming else 0
@@ -304,21 +311,22 @@ class SpaceBuilder:
 
     def _with_slots(self, base: Candidate, spare_slots: Mapping[str, int]) -> Candidate:
         """As few shared slots as the order of tasks allows, and some to spare, so that work overlaps."""
-        host_layers = self.model.layers - base.state_layers
+        host_layers = self.model.layers - base.gpu_updated
         least = self._least_slots(base)
         slots = {knob: count + spare_slots[knob] if count else 0 for knob, count in least.items()}
         slots["host_gradient_slots"] = min(host_layers, slots["host_gradient_slots"])
         slots["gradient_slots"] = min(self.model.layers, slots["gradient_slots"])
+        slots["state_slots"] = min(base.streamed_state, slots["state_slots"])
         return msgspec.structs.replace(base, **slots)
 
     def _least_slots(self, base: Candidate) -> dict[str, int]:
-        host_layers = self.model.layers - base.state_layers
-        # Deferred units are the first of all host-state units: the embedding, layers, at last the head.
+        host_layers = self.model.layers - base.gpu_updated
+        # Deferred units are the first of all that the host updates: the embedding, layers, at last the head.
         waiting = min(host_layers, max(1, base.deferred_updates - (not base.embedding_on_gpu)))
         boundaries = base.micro_batches + 1 if base.offloaded_outputs else 0
         return {
             "gradient_slots": 1, "host_gradient_slots": waiting, "boundary_slots": boundaries,
-            "inner_slots": min(1, base.offloaded_inner),
+            "inner_slots": min(1, base.offloaded_inner), "state_slots": min(1, base.streamed_state),
         }  # fmt: skip
 
     def _spare_slots(self, candidate: Candidate) -> dict[str, int]:
@@ -330,7 +338,7 @@ class SpaceBuilder:
 
 
 # Shared slots beyond the fewest: one more lets work overlap, and is where the search begins.
-NO_SPARE_SLOTS = {"gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0}
+NO_SPARE_SLOTS = {"gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0, "state_slots": 0}
 SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
 # With one slot beside the one in use, a copy and the compute that waits for it take turns: inner activations take
 # as long to copy as several layers to compute.

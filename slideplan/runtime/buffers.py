@@ -7,13 +7,11 @@ from math import prod
 
 import torch
 
-from slideplan.plan.graph import SlotPool, TaskGraph, TensorClass
+from slideplan.plan.graph import Lane, SlotPool, TaskGraph, TensorClass
 from slideplan.plan.model import Parameter
 from slideplan.plan.policy import GradientDtype, Tier
 from slideplan.runtime.backend import Backend
 
-# Classes that cross PCIe: on the host they are page-locked.
-COPIED = (TensorClass.WEIGHTS, TensorClass.GRADIENT, TensorClass.BOUNDARY, TensorClass.FEED_FORWARD)
 # Classes whose memory belongs to torch's allocator: autograd's saved tensors and transient results.
 DYNAMIC = (TensorClass.INNER, TensorClass.WORKSPACE)
 
@@ -40,11 +38,13 @@ class Buffers:
         }
         self.slots: dict[str, list[torch.Tensor]] = {}
         self._pools = graph.pools
+        # What crosses PCIe is page-locked on the host.
+        copied = {access.pool for task in graph.tasks if task.lane in (Lane.H2D, Lane.D2H) for access in task.accesses}
         # The device first: what does not fit there fails in milliseconds, not after touching all of RAM.
         for pool in sorted(graph.pools, key=lambda pool: pool.tier is not Tier.GPU):
             if pool.tensor_class in DYNAMIC or not wanted(pool):
                 continue
-            arena = backend.allocate(pool.tier, pool.total_bytes, pool.tensor_class in COPIED)
+            arena = backend.allocate(pool.tier, pool.total_bytes, pool.name in copied)
             self.slots[pool.name] = [self._carve(arena, pool, slot) for slot in range(pool.count)]
             progress(pool)
 

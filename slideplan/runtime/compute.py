@@ -11,7 +11,7 @@ import torch
 from slideplan.plan.graph import Lane, Role, Task, TaskGraph, TaskKind
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Kernels
-from slideplan.plan.slots import loss_chunk_tokens
+from slideplan.plan.pools import loss_chunk_tokens
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.buffers import Buffers, parameter_views
 from slideplan.runtime.data import MicroBatch, TokenWindows

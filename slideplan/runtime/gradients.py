@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from slideplan.plan.model import Parameter
-from slideplan.plan.slots import PRODUCT_BYTES
+from slideplan.plan.pools import PRODUCT_BYTES
 from slideplan.runtime.buffers import padding_views, parameter_views
 
 

@@ -8,7 +8,7 @@ import torch
 
 from slideplan.plan.graph import Role, Task, TaskKind
 from slideplan.plan.policy import Moments
-from slideplan.plan.slots import MOMENT_BLOCK, moment_bytes
+from slideplan.plan.pools import MOMENT_BLOCK, moment_bytes
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.moments8 import update_8bit
@@ -16,14 +16,16 @@ from slideplan.runtime.optimizer import AdamW, HostUpdate
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AdamW, int], None]
 
-# Source and destination of each copy.
+# Sources and destinations of each copy.
 COPIES = {
-    TaskKind.LOAD_WEIGHTS: (Role.HOST_WEIGHTS, Role.WEIGHTS),
-    TaskKind.OFFLOAD_GRADIENT: (Role.GRADIENT, Role.HOST_GRADIENT),
-    TaskKind.OFFLOAD_BOUNDARY: (Role.INPUT, Role.HOST_BOUNDARY),
-    TaskKind.FETCH_BOUNDARY: (Role.HOST_BOUNDARY, Role.INPUT),
-    TaskKind.OFFLOAD_INNER: (Role.FEED_FORWARD, Role.HOST_FEED_FORWARD),
-    TaskKind.FETCH_INNER: (Role.HOST_FEED_FORWARD, Role.FEED_FORWARD),
+    TaskKind.LOAD_WEIGHTS: [(Role.HOST_WEIGHTS, Role.WEIGHTS)],
+    TaskKind.OFFLOAD_GRADIENT: [(Role.GRADIENT, Role.HOST_GRADIENT)],
+    TaskKind.OFFLOAD_BOUNDARY: [(Role.INPUT, Role.HOST_BOUNDARY)],
+    TaskKind.FETCH_BOUNDARY: [(Role.HOST_BOUNDARY, Role.INPUT)],
+    TaskKind.OFFLOAD_INNER: [(Role.FEED_FORWARD, Role.HOST_FEED_FORWARD)],
+    TaskKind.FETCH_INNER: [(Role.HOST_FEED_FORWARD, Role.FEED_FORWARD)],
+    TaskKind.LOAD_STATE: [(Role.HOST_REMAINDER, Role.REMAINDER), (Role.HOST_MOMENTS, Role.MOMENTS)],
+    TaskKind.OFFLOAD_STATE: [(Role.REMAINDER, Role.HOST_REMAINDER), (Role.MOMENTS, Role.HOST_MOMENTS)],
 }
 # Gradient and bf16 weights of each update.
 UPDATES = {
@@ -47,8 +49,8 @@ class Handlers:
     def __call__(self, task: Task, step: int) -> None:
         """Issue one task."""
         if task.kind in COPIES:
-            source, destination = (self._buffers[task.slot(role)] for role in COPIES[task.kind])
-            destination.copy_(source, non_blocking=True)
+            for source, destination in COPIES[task.kind]:
+                self._buffers[task.slot(destination)].copy_(self._buffers[task.slot(source)], non_blocking=True)
         elif task.kind in UPDATES:
             gradient, weights = (self._buffers[task.slot(role)] for role in UPDATES[task.kind])
             remainder, moments = (self._buffers[task.slot(role)] for role in (Role.REMAINDER, Role.MOMENTS))

@@ -60,6 +60,7 @@ class UnitProbe:
             host_gradient_slots=1,
             boundary_slots=0,
             inner_slots=0,
+            state_slots=0,
             gradient_dtype=gradient_dtype,
             kernels=kernels,
             gpu_moments="fp32",

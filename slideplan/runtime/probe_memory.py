@@ -15,7 +15,7 @@ import torch
 from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.machine import Curve, LaunchCost, OptimizerProfile, RatePoint, Spread, SsdProfile, ThreadPoint
 from slideplan.plan.policy import Tier
-from slideplan.plan.slots import UPDATE_STATE_TRAFFIC_BYTES
+from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
 from slideplan.runtime.optimizer import AdamW, HostUpdate

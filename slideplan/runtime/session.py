@@ -87,7 +87,10 @@ class Session:
         task = self._update_task(unit)
         layout = self.plan.model.parameters(self.plan.model.role(unit))
         high = self.buffers[task.slot(UPDATES[task.kind][1])]
-        return parameter_views(high, layout), parameter_views(self.buffers[task.slot(Role.REMAINDER)], layout)
+        # What passes through the GPU for its update lies where its load takes it from.
+        loads = [load for load in self.plan.graph.tasks if load.kind is TaskKind.LOAD_STATE and load.unit == unit]
+        remainder = self.buffers[loads[0].slot(Role.HOST_REMAINDER) if loads else task.slot(Role.REMAINDER)]
+        return parameter_views(high, layout), parameter_views(remainder, layout)
 
     def _place(self, unit: int, source: WeightSource) -> None:
         high, remainder = self._halves(unit)

@@ -25,6 +25,6 @@ def split(master: torch.Tensor, high: torch.Tensor, remainder: torch.Tensor) -> 
 
 
 def join(high: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """The fp32 master of bf16 `high` and int16 `remainder`, as a new tensor."""
+    """The fp32 master of bf16 `high` and int16 `remainder`, as a new tensor where `high` lies."""
     bits = torch.bitwise_left_shift(high.contiguous().view(torch.int16).to(torch.int32), 16)
-    return (bits + remainder.to(torch.int32)).view(torch.float32)
+    return (bits + remainder.to(bits.device, torch.int32)).view(torch.float32)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from slideplan.plan.hf_config import config_of
 from slideplan.plan.model import ModelSpec, Parameter, UnitRole
-from slideplan.plan.slots import PRODUCT_BYTES
+from slideplan.plan.pools import PRODUCT_BYTES
 from slideplan.runtime.buffers import parameter_views
 from slideplan.runtime.gradients import GradientSink, GradientSlot
 from slideplan.runtime.head import Head, NormBackward

@@ -9,7 +9,7 @@ from slideplan.plan.graph import TaskKind
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy
-from slideplan.plan.slots import LOGIT_BYTES, PRODUCT_BYTES, WEIGHT_BYTES, loss_chunk_tokens
+from slideplan.plan.pools import LOGIT_BYTES, PRODUCT_BYTES, WEIGHT_BYTES, loss_chunk_tokens
 from slideplan.simulator.measured import measurements, nearest
 
 EAGER_LOSS_BUFFERS = 3  # logits, log-softmax and gradient of a chunk in fp32

@@ -6,7 +6,7 @@ from slideplan.plan.graph import GRADIENT_KINDS, TaskKind
 from slideplan.plan.machine import Efficiency
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GRADIENT_BYTES, ComputePolicy, GradientDtype, Kernels
-from slideplan.plan.slots import loss_chunk_tokens
+from slideplan.plan.pools import loss_chunk_tokens
 
 # Memory traffic of an eager layer beside its matrix products, in units of the activations it saves:
 # every saved tensor is written once and read by the next operation, and half of them pass through

@@ -208,7 +208,7 @@ def test_checkpoint_interval_runs_all_but_the_last_layer_of_a_block_again():
         ({"staging": "per_load"}, "policy.master split does not go with staging per_load"),
         (
             {"step_barrier": True, "resident_state": (1,)},
-            "policy.step_barrier: needs all state on the host, that of unit 1 is not",
+            "policy.step_barrier: needs all state on the host and updated there, that of unit 1 is not",
         ),
         ({"checkpoint_interval": 0}, "policy.checkpoint_interval is 0"),
         ({"checkpoint_interval": 2, "offload_boundaries": True}, "needs all boundary activations on the gpu"),

@@ -66,21 +66,23 @@ def test_ledger_adds_up_to_the_pools(case: Case):
 
 @given(cases())
 def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
-    """Remainder and moments 10, and 2 of bf16 weights on the tier that updates them; moments of 8 bits there 6 fewer."""
+    """Remainder and moments 10, and 2 of bf16 weights on the tier that updates them; moments of 8 bits there 6 fewer.
+
+    State that passes through the GPU has slots there as well, and none of the host's weights.
+    """
     model, policy = case.model, case.policy
     items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in (Tier.GPU, Tier.HOST)}
-    elements = {
-        tier: sum(model.flat_elements(model.role(u)) for u in range(model.units) if policy.units[u].state is tier)
-        for tier in items
-    }
+
+    def size(unit: int) -> int:
+        elements = model.flat_elements(model.role(unit))
+        lossy = policy.gpu_moments == "8bit" and not policy.units[unit].updated_on_host
+        return 4 * elements + 8 * -(-elements // 256) if lossy else 10 * elements
+
     for tier, pools in items.items():
-        state = sum(size for name, size in pools.items() if ".moments." in name or ".remainder." in name)
-        lossy = tier is Tier.GPU and policy.gpu_moments == "8bit"
-        scales = sum(
-            8 * -(-model.flat_elements(model.role(unit)) // 256)
-            for unit in range(model.units)
-            if lossy and policy.units[unit].state is tier
-        )
-        assert state == (4 if lossy else 10) * elements[tier] + scales
-    weights = sum(size for name, size in items[Tier.HOST].items() if ".weights." in name)
-    assert weights == 2 * elements[Tier.HOST]
+        state = sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name)
+        passing = [unit for unit in range(model.units) if policy.units[unit].streams_state]
+        slots = policy.state_slots * size(passing[0]) if passing and tier is Tier.GPU else 0
+        assert state == slots + sum(size(unit) for unit in range(model.units) if policy.units[unit].state is tier)
+    weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)
+    updated_there = [model.role(unit) for unit in range(model.units) if policy.units[unit].updated_on_host]
+    assert weights == 2 * sum(map(model.flat_elements, updated_there))

@@ -62,7 +62,10 @@ def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
     assert backward == [(unit, micro) for unit in reversed(range(model.units)) for micro in micros]
     assert tuple(task.unit for task in by_kind(graph, TaskKind.UPDATE_HOST)) == policy.update_order
     on_gpu = {task.unit for task in by_kind(graph, TaskKind.UPDATE_GPU)}
-    assert on_gpu == {unit for unit in range(model.units) if policy.units[unit].state is Tier.GPU}
+    assert on_gpu == {unit for unit in range(model.units) if not policy.units[unit].updated_on_host}
+    passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]
+    assert [task.unit for task in by_kind(graph, TaskKind.LOAD_STATE)] == passing
+    assert [task.unit for task in by_kind(graph, TaskKind.OFFLOAD_STATE)] == passing
 
 
 @given(cases())

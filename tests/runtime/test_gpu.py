@@ -33,6 +33,8 @@ POLICIES = {
     "resident state": {"resident_state": (0, 1, 2)},
     "nothing offloaded": {"resident_state": (0, 1, 2, 3, 4, 5), "keep": (1, 2, 3, 4)},
     "updates in order of need": {"update_order": (0, 1, 2, 3, 4, 5)},
+    "state passing through": {"resident_state": (0, 1), "stream_state": (2, 3)},
+    "all of it through one slot": {"stream_state": (1, 2, 3, 4), "state_slots": 1, "gradient_slots": 1},
 }
 OFFLOADED = {
     "inner activations on the host": {"offload_inner": (2, 3), "keep": (4,)},

@@ -21,9 +21,10 @@ MODEL = tiny_model(layers=3)
 POLICIES = {
     "streamed": {},
     "boundaries on the host": {"offload_boundaries": True, "boundary_slots": 3},
-    "hybrid": {"resident_state": (1, 4), "keep": (3,), "offload_boundaries": True},
+    "hybrid": {"resident_state": (1, 4), "stream_state": (2,), "keep": (3,), "offload_boundaries": True},
     "next need": {"update_order": (0, 1, 2, 3, 4), "window": 3},
     "inner activations on the host": {"kernels": "fused", "offload_inner": (1, 2), "keep": (3,)},
+    "state passing through": {"stream_state": (1, 2, 3), "state_slots": 2, "gradient_slots": 1},
     "fused": {"kernels": "fused", "resident_state": (1,), "keep": (3,), "offload_boundaries": True},
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from running import elementary_adamw
-from slideplan.plan.slots import moment_bytes
+from slideplan.plan.pools import moment_bytes
 from slideplan.runtime.handlers import compile_gpu_update, gpu_update
 from slideplan.runtime.moments8 import decode, encode, noise, update_8bit
 from slideplan.runtime.optimizer import (

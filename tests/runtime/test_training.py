@@ -48,7 +48,16 @@ POLICIES = {
     "resident state": {"resident_state": (0, 1, 2)},
     "nothing offloaded": {"resident_state": (0, 1, 2, 3, 4, 5), "keep": (1, 2, 3, 4)},
     "updates in order of need": {"update_order": (0, 1, 2, 3, 4, 5)},
-    "mixed": {"resident_state": (5,), "resident_weights": (1,), "keep": (4,), "offload_boundaries": True, "window": 3},
+    "state passing through": {"resident_state": (0, 1), "stream_state": (2, 3)},
+    "all of it through one slot": {"stream_state": (1, 2, 3, 4), "state_slots": 1, "gradient_slots": 1},
+    "mixed": {
+        "resident_state": (5,),
+        "resident_weights": (1,),
+        "stream_state": (2,),
+        "keep": (4,),
+        "offload_boundaries": True,
+        "window": 2,
+    },
 }
 # What eager kernels cannot.
 FUSED_POLICIES = POLICIES | {

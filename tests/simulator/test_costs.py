@@ -12,8 +12,8 @@ from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Policy
+from slideplan.plan.pools import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
 from slideplan.plan.quantities import MIB
-from slideplan.plan.slots import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
 from slideplan.simulator import Resource, TaskCost, capacities, footprint, price
 from slideplan.simulator.formulas import attention_ns, compute_ns
 

@@ -32,8 +32,10 @@ to reports/validation-MACHINE-DATE/.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +69,7 @@ RESERVE_BYTES_PER_S = 4 * GIB
 # As fine-tuning has it: at 1e-4 random weights diverge within three steps (losses of 17).
 LEARNING_RATE = "1e-5"
 REPORT_S = 15.0  # kept for the report at the end of the budget
+EXIT_INTERRUPTED = 130
 ATTEMPTS = 2  # of a run during which the campaign itself was killed
 ERROR_LINES, ERROR_CHARACTERS = 4, 800
 
@@ -113,17 +116,29 @@ class Ended(NamedTuple):
     said: str
 
 
+_PR_SET_PDEATHSIG = 1
 Launch = Callable[[list[str], float], Ended]  # arguments of `runtime`, seconds that it may take
 
 
 def launch_process(arguments: list[str], limit_s: float) -> Ended:
-    """`runtime` in a process of its own: memory counters start from nothing, and its end is not ours."""
+    """`runtime` in a process of its own: memory counters start from nothing, and its end is not ours.
+
+    If this process ends before, so does that one: it would disturb the runs of whoever goes on.
+    """
     command = [sys.executable, "-m", "slideplan.runtime", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False, preexec_fn=_end_with_parent
+        )
     except subprocess.TimeoutExpired:
         return Ended(None, f"stopped after {limit_s:.0f} s")
     return Ended(done.returncode, done.stderr)
+
+
+def _end_with_parent() -> None:
+    """Linux ends this process when the one that started it is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_all(folder: CampaignFolder, manifest: Manifest, deadline: float, launch: Launch = launch_process) -> None:
@@ -221,6 +236,10 @@ def start(folder: CampaignFolder, options: argparse.Namespace) -> Manifest:
     """Measure or read the profile, draw all runs and write them down. Raises ValueError for what cannot be."""
     if folder.manifest_file.exists():
         raise ValueError(f"{folder.path}: holds a campaign already; go on with --resume {folder.path}")
+    if options.profile is not None and options.kernels:
+        raise ValueError(f"--kernels is for a profile to be measured; {options.profile} says what it was measured with")
+    if options.runs_per_config < 1 or options.configurations < 1:
+        raise ValueError("--configurations and --runs-per-config must be at least 1")
     memories = [None if text == "all" else parse_bytes(text) for text in options.gpu_memory]
     if options.profile is not None:
         save(folder.profile_file, find_machine(str(options.profile)))
@@ -321,8 +340,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))  # the run in progress ends, too
     try:
         main()
+    except KeyboardInterrupt:
+        print("campaign: interrupted; go on with --resume", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except ValueError as error:
         print(f"campaign: {error}", file=sys.stderr)
         sys.exit(2)

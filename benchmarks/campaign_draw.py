@@ -28,6 +28,7 @@ from slideplan.planner.kernels import faster_kernels
 from slideplan.planner.machines import with_budget
 from slideplan.planner.search import search
 from slideplan.planner.shortfall import DoesNotFit
+from slideplan.planner.space import state_chunks
 from slideplan.simulator import footprint, predict
 
 MICRO_BATCHES = 16  # at most: more make graphs of thousands of tasks that show nothing new
@@ -220,7 +221,8 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         host_gradient_slots=min(host_layers, waiting_gradients(model, order) + random.randint(0, 2)),
         boundary_slots=micro_batches + random.randint(1, 4) if offloaded else 0,
         inner_slots=random.randint(1, 4) if away else 0,
-        state_slots=random.randint(1, 3) if passing else 0,
+        state_slots=random.randint(1, 6) if passing else 0,
+        state_chunks=state_chunks(model) if passing else 0,
         gradient_dtype=random.choice(["bf16", "fp32"]),
         kernels=kernels,
         gpu_moments="fp32",

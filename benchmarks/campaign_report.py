@@ -215,6 +215,8 @@ def _status(folder: CampaignFolder, entry: Entry) -> str | None:
 
 def _result(folder: CampaignFolder, entry: Entry) -> RunResult:
     comparison, measurement, plan = folder.comparison(entry), folder.measurement(entry), folder.plan(entry)
+    if plan.policy != entry.policy or comparison.step.measured != measurement.record.step_ns:
+        raise ValueError(f"{folder.run_folder(entry)}: holds the files of another run; delete it and go on with --resume")
     outcome = folder.outcome(entry)
     assert outcome is not None, "only finished runs have results"
     return RunResult(

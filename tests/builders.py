@@ -91,6 +91,7 @@ def tiny_policy(
         "boundary_slots": micro_batches + 2 if any(unit.boundary is Tier.HOST for unit in units) else 0,
         "inner_slots": 2 if offload_inner else 0,
         "state_slots": 2 if stream_state else 0,
+        "state_chunks": 3 if stream_state else 0,
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
         "gpu_moments": "fp32",

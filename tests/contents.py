@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import UNSET
+
 from slideplan.plan.graph import Lane, Role, Task, TaskGraph, TaskKind
 from slideplan.plan.model import ModelSpec
 
@@ -22,6 +24,7 @@ class Contents:
         self.model = model
         self.micros = range(micro_batches)
         self.slots: dict[tuple[str, int], Any] = {}
+        self.chunks = 1 + max((task.chunk for task in graph.tasks if task.chunk is not UNSET), default=0)
         self.clips = any(task.kind is TaskKind.CLIP_GRADIENT for task in graph.tasks)
         for task in graph.tasks:
             if task.kind in (TaskKind.UPDATE_HOST, TaskKind.UPDATE_GPU):
@@ -30,7 +33,9 @@ class Contents:
                 self.slots[task.slot(self._master(task))] = ("weights", task.unit, 0)
             elif task.kind is TaskKind.LOAD_STATE:
                 for on_host, role in HOST_STATE.items():
-                    self.slots[task.slot(on_host)] = (role, task.unit, 0)
+                    self.slots[task.slot(on_host)] = (role, task.unit, task.chunk, 0)
+            elif task.kind is TaskKind.UPDATE_PASSING:
+                self.slots[task.slot(Role.WEIGHTS)] = ("weights", task.unit, 0)
             elif task.kind is TaskKind.REFRESH_WEIGHTS:
                 self.slots[task.slot(Role.HOST_WEIGHTS)] = ("weights", task.unit, 0)
             if task.has(Role.BARRIER):
@@ -94,12 +99,21 @@ class Contents:
             self._put(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
         elif task.kind is TaskKind.LOAD_STATE:
             for on_host, role in HOST_STATE.items():
-                self._find(task, on_host, (role, unit, step))
-                self._put(task, role, (role, unit, step))
+                self._find(task, on_host, (role, unit, task.chunk, step))
+                self._put(task, role, (role, unit, task.chunk, step))
+        elif task.kind is TaskKind.UPDATE_PASSING:
+            self._find(task, Role.GRADIENT, self._whole_gradient(unit, step))
+            for role in HOST_STATE.values():
+                self._find(task, role, (role, unit, task.chunk, step))
+                self._put(task, role, (role, unit, task.chunk, step + 1))
+            # Its chunks are updated one after the other.
+            self._find(task, Role.WEIGHTS, ("weights", unit, step) if not task.chunk else ("partly", unit, task.chunk, step))
+            last = task.chunk == self.chunks - 1
+            self._put(task, Role.WEIGHTS, ("weights", unit, step + 1) if last else ("partly", unit, task.chunk + 1, step))
         elif task.kind is TaskKind.OFFLOAD_STATE:
             for on_host, role in HOST_STATE.items():
-                self._find(task, role, (role, unit, step + 1))
-                self._put(task, on_host, (role, unit, step + 1))
+                self._find(task, role, (role, unit, task.chunk, step + 1))
+                self._put(task, on_host, (role, unit, task.chunk, step + 1))
         elif task.kind is TaskKind.OFFLOAD_GRADIENT:
             self._find(task, Role.GRADIENT, self._whole_gradient(unit, step))
             self._put(task, Role.HOST_GRADIENT, self._whole_gradient(unit, step))

@@ -71,7 +71,7 @@ def derive(tasks: list[Task], graph: TaskGraph) -> tuple[Task, ...]:
 def _with(task: Task, dependencies: tuple[Dependency, ...]) -> Task:
     return Task(
         name=task.name, kind=task.kind, unit=task.unit, micro=task.micro, bytes_moved=task.bytes_moved,
-        flops=task.flops, accesses=task.accesses, dependencies=dependencies, fifo=task.fifo,
+        flops=task.flops, accesses=task.accesses, dependencies=dependencies, fifo=task.fifo, chunk=task.chunk,
     )  # fmt: skip
 
 

@@ -41,10 +41,11 @@ class TaskKind(StrEnum):
     OFFLOAD_INNER = "offload_inner"  # the feed-forward's two wide products
     FETCH_INNER = "fetch_inner"
     OFFLOAD_GRADIENT = "offload_gradient"
-    LOAD_STATE = "load_state"  # of a unit whose state lies on the host and is updated on the GPU
+    LOAD_STATE = "load_state"  # a chunk of a unit's that lies on the host and is updated on the GPU
     OFFLOAD_STATE = "offload_state"
     UPDATE_HOST = "update_host"
     UPDATE_GPU = "update_gpu"
+    UPDATE_PASSING = "update_passing"  # on the GPU, a chunk whose state passes through
     CAST_WEIGHTS = "cast_weights"  # from the fp32 master into the staging buffer of a load
     CLIP_GRADIENT = "clip_gradient"  # read for the global norm, read and written for the scaling
     REFRESH_WEIGHTS = "refresh_weights"  # from the updated master into the bf16 copy that loads read
@@ -66,6 +67,7 @@ LANE_OF = {
     TaskKind.OFFLOAD_STATE: Lane.D2H,
     TaskKind.UPDATE_HOST: Lane.HOST_UPDATE,
     TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
+    TaskKind.UPDATE_PASSING: Lane.GPU_UPDATE,
     TaskKind.CAST_WEIGHTS: Lane.HOST_CAST,
     TaskKind.CLIP_GRADIENT: Lane.HOST_UPDATE,
     TaskKind.REFRESH_WEIGHTS: Lane.HOST_UPDATE,
@@ -155,6 +157,7 @@ class Task(Spec, frozen=True):
     accesses:     slots it reads and writes
     dependencies: at most one per other lane; order within its own lane is the lane's
     fifo:         lane that it shares with other kinds, where that is not its kind's own
+    chunk:        number of the chunk of the unit, where the task serves one
     """
 
     name: str
@@ -166,6 +169,7 @@ class Task(Spec, frozen=True):
     accesses: tuple[Access, ...]
     dependencies: tuple[Dependency, ...] = ()
     fifo: Lane | UnsetType = UNSET
+    chunk: int | UnsetType = UNSET
 
     @property
     def lane(self) -> Lane:

@@ -22,6 +22,7 @@ class Action(NamedTuple):
     kind: TaskKind
     unit: int
     micro: int | None = None
+    chunk: int | None = None
 
 
 class Visit(NamedTuple):
@@ -116,8 +117,8 @@ def with_transfers(
 
     Loads stand `prefetch_depth` visits ahead of the visit that needs them, each behind its cast where
     there is one; fetches of activations as far ahead as their GPU slots allow.
-    Gradients leave after a unit's last backward. State that passes through the GPU comes as many updates ahead
-    as there are slots for it, from the first loss on, and leaves after its update. A host update stands after
+    Gradients leave after a unit's last backward. State that passes through the GPU comes as many chunks ahead as
+    there are slots for it, from the first loss on, and leaves after its update. A host update stands after
     its gradient's arrival and after the updates before it in `update_order`; with clipping, after all
     gradients' clipping.
     """
@@ -140,9 +141,10 @@ def with_transfers(
     first_loss = next(place for place, action in enumerate(actions) if action.kind is TaskKind.LOSS)
     for issue, fetch in _fetches(model, policy, actions, first_loss):
         before[issue].append(fetch)
-    states = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]  # as gradients are made
-    before[first_loss] += [Action(TaskKind.LOAD_STATE, unit) for unit in states[: policy.state_slots]]
-    next_states = iter(states[policy.state_slots :])
+    passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]  # as gradients are made
+    chunks = range(policy.state_chunks)
+    states = iter([Action(TaskKind.LOAD_STATE, unit, chunk=chunk) for unit in passing for chunk in chunks])
+    before[first_loss] += islice(states, policy.state_slots)
 
     issued: list[Action] = []
     waiting_updates = list(policy.update_order)
@@ -157,11 +159,13 @@ def with_transfers(
             issued.append(Action(TaskKind.OFFLOAD_INNER, action.unit, action.micro))
         if place < first_loss or place != last_action[action.unit]:
             continue
-        if not policy.units[action.unit].updated_on_host:
+        if policy.units[action.unit].state is Tier.GPU:
             issued.append(Action(TaskKind.UPDATE_GPU, action.unit))
-            if policy.units[action.unit].streams_state:
-                issued.append(Action(TaskKind.OFFLOAD_STATE, action.unit))
-                issued += [Action(TaskKind.LOAD_STATE, unit) for unit in islice(next_states, 1)]
+            continue
+        if policy.units[action.unit].streams_state:
+            for chunk in chunks:
+                issued += [Action(kind, action.unit, chunk=chunk) for kind in (TaskKind.UPDATE_PASSING, TaskKind.OFFLOAD_STATE)]
+                issued += islice(states, 1)
             continue
         issued.append(Action(TaskKind.OFFLOAD_GRADIENT, action.unit))
         arrived.add(action.unit)

@@ -18,6 +18,7 @@ GradientDtype = Literal["bf16", "fp32"]
 GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
 
+STATE_BLOCK = 256  # elements of state that are never cut: moments of 8 bits share scales
 MOST_SLOTS = 4  # of a kind, per unit and micro-batch
 
 
@@ -117,7 +118,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     host_gradient_slots: host gradient slots shared by the layers that the host updates
     boundary_slots:      GPU slots shared by the boundary activations that wait on the host
     inner_slots:         GPU slots shared by the inner activations that wait on the host
-    state_slots:         GPU slots shared by the state that passes through
+    state_slots:         GPU slots shared by the chunks of state that pass through
+    state_chunks:        chunks of a layer's state, each of which comes, is updated and leaves by itself
     gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
     kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
                          kernels, which keep less and write weight gradients where they belong. "graphed": the
@@ -155,6 +157,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     boundary_slots: int
     inner_slots: int
     state_slots: int
+    state_chunks: int
     gradient_dtype: GradientDtype
     kernels: Kernels
     gpu_moments: Moments
@@ -258,7 +261,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     def _check_slots(self, model: ModelSpec) -> None:
         # More slots than anything could use would only take memory, and lowering lists them all.
         most = MOST_SLOTS * model.units * self.micro_batches
-        for knob in ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots"):
+        for knob in _SHARED_SLOTS:
             if getattr(self, knob) > most:
                 raise ValueError(f"policy.{knob} is {getattr(self, knob)}, more than could be used; take at most {most}")
         on_host = [unit for unit in range(model.units) if self.units[unit].updated_on_host]
@@ -301,11 +304,20 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         for knob, count, wanted, what in (
             ("inner_slots", self.inner_slots, inner, "inner activations of a unit are to be offloaded"),
             ("state_slots", self.state_slots, state, "state of a unit is to pass through the GPU"),
+            ("state_chunks", self.state_chunks, state, "state of a unit is to pass through the GPU"),
         ):
             if wanted != (count > 0) or count < 0:
                 raise ValueError(f"policy.{knob} is {count}; it must be 1 or more where {what}, and 0 otherwise")
+        blocks = -(-model.flat_elements(UnitRole.LAYER) // STATE_BLOCK)
+        if state and -(-blocks // -(-blocks // self.state_chunks)) != self.state_chunks:
+            raise ValueError(
+                f"policy.state_chunks is {self.state_chunks}: {blocks} blocks of a layer cannot be cut into as many"
+            )
 
 
+_SHARED_SLOTS = (
+    "window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots", "state_chunks",
+)  # fmt: skip
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (
     ("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update"),

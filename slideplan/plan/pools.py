@@ -5,11 +5,11 @@ from __future__ import annotations
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import SlotPool, TensorClass
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import Kernels, Moments, Policy, Tier, Workload
+from slideplan.plan.policy import STATE_BLOCK, Kernels, Moments, Policy, Tier, Workload
 from slideplan.plan.quantities import MIB
 
 MOMENT_BYTES = 8  # fp32 m and v per element
-MOMENT_BLOCK = 256  # elements that share scales where moments have 8 bits
+MOMENT_BLOCK = STATE_BLOCK  # elements that share scales where moments have 8 bits
 REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
 WEIGHT_BYTES = 2  # bf16 high half
 # All of a master weight, by format: the split one is weight and remainder.
@@ -23,6 +23,11 @@ UPDATE_STATE_TRAFFIC_BYTES = 2 * (MASTER_BYTES["split"] + MOMENT_BYTES)
 def moment_bytes(elements: int, moments: Moments) -> int:
     """Both moments of a unit: in fp32; or in 8 bits each, with an fp32 scale of each for every block."""
     return MOMENT_BYTES * elements if moments == "fp32" else 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
+
+
+def chunk_elements(elements: int, chunks: int) -> int:
+    """Elements of each chunk of a unit but the last, which may have fewer: of whole blocks, so that none is cut."""
+    return -(-elements // (chunks * MOMENT_BLOCK)) * MOMENT_BLOCK
 
 
 # The head computes its loss in chunks of tokens whose logits (in fp32, fused: in bf16) stay within this, so that
@@ -108,14 +113,19 @@ class PoolLayout:
         self._make_activation_pools()
 
     def _make_state_pools(self) -> None:
-        """State that passes through the GPU: its place on the host, apart from what no copy touches, and its slots."""
-        elements, policy = self.model.flat_elements(UnitRole.LAYER), self.policy
+        """State that passes through the GPU: its chunks on the host, apart from what no copy touches, and its slots."""
+        policy = self.policy
         passing = [unit for unit in range(self.model.units) if policy.units[unit].streams_state]
+        if not passing:
+            return
+        elements = chunk_elements(self.model.flat_elements(UnitRole.LAYER), policy.state_chunks)
         for tensor, tensor_class, size_bytes in (
             ("remainder", TensorClass.REMAINDER, REMAINDER_BYTES * elements),
             ("moments", _MOMENTS[policy.gpu_moments], moment_bytes(elements, policy.gpu_moments)),
         ):
-            self._add_pool(f"host.{tensor}.passing", Tier.HOST, tensor_class, size_bytes, passing)
+            name, count = f"host.{tensor}.passing", policy.state_chunks
+            self._add_shared(name, Tier.HOST, tensor_class, size_bytes, len(passing) * count)
+            self.rank.update({(name, unit): place * count for place, unit in enumerate(passing)})
             self._add_shared(f"gpu.{tensor}.passing", Tier.GPU, tensor_class, size_bytes, policy.state_slots)
 
     def _add_gradients(self, role: UnitRole, elements: int, on_host: int) -> None:

@@ -23,6 +23,7 @@ from slideplan.plan.pools import (
     REMAINDER_BYTES,
     WEIGHT_BYTES,
     PoolLayout,
+    chunk_elements,
     moment_bytes,
 )
 
@@ -65,7 +66,7 @@ class SlotAssignment:
         self._boundary: dict[tuple[int, int], int] = {}
         self._boundary_users: dict[tuple[int, int], int] = {}
         self._feed_forward: dict[tuple[int, int], int] = {}
-        self._passing: dict[int, int] = {}  # unit -> slot of its state
+        self._passing: dict[tuple[int, int], int] = {}  # unit, chunk -> slot of its state
         self._loads: dict[int, int] = {}
         self._ran: set[tuple[int, int]] = set()  # unit, micro-batch: forward once already
         self._loading = False  # whether the step's first cast or load was seen
@@ -77,8 +78,9 @@ class SlotAssignment:
                 if window.load:
                     self._window_loads.setdefault(window.unit, deque()).append(window.slot)
 
-    def _own(self, role: Role, pool: str, unit: int, mode: Literal["r", "w", "rw"], micro: int = 0) -> Access:
-        return Access(role=role, pool=pool, slot=self._layout.rank[pool, unit] + micro, mode=mode)
+    def _own(self, role: Role, pool: str, unit: int, mode: Literal["r", "w", "rw"], part: int = 0) -> Access:
+        """A slot of the unit's own; `part`: which of several, for micro-batches or chunks."""
+        return Access(role=role, pool=pool, slot=self._layout.rank[pool, unit] + part, mode=mode)
 
     # -- slots of each tensor class ------------------------------------------------------------
 
@@ -108,14 +110,16 @@ class SlotAssignment:
                 self._boundary_ring.give_back(self._boundary.pop(key))
         return Access(role=role, pool="gpu.boundary.cycle", slot=slot, mode=mode)
 
-    def _gradient_access(self, unit: int, mode: Literal["r", "w", "rw"], role: Role = Role.GRADIENT) -> Access:
+    def _gradient_access(
+        self, unit: int, mode: Literal["r", "w", "rw"], role: Role = Role.GRADIENT, last: bool = True
+    ) -> Access:
         unit_role = self.model.role(unit)
         if self._layout.gradient_ring_of(unit_role) is None:
             return Access(role=role, pool=f"gpu.gradient.{unit_role}", slot=0, mode=mode)
         if mode == "w":
             self._gradient[unit] = self._gradient_ring.take()
         slot = self._gradient[unit]
-        if mode == "r":
+        if mode == "r" and last:
             self._gradient_ring.give_back(self._gradient.pop(unit))
         return Access(role=role, pool=self._gradient_ring.pool, slot=slot, mode=mode)
 
@@ -169,25 +173,25 @@ class SlotAssignment:
             self._inner_ring.give_back(slot)
         return Access(role=Role.FEED_FORWARD, pool=self._inner_ring.pool, slot=slot, mode=mode)
 
-    def _passing_state(self, kind: TaskKind, unit: int) -> list[Access]:
-        """Slots on the GPU of state that passes through: taken by its load, given back by its way out."""
+    def _passing_state(self, kind: TaskKind, unit: int, chunk: int) -> list[Access]:
+        """Slots on the GPU of a chunk of state that passes through: taken by its load, given back by its way out."""
         if kind is TaskKind.LOAD_STATE:
-            self._passing[unit] = self._state_ring.take()
-        slot = self._passing[unit]
+            self._passing[unit, chunk] = self._state_ring.take()
+        slot = self._passing[unit, chunk]
         mode: Literal["r", "w", "rw"] = "w" if kind is TaskKind.LOAD_STATE else "rw"
         if kind is TaskKind.OFFLOAD_STATE:
-            self._state_ring.give_back(self._passing.pop(unit))
+            self._state_ring.give_back(self._passing.pop((unit, chunk)))
             mode = "r"
         return [
             Access(role=Role.REMAINDER, pool="gpu.remainder.passing", slot=slot, mode=mode),
             Access(role=Role.MOMENTS, pool="gpu.moments.passing", slot=slot, mode=mode),
         ]
 
-    def _state_on_host(self, unit: int, mode: Literal["r", "w"]) -> list[Access]:
-        """Where state that passes through the GPU lies on the host."""
+    def _state_on_host(self, unit: int, chunk: int, mode: Literal["r", "w"]) -> list[Access]:
+        """Where a chunk of state that passes through the GPU lies on the host."""
         return [
-            self._own(Role.HOST_REMAINDER, "host.remainder.passing", unit, mode),
-            self._own(Role.HOST_MOMENTS, "host.moments.passing", unit, mode),
+            self._own(Role.HOST_REMAINDER, "host.remainder.passing", unit, mode, chunk),
+            self._own(Role.HOST_MOMENTS, "host.moments.passing", unit, mode, chunk),
         ]
 
     def _state(self, tier: Tier, unit: int) -> list[Access]:
@@ -201,7 +205,7 @@ class SlotAssignment:
 
     def task(self, action: Action) -> Task:
         """The action with its slots; to be called once per action, in issue order."""
-        kind, unit, micro = action
+        kind, unit, micro, chunk = action
         model = self.model
         role = model.role(unit)
         elements = model.flat_elements(role)
@@ -225,15 +229,12 @@ class SlotAssignment:
             accesses = [self._host_gradient_access(unit, "r"), *self._state(Tier.HOST, unit), self._master(unit, "rw")]
             bytes_moved = 2 * (MASTER_BYTES[self.policy.master] + MOMENT_BYTES) * elements + gradient_bytes
         elif kind is TaskKind.UPDATE_GPU:
-            passes = self.policy.units[unit].streams_state
-            state = self._passing_state(kind, unit) if passes else self._state(Tier.GPU, unit)
-            accesses = [self._gradient_access(unit, "r"), *state, self._weights(unit, "rw")]
+            accesses = [self._gradient_access(unit, "r"), *self._state(Tier.GPU, unit), self._weights(unit, "rw")]
             state_bytes = MASTER_BYTES["split"] * elements + moment_bytes(elements, self.policy.gpu_moments)
             bytes_moved = 2 * state_bytes + gradient_bytes
-        elif kind in (TaskKind.LOAD_STATE, TaskKind.OFFLOAD_STATE):
-            on_host = self._state_on_host(unit, "r" if kind is TaskKind.LOAD_STATE else "w")
-            accesses = [*on_host, *self._passing_state(kind, unit)]
-            bytes_moved = REMAINDER_BYTES * elements + moment_bytes(elements, self.policy.gpu_moments)
+        elif chunk is not None:
+            accesses, bytes_moved = self._chunk_of_state(kind, unit, chunk)
+            name += f"/chunk{chunk}"
         elif kind is TaskKind.OFFLOAD_GRADIENT:
             accesses = [self._gradient_access(unit, "r"), self._host_gradient_access(unit, "w")]
             bytes_moved = gradient_bytes
@@ -252,7 +253,21 @@ class SlotAssignment:
             name=name, kind=kind, unit=unit, micro=micro, bytes_moved=bytes_moved, flops=flops,
             accesses=(*accesses, *self._barrier(kind, unit)),
             fifo=Lane.COPY if copies and self.policy.copy_lanes == "shared" else UNSET,
+            chunk=UNSET if chunk is None else chunk,
         )  # fmt: skip
+
+    def _chunk_of_state(self, kind: TaskKind, unit: int, chunk: int) -> tuple[list[Access], int]:
+        """Slots and bytes of a chunk whose state passes through the GPU: of its copies, and of its update there."""
+        policy, elements = self.policy, self.model.flat_elements(UnitRole.LAYER)
+        size = chunk_elements(elements, policy.state_chunks)
+        state = self._passing_state(kind, unit, chunk)
+        if kind is not TaskKind.UPDATE_PASSING:
+            on_host = self._state_on_host(unit, chunk, "r" if kind is TaskKind.LOAD_STATE else "w")
+            return [*on_host, *state], REMAINDER_BYTES * size + moment_bytes(size, policy.gpu_moments)
+        size = min(size, elements - chunk * size)
+        gradient = self._gradient_access(unit, "r", last=chunk == policy.state_chunks - 1)
+        moved = 2 * (MASTER_BYTES["split"] * size + moment_bytes(size, policy.gpu_moments))
+        return [gradient, *state, self._weights(unit, "rw")], moved + policy.gradient_element_bytes * size
 
     def _activation_copy(self, kind: TaskKind, unit: int, micro: int) -> tuple[list[Access], int]:
         """Slots and bytes of a copy of activations between GPU and host."""

@@ -61,6 +61,7 @@ def front(searchers: Sequence[Searcher], machine: MachineProfile) -> tuple[Front
         ): None
         for searcher in searchers
         for sample in searcher.samples.values()
+        if searcher.builder.may_choose(sample.candidate)
     }
     order = sorted(points, key=lambda point: (-point.tokens_per_s, point.host_bytes, point.gpu_bytes, point.policy))
     kept: list[FrontPoint] = []

@@ -20,7 +20,8 @@ from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, Moments, Workload
 from slideplan.planner.candidate import Candidate
-from slideplan.simulator import Resource, capacities, price, resource_time
+from slideplan.planner.space import state_chunks
+from slideplan.simulator import Resource, TaskCost, capacities, price, resource_time
 
 LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one
 
@@ -62,17 +63,28 @@ def durations(
         weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED - away,
         offloaded_inner=away, inner_slots=away, gpu_moments=gpu_moments,
     )  # fmt: skip
-    passing = msgspec.structs.replace(resident, state_layers=0, streamed_state=LAYERS_PRICED, state_slots=1)
+    passing = msgspec.structs.replace(
+        resident, state_layers=0, streamed_state=LAYERS_PRICED, state_slots=1, state_chunks=state_chunks(model)
+    )
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
     offered = capacities(machine)
     found = Durations({}, {}, offered)
     for candidate in (streamed, resident, passing):
         graph = lower(short, candidate.policy(short), workload, footprint)
+        of_units: dict[tuple[Way, int, int | None], list[TaskCost]] = {}
         for task, cost in zip(graph.tasks, price(graph, short, work, seq_len, machine), strict=True):
-            key = task.kind, short.role(task.unit), task.accumulates
-            if cost.duration_ns <= found.time_ns.get(key, cost.duration_ns):
-                found.time_ns[key] = cost.duration_ns
-                found.work[key] = {r: min(rate, offered[r]) * cost.duration_ns for r, rate in cost.demand.items()}
+            # What is done in chunks counts as a whole.
+            part = None if task.kind in _STATE_PASSAGE else len(of_units)
+            way = task.kind, short.role(task.unit), task.accumulates
+            of_units.setdefault((way, task.unit, part), []).append(cost)
+        for (way, *_), costs in of_units.items():
+            duration_ns = sum(cost.duration_ns for cost in costs)
+            if duration_ns <= found.time_ns.get(way, duration_ns):
+                found.time_ns[way] = duration_ns
+                found.work[way] = {
+                    resource: sum(min(cost.demand[resource], offered[resource]) * cost.duration_ns for cost in costs)
+                    for resource in costs[0].demand
+                }
     return found
 
 
@@ -93,6 +105,7 @@ class Bound(Spec, frozen=True):
 
 
 _INNER_COPIES = (TaskKind.OFFLOAD_INNER, TaskKind.FETCH_INNER)
+_STATE_PASSAGE = (TaskKind.LOAD_STATE, TaskKind.UPDATE_PASSING, TaskKind.OFFLOAD_STATE)
 _LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
 
 
@@ -194,15 +207,14 @@ class BoundModel:
             (TaskKind.UPDATE_HOST, UnitRole.LAYER): hosted,
             (TaskKind.UPDATE_HOST, UnitRole.EMBEDDING): embedding,
             (TaskKind.UPDATE_HOST, UnitRole.HEAD): head,
-            (TaskKind.UPDATE_GPU, UnitRole.LAYER): layers - hosted,
+            (TaskKind.UPDATE_GPU, UnitRole.LAYER): candidate.state_layers,
             (TaskKind.UPDATE_GPU, UnitRole.EMBEDDING): 1 - embedding,
             (TaskKind.UPDATE_GPU, UnitRole.HEAD): 1 - head,
             # What leaves is the embedding's output and the layers', all of one size.
             (TaskKind.OFFLOAD_BOUNDARY, UnitRole.LAYER): moved,
             (TaskKind.FETCH_BOUNDARY, UnitRole.LAYER): moved,
             **({(kind, UnitRole.LAYER): away * micros for kind in _INNER_COPIES} if away else {}),
-            (TaskKind.LOAD_STATE, UnitRole.LAYER): candidate.streamed_state,
-            (TaskKind.OFFLOAD_STATE, UnitRole.LAYER): candidate.streamed_state,
+            **{(kind, UnitRole.LAYER): candidate.streamed_state for kind in _STATE_PASSAGE},
         }
 
     def _cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
@@ -236,8 +248,11 @@ class BoundModel:
         layers, hosted = self.model.layers, self.model.layers - candidate.gpu_updated
         offload, update = (self._time(kind, UnitRole.LAYER) for kind in (TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST))
         if candidate.gradient_slots == 1:
-            on_gpu = max(0, candidate.gpu_updated - 1)
-            leave = (layers - 1 - on_gpu) * offload + on_gpu * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
+            # The first layer's gradient is the last: none waits for its slot.
+            resident = max(0, candidate.state_layers - 1)
+            passing = candidate.streamed_state - (candidate.state_layers == 0 < candidate.streamed_state)
+            leave = (layers - 1 - resident - passing) * offload + resident * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
+            leave += passing * self._time(TaskKind.UPDATE_PASSING, UnitRole.LAYER)
             yield compute_ns + leave
         slots = candidate.host_gradient_slots
         for number in (slots, min(hosted - 1, layers - 1 - candidate.gradient_slots)):

@@ -6,7 +6,7 @@ from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Inner, Kernels, Moments, Policy, Tier, UnitPolicy
-from slideplan.plan.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
+from slideplan.plan.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, chunk_elements, moment_bytes
 
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
 
@@ -40,6 +40,7 @@ class Candidate(Spec, frozen=True):
     boundary_slots: int = 0
     inner_slots: int = 0
     state_slots: int = 0
+    state_chunks: int = 0
     state_layers: int = 0
     streamed_state: int = 0
     weight_layers: int = 0
@@ -102,7 +103,7 @@ class Candidate(Spec, frozen=True):
             micro_batch=self.micro_batch, micro_batches=self.micro_batches, window=self.window,
             prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
             host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots, inner_slots=self.inner_slots,
-            state_slots=self.state_slots,
+            state_slots=self.state_slots, state_chunks=self.state_chunks,
             gradient_dtype=self.gradient_dtype, kernels=self.kernels, gpu_moments=self.gpu_moments,
             update_order=self.update_order(model), units=tuple(units),
         )  # fmt: skip
@@ -118,7 +119,8 @@ class Candidate(Spec, frozen=True):
         gpu += REMAINDER_BYTES * (ends_on_gpu + layer * self.state_layers)
         resident = ((embedding, self.embedding_on_gpu), (head, self.head_on_gpu), (layer, self.state_layers))
         gpu += sum(count * moment_bytes(elements, self.gpu_moments) for elements, count in resident)
-        passing = REMAINDER_BYTES * layer + moment_bytes(layer, self.gpu_moments)
+        chunk = chunk_elements(layer, self.state_chunks) if self.state_chunks else 0
+        passing = REMAINDER_BYTES * chunk + moment_bytes(chunk, self.gpu_moments)
         gpu += passing * self.state_slots
         gpu += gradient * (embedding + head + layer * self.gradient_slots)
         gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
@@ -126,7 +128,7 @@ class Candidate(Spec, frozen=True):
         kept_bytes = [micros * footprint.held_bytes(inner, feed_forward) for inner in self.inner(model)]
         gpu += sum(kept_bytes) + footprint.workspace_beside(kept_bytes) + feed_forward * self.inner_slots
         host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.gpu_updated))
-        host += passing * self.streamed_state
+        host += passing * self.state_chunks * self.streamed_state
         host += gradient * (ends_on_host + layer * self.host_gradient_slots)
         host += (boundary * self.offloaded_outputs + feed_forward * self.offloaded_inner) * micros
         return {Tier.GPU: gpu, Tier.HOST: host}

@@ -48,7 +48,7 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
         section(out, "What another value of each knob would cost", _alternatives_table(answer))
         out.print("[dim]all other knobs searched again; ~ the budget ended before a faster one was ruled out[/dim]")
     if pareto:
-        section(out, "Speed against memory", _front_table(answer.search))
+        section(out, "Speed against memory: the best of what was simulated", _front_table(answer.search))
         out.print(
             "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (E embedding, H head),\n"
             "layers kept, outputs away on the host, deferred updates, layer gradient slots GPU/host, their type[/dim]"
@@ -106,7 +106,7 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     if policy.update_order:
         state.append(f"{_named(model, sorted(policy.update_order))} on the host, updated by the CPU")
     if passing := [unit for unit in layers if units[unit].streams_state]:
-        state.append(f"{_named(model, passing)} on the host, passing through {policy.state_slots} GPU slots, updated there")
+        state.append(f"{_named(model, passing)} on the host, updated by the GPU through {policy.state_slots} slots")
     if on_gpu:
         lossy = ", moments in 8 bits (lossy)" if policy.gpu_moments == "8bit" else ""
         state.append(f"{_named(model, on_gpu)} on the GPU, updated there{lossy}")

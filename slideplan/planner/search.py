@@ -18,7 +18,7 @@ from slideplan.plan.codec import digest
 from slideplan.plan.ledger import ledger
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec
-from slideplan.plan.plan import MachineReference, Plan, SearchRecord
+from slideplan.plan.plan import Alternative, MachineReference, Plan, SearchRecord
 from slideplan.plan.policy import Workload
 from slideplan.plan.validate import validate
 from slideplan.planner.alternatives import alternatives, front, look_for_less_memory
@@ -76,11 +76,18 @@ def search(
         chosen, slowest_ns = leanest_of_all(looked, chosen, slowest_ns)
     if options.pareto:
         look_for_less_memory(chosen.searcher)
+    chosen = chosen_again(chosen, slowest_ns)
+    others: tuple[Alternative, ...] = ()
+    while options.explain:
+        others, before = alternatives(chosen.searcher, chosen.best, machine), chosen
+        chosen = chosen_again(chosen, slowest_ns)
+        if chosen == before:
+            break
     record = msgspec.structs.replace(
         certificate(looked, chosen, slowest_ns),
         batches=batches,
         front=front([searcher for searcher, _ in looked], machine),
-        alternatives=alternatives(chosen.searcher, chosen.best, machine) if options.explain else (),
+        alternatives=others,
     )
     return _plan(chosen, machine, record)
 
@@ -120,6 +127,22 @@ def fastest(searcher: Searcher, space: Space, slower_than: float = FOREVER) -> S
             break
         best = better
     return best
+
+
+def chosen_again(found: Found, slowest_ns: int) -> Found:
+    """The best of all that was simulated by now: looking for other things finds faster policies within the tolerance.
+
+    Of equally fast ones the one that needs the least memory; slowest_ns: as of `leanest`, 0 where speed is sought.
+    """
+    samples = [sample for sample in found.searcher.samples.values() if found.searcher.builder.may_choose(sample.candidate)]
+    if slowest_ns:
+        fast = [sample for sample in samples if sample.step_ns <= slowest_ns]
+        best = min(fast, key=lambda sample: (sample.host_bytes, sample.step_ns, sample.gpu_bytes))
+        better = (best.host_bytes, best.step_ns) < (found.best.host_bytes, found.best.step_ns)
+    else:
+        best = min(samples, key=lambda sample: (sample.step_ns, sample.host_bytes, sample.gpu_bytes))
+        better = (best.step_ns, best.host_bytes) < (found.best.step_ns, found.best.host_bytes)
+    return found._replace(best=best) if better else found
 
 
 def leanest_of_all(looked: Sequence[tuple[Searcher, Space]], chosen: Found, slowest_ns: int) -> tuple[Found, int]:

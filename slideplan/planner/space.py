@@ -20,7 +20,7 @@ from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Moments, Tier, Workload, check_seq_len
-from slideplan.plan.pools import REMAINDER_BYTES, WEIGHT_BYTES, moment_bytes
+from slideplan.plan.pools import REMAINDER_BYTES, WEIGHT_BYTES, chunk_elements, moment_bytes
 from slideplan.planner.candidate import STATE_BYTES, Candidate
 from slideplan.planner.kernels import check_kernels, faster_kernels
 from slideplan.simulator import footprint
@@ -92,6 +92,7 @@ class SpaceBuilder:
         self.options = options
         self._too_large = 0
         self._layer = model.flat_elements(UnitRole.LAYER)
+        self._state_chunks = state_chunks(model)
 
     @classmethod
     def on(cls, machine: MachineProfile, model: ModelSpec, workload: Workload, options: SearchOptions) -> SpaceBuilder:
@@ -199,6 +200,15 @@ class SpaceBuilder:
         """The same with as few shared slots as the order of tasks allows: slower, if anything, and smaller."""
         return self._with_slots(candidate, NO_SPARE_SLOTS)
 
+    def dtype(self, micro_batches: int) -> GradientDtype:
+        """In which gradients are summed."""
+        wanted = self.options.gradient_dtype
+        return wanted if wanted != "auto" else "bf16" if micro_batches == 1 else "fp32"
+
+    def may_choose(self, candidate: Candidate) -> bool:
+        """Whether the search may answer with it: gradients in the other type are the user's to choose."""
+        return candidate.gradient_dtype == self.dtype(candidate.micro_batches)
+
     def other_dtype(self, candidate: Candidate) -> Candidate | None:
         """The same with gradients in the other type; None where it does not fit, or where the user fixed the type."""
         if self.options.gradient_dtype != "auto":
@@ -212,16 +222,13 @@ class SpaceBuilder:
     def _micro_batches(self) -> Iterator[Candidate]:
         for size in self._sizes:
             count = self.workload.global_batch // size
-            dtype = self.options.gradient_dtype
-            if dtype == "auto":
-                dtype = "bf16" if count == 1 else "fp32"
             kernels = self.options.kernels
             if kernels == "auto":
                 kernels = faster_kernels(self._machine, self.model, size, self.workload.seq_len)
             yield Candidate(
                 micro_batch=size,
                 micro_batches=count,
-                gradient_dtype=dtype,
+                gradient_dtype=self.dtype(count),
                 kernels=kernels,
                 gpu_moments=self.options.gpu_moments,
             )
@@ -316,7 +323,7 @@ class SpaceBuilder:
         slots = {knob: count + spare_slots[knob] if count else 0 for knob, count in least.items()}
         slots["host_gradient_slots"] = min(host_layers, slots["host_gradient_slots"])
         slots["gradient_slots"] = min(self.model.layers, slots["gradient_slots"])
-        slots["state_slots"] = min(base.streamed_state, slots["state_slots"])
+        slots["state_chunks"] = self._state_chunks if base.streamed_state else 0
         return msgspec.structs.replace(base, **slots)
 
     def _least_slots(self, base: Candidate) -> dict[str, int]:
@@ -341,11 +348,22 @@ class SpaceBuilder:
 NO_SPARE_SLOTS = {"gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0, "state_slots": 0}
 SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
 # With one slot beside the one in use, a copy and the compute that waits for it take turns: inner activations take
-# as long to copy as several layers to compute.
-FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2}
+# as long to copy as several layers to compute; of state, one chunk comes, one is updated and one leaves at a time.
+FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3}
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))
+
+
+# Links are at their best rate from a sixteenth of this on, and every chunk in flight takes as much of the GPU.
+STATE_CHUNK_BYTES = 256 << 20
+
+
+def state_chunks(model: ModelSpec) -> int:
+    """Into how many chunks a layer's state is cut where it passes through the GPU."""
+    elements = model.flat_elements(UnitRole.LAYER)
+    wanted = -(-STATE_BYTES * elements // STATE_CHUNK_BYTES)
+    return -(-elements // chunk_elements(elements, wanted))  # fewer where blocks cannot be shared out
 
 
 def divisors(number: int) -> list[int]:

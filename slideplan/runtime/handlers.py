@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from msgspec import UNSET
 
 from slideplan.plan.graph import Role, Task, TaskKind
 from slideplan.plan.policy import Moments
@@ -31,6 +32,7 @@ COPIES = {
 UPDATES = {
     TaskKind.UPDATE_HOST: (Role.HOST_GRADIENT, Role.HOST_WEIGHTS),
     TaskKind.UPDATE_GPU: (Role.GRADIENT, Role.WEIGHTS),
+    TaskKind.UPDATE_PASSING: (Role.GRADIENT, Role.WEIGHTS),
 }
 
 
@@ -41,9 +43,11 @@ class Handlers:
         self._buffers = buffers
         self._compute = compute
         self._settings = settings
+        on_gpu = gpu_update(compute.device, host_update)
         self._update: dict[TaskKind, Update] = {
             TaskKind.UPDATE_HOST: host_update,
-            TaskKind.UPDATE_GPU: gpu_update(compute.device, host_update),
+            TaskKind.UPDATE_GPU: on_gpu,
+            TaskKind.UPDATE_PASSING: on_gpu,
         }
 
     def __call__(self, task: Task, step: int) -> None:
@@ -54,9 +58,23 @@ class Handlers:
         elif task.kind in UPDATES:
             gradient, weights = (self._buffers[task.slot(role)] for role in UPDATES[task.kind])
             remainder, moments = (self._buffers[task.slot(role)] for role in (Role.REMAINDER, Role.MOMENTS))
+            if task.chunk is not UNSET:
+                gradient, weights, remainder, moments = _chunk(task.chunk, gradient, weights, remainder, moments)
             self._update[task.kind](weights, remainder, moments, gradient, self._settings, step)
         else:
             self._compute(task, step)
+
+
+def _chunk(
+    number: int, gradient: torch.Tensor, weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A chunk of a unit's gradient and weights, and of its state what the chunk has: the last one fills less than its slot."""
+    first = number * remainder.numel()
+    gradient, weights = (whole[first : first + remainder.numel()] for whole in (gradient, weights))
+    n = weights.numel()
+    if moments.dtype is torch.uint8:
+        return gradient, weights, remainder[:n], moments[: moment_bytes(n, "8bit")]
+    return gradient, weights, remainder[:n], moments.view(-1)[: 2 * n].view(2, n)
 
 
 def gpu_update(device: torch.device, host_update: HostUpdate) -> Update:

@@ -103,7 +103,8 @@ def _measurement(
     step_ns = [end - start for start, end in zip(origins, ends, strict=True)]
     # The last step is left out where others are there: no step follows into which it could overlap.
     steady = [entry for entry in recorder.recent if warmup_steps <= entry.step < last.step] or [last]
-    middle = sorted(steady, key=lambda entry: step_ns[entry.step])[len(steady) // 2]
+    # The low median: a step that was made.
+    middle = sorted(steady, key=lambda entry: step_ns[entry.step])[(len(steady) - 1) // 2]
     task_ns = tuple(
         round(median(entry.spans[number].end_ns - entry.spans[number].start_ns for entry in steady))
         for number in range(len(plan.graph.tasks))

@@ -61,6 +61,7 @@ class UnitProbe:
             boundary_slots=0,
             inner_slots=0,
             state_slots=0,
+            state_chunks=0,
             gradient_dtype=gradient_dtype,
             kernels=kernels,
             gpu_moments="fp32",

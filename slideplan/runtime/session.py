@@ -87,9 +87,13 @@ class Session:
         task = self._update_task(unit)
         layout = self.plan.model.parameters(self.plan.model.role(unit))
         high = self.buffers[task.slot(UPDATES[task.kind][1])]
-        # What passes through the GPU for its update lies where its load takes it from.
-        loads = [load for load in self.plan.graph.tasks if load.kind is TaskKind.LOAD_STATE and load.unit == unit]
-        remainder = self.buffers[loads[0].slot(Role.HOST_REMAINDER) if loads else task.slot(Role.REMAINDER)]
+        if task.kind is TaskKind.UPDATE_PASSING:
+            # Its chunks lie one after the other where loads take them from, and only the last is not full.
+            load = next(load for load in self.plan.graph.tasks if load.kind is TaskKind.LOAD_STATE and load.unit == unit)
+            first = self.buffers[load.slot(Role.HOST_REMAINDER)]
+            remainder = first.as_strided((high.numel(),), (1,))
+        else:
+            remainder = self.buffers[task.slot(Role.REMAINDER)]
         return parameter_views(high, layout), parameter_views(remainder, layout)
 
     def _place(self, unit: int, source: WeightSource) -> None:
@@ -105,7 +109,8 @@ class Session:
     def _warm_up(self, host_update: HostUpdate) -> None:
         """Compile the updates before the clock starts; no slot is touched. Units compile theirs in the first, warm-up, step."""
         host_update.compile()
-        if any(task.kind is TaskKind.UPDATE_GPU for task in self.plan.graph.tasks) and self.backend.name == "cuda":
+        on_gpu = (TaskKind.UPDATE_GPU, TaskKind.UPDATE_PASSING)
+        if any(task.kind in on_gpu for task in self.plan.graph.tasks) and self.backend.name == "cuda":
             device = self.backend.device
             compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)
 

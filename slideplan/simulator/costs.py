@@ -61,8 +61,8 @@ def price(
     take what was measured for this shape, kind, kernels, way of writing gradients and size, or for another
     way with the traffic that the two differ by; or lie on the line through two measurements over tokens, with
     attention, which grows with the sequence too, left out and put back at its rate; or take derived(here) x
-    measured(there) / derived(there); or what `formulas` derives. The last two take no less than their launch, which
-    is in what was measured.
+    measured(there) / derived(there); or what `formulas` derives. What is smaller than all that was measured takes
+    no less than its launch, which is in the measurements of others.
     """
     pricer = _Pricer(model, work, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
@@ -163,6 +163,9 @@ class _Pricer:
         pair = neighbours(costs, micro_batch, seq_len)
         if pair is not None:
             duration_ns, percent = self._on_line(kind, role, pair)
+            if micro_batch * seq_len < pair[0].micro_batch * pair[0].seq_len:
+                # Below what was measured, until its launch is longer; as long as what was measured at most.
+                duration_ns = max(duration_ns, min(launch_ns, pair[0].duration_ns.p50))
             return duration_ns, "interpolated", percent + added
         # What was measured is a policy's work at another size.
         there_work = msgspec.structs.replace(ComputeWork.of(self._work), micro_batch=cost.micro_batch)

@@ -73,16 +73,20 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     model, policy = case.model, case.policy
     items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in (Tier.GPU, Tier.HOST)}
 
-    def size(unit: int) -> int:
+    def size(unit: int, parts: int = 1) -> int:
+        """Of a unit's state, or of one of the chunks of it that passes through, which are of whole blocks."""
         elements = model.flat_elements(model.role(unit))
+        if policy.units[unit].streams_state:
+            elements = -(-elements // (256 * parts)) * 256
         lossy = policy.gpu_moments == "8bit" and not policy.units[unit].updated_on_host
         return 4 * elements + 8 * -(-elements // 256) if lossy else 10 * elements
 
+    passing = [unit for unit in range(model.units) if policy.units[unit].streams_state]
     for tier, pools in items.items():
         state = sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name)
-        passing = [unit for unit in range(model.units) if policy.units[unit].streams_state]
-        slots = policy.state_slots * size(passing[0]) if passing and tier is Tier.GPU else 0
-        assert state == slots + sum(size(unit) for unit in range(model.units) if policy.units[unit].state is tier)
+        there = sum(size(u) for u in range(model.units) if policy.units[u].state is tier and u not in passing)
+        count = policy.state_slots if tier is Tier.GPU else len(passing) * policy.state_chunks
+        assert state == there + (count * size(passing[0], policy.state_chunks) if passing else 0)
     weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)
     updated_there = [model.role(unit) for unit in range(model.units) if policy.units[unit].updated_on_host]
     assert weights == 2 * sum(map(model.flat_elements, updated_there))

@@ -62,10 +62,11 @@ def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
     assert backward == [(unit, micro) for unit in reversed(range(model.units)) for micro in micros]
     assert tuple(task.unit for task in by_kind(graph, TaskKind.UPDATE_HOST)) == policy.update_order
     on_gpu = {task.unit for task in by_kind(graph, TaskKind.UPDATE_GPU)}
-    assert on_gpu == {unit for unit in range(model.units) if not policy.units[unit].updated_on_host}
+    assert on_gpu == {unit for unit in range(model.units) if policy.units[unit].state is Tier.GPU}
     passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]
-    assert [task.unit for task in by_kind(graph, TaskKind.LOAD_STATE)] == passing
-    assert [task.unit for task in by_kind(graph, TaskKind.OFFLOAD_STATE)] == passing
+    for kind in (TaskKind.LOAD_STATE, TaskKind.UPDATE_PASSING, TaskKind.OFFLOAD_STATE):
+        found = [(task.unit, task.chunk) for task in by_kind(graph, kind)]
+        assert found == [(unit, chunk) for unit in passing for chunk in range(policy.state_chunks)]
 
 
 @given(cases())

@@ -218,6 +218,12 @@ class TestCompute:
             costs = tuple(measured(model, TaskKind.FORWARD, micro_batch, 32, 5_000) for micro_batch in others)
             found = price(graph, model, work(2), 32, tiny_machine(launches=(launch,), costs=costs))[number]
             assert found.duration_ns == pytest.approx(5_000, abs=2)
+        # Below all of them it shows again, but never beyond what more work was measured to take.
+        for launch_ns, expected in ((10**9, 60_000), (50_000, 50_000), (5_000, 20_000)):
+            launch = LaunchCost(kind=TaskKind.FORWARD, role=UnitRole.LAYER, duration_ns=Spread.exact(launch_ns))
+            costs = tuple(measured(model, TaskKind.FORWARD, size, 32, 10_000 * size) for size in (6, 8))
+            found = price(graph, model, work(2), 32, tiny_machine(launches=(launch,), costs=costs))[number]
+            assert found.duration_ns == pytest.approx(expected, abs=2)
 
     def test_an_8b_layer_costs_about_what_was_measured(self) -> None:
         """Eager layer, 16 x 1024 tokens, one H100: forward 13.5 ms, forward and backward 42.7 ms."""

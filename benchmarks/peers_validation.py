@@ -9,10 +9,10 @@ Writes OUT_DIR/peers.json, README.md and peers.png.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
-import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -75,6 +75,7 @@ class Report(Spec, frozen=True):
     calibration: dict[str, float]
     machines: dict[str, str]
     rtx4090: tuple[Row, ...]
+    h100_update_per_s: int  # bytes of our own update, alone
     h100: tuple[Row, ...]
     h100_with_torch_adamw: tuple[Row, ...]
 
@@ -190,18 +191,18 @@ def markdown(report: Report) -> str:
         *table(report.h100),
         "",
         "Nothing is fitted here. Steps come out short for every system: a policy says what a system does, and its CPU",
-        "passes are priced at the rate of our fused, multi-threaded update (138 GB/s). The same with CPU passes at the rate",
+        f"passes are priced at the rate of our fused, multi-threaded update ({report.h100_update_per_s / 1e9:.0f} GB/s). The",
+        "same with CPU passes at the rate",
         f"of torch's fused AdamW on that host, {TORCH_ADAMW_PER_S / 1e9:.1f} G parameters/s x {TORCH_ADAMW_BYTES} B = "
         f"{TORCH_ADAMW_PER_S * TORCH_ADAMW_BYTES / 1e9:.0f} GB/s, which was measured apart from the systems:",
         "",
         *table(report.h100_with_torch_adamw),
         "",
-        "So that rate explains three to seven points; what remains is not explained by any measurement. Candidates: casts and",
+        "So that rate explains a part; what remains is not explained by any measurement. Candidates: casts and",
         "updates compete here for DRAM but not for cores; passes made of many small or single-threaded operations run below",
-        "the rate of one fused pass; MegaTrain's gradient slabs and DeepSpeed's buffers are not in the ledger. On the other",
-        "side, compute is priced at our own kernels: 2.04 s a step for the 8B shape with recompute, where Liger's take 1.50 s,",
-        "so steps bound by compute come out long. For MegaTrain and ZeRO-3 the figures are what their schedule could reach",
-        "on this machine, not what they reach: `planner compare` flatters them.",
+        "the rate of one fused pass; MegaTrain's gradient slabs and DeepSpeed's buffers are not in the ledger. Compute is",
+        "priced at our own kernels. For MegaTrain and ZeRO-3 the figures are what their schedule could reach on this machine,",
+        "not what they reach: `planner compare` flatters them.",
         "",
         "![predicted and measured](peers.png)",
         "",
@@ -246,12 +247,14 @@ def plot(report: Report, path: Path) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Predict other systems' published steps and memory; write the report.")
+    parser.add_argument("output", type=Path, metavar="DIR", help="folder of the report")
+    out = parser.parse_args().output
     found, rows = rtx4090()
     machine = find_machine(H100)
     report = Report(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=" ".join(["python", "benchmarks/peers_validation.py", sys.argv[1]]),
+        command=" ".join(["python", "benchmarks/peers_validation.py", str(out)]),
         versions={"slideplan": __version__, "python": platform.python_version()},
         calibration={
             "host_bytes_per_s": found.host_bytes_per_s,
@@ -263,6 +266,7 @@ def main() -> None:
             "h100": f"{H100}; {codec.digest(machine)}",
         },
         rtx4090=rows,
+        h100_update_per_s=machine.optimizer.host_bytes_per_s.p50,
         h100=h100(machine),
         h100_with_torch_adamw=h100(with_rates_of_torch(machine)),
     )

@@ -19,6 +19,7 @@ GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
 
 STATE_BLOCK = 256  # elements of state that are never cut: moments of 8 bits share scales
+MOST_CHUNKS = 64  # of a layer's state
 MOST_SLOTS = 4  # of a kind, per unit and micro-batch
 
 
@@ -308,6 +309,10 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         ):
             if wanted != (count > 0) or count < 0:
                 raise ValueError(f"policy.{knob} is {count}; it must be 1 or more where {what}, and 0 otherwise")
+        if self.state_chunks > MOST_CHUNKS:
+            raise ValueError(
+                f"policy.state_chunks is {self.state_chunks}, every chunk is three tasks; take at most {MOST_CHUNKS}"
+            )
         blocks = -(-model.flat_elements(UnitRole.LAYER) // STATE_BLOCK)
         if state and -(-blocks // -(-blocks // self.state_chunks)) != self.state_chunks:
             raise ValueError(
@@ -315,9 +320,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             )
 
 
-_SHARED_SLOTS = (
-    "window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots", "state_chunks",
-)  # fmt: skip
+_SHARED_SLOTS = ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots")
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (
     ("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update"),

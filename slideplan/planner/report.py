@@ -50,7 +50,7 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     if pareto:
         section(out, "Speed against memory: the best of what was simulated", _front_table(answer.search))
         out.print(
-            "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (E embedding, H head),\n"
+            "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (+ passing through it, E embedding, H head),\n"
             "layers kept, outputs away on the host, deferred updates, layer gradient slots GPU/host, their type[/dim]"
         )
     searched = [("objective", answer.search.objective), ("search", _search(answer))]

@@ -355,14 +355,15 @@ FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3}
 _ENDS = ((False, False), (True, False), (True, True))
 
 
-# Links are at their best rate from a sixteenth of this on, and every chunk in flight takes as much of the GPU.
-STATE_CHUNK_BYTES = 256 << 20
+# Links are at their best rate from a sixteenth of this on, and every chunk in flight takes as much of the GPU. Layers
+# of which that would be small parts are cut into a few larger ones: every chunk is three tasks.
+STATE_CHUNK_BYTES, STATE_CHUNKS = 256 << 20, 16
 
 
 def state_chunks(model: ModelSpec) -> int:
     """Into how many chunks a layer's state is cut where it passes through the GPU."""
     elements = model.flat_elements(UnitRole.LAYER)
-    wanted = -(-STATE_BYTES * elements // STATE_CHUNK_BYTES)
+    wanted = min(STATE_CHUNKS, -(-STATE_BYTES * elements // STATE_CHUNK_BYTES))
     return -(-elements // chunk_elements(elements, wanted))  # fewer where blocks cannot be shared out
 
 

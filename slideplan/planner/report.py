@@ -50,8 +50,9 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     if pareto:
         section(out, "Speed against memory: the best of what was simulated", _front_table(answer.search))
         out.print(
-            "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (+ passing through it, E embedding, H head),\n"
-            "layers kept, outputs away on the host, deferred updates, layer gradient slots GPU/host, their type[/dim]"
+            "[dim]policy: micro-batches, window/depth, layers with weights/state on the GPU (+ state passing through it,\n"
+            "E embedding, H head), layers kept, outputs away on the host, deferred updates, layer gradient slots GPU/host,\n"
+            "their type[/dim]"
         )
     searched = [("objective", answer.search.objective), ("search", _search(answer))]
     if answer.search.batches:

@@ -18,6 +18,7 @@ from slideplan.plan.policy import Tier
 from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
+from slideplan.runtime.machine import available_host_bytes
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.probing import Effort, Work, issue_ns, mean_rate_spread, rate_spread, spread, timed, timed_in_turns
 
@@ -43,12 +44,17 @@ class MemoryProbes:
         size = effort.largest_copy_bytes
         self._host = {lane: backend.allocate(Tier.HOST, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
         self._gpu = {lane: backend.allocate(Tier.GPU, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
-        self._host_state = self._update_buffers(Tier.HOST, round(effort.optimizer_elements * UPDATE_SIZES[-1]))
+        # Host memory is not equally fast everywhere, and runs fill most of it.
+        elements = round(effort.optimizer_elements * UPDATE_SIZES[-1])
+        free = int(effort.host_share * available_host_bytes())
+        self._host_states = [self._update_buffers(Tier.HOST, elements)]
+        more = free // sum(tensor.nbytes for tensor in self._host_states[0]) - 1
+        self._host_states += [self._update_buffers(Tier.HOST, elements) for _ in range(more)]
         self._sampled: dict[Lane, dict[int, Callable[[], object]]] = {
             lane: {size: self._copy(lane, size) for size in self._sizes()} for lane in (Lane.H2D, Lane.D2H)
         }
         self._sampled[Lane.HOST_UPDATE] = {
-            elements * BF16_UPDATE_BYTES: self._update(Lane.HOST_UPDATE, threads, self._host_state, elements)
+            elements * BF16_UPDATE_BYTES: self._update(Lane.HOST_UPDATE, threads, elements)
             for elements in (round(effort.optimizer_elements * times) for times in UPDATE_SIZES)
         }
         self._durations: dict[Lane, list[list[int]]] = {lane: [[] for _ in runs] for lane, runs in self._sampled.items()}
@@ -85,10 +91,9 @@ class MemoryProbes:
         """Copies of the largest size and updates, as `together` takes them: bytes and action."""
         size, elements = self._effort.largest_copy_bytes, self._effort.optimizer_elements
         copies = {lane: (size, self._copy(lane, size)) for lane in (Lane.H2D, Lane.D2H)}
-        state = {Lane.HOST_UPDATE: self._host_state, Lane.GPU_UPDATE: self._update_buffers(Tier.GPU, elements)}
         return copies | {
-            lane: (elements * BF16_UPDATE_BYTES, self._update(lane, self._threads, buffers, elements))
-            for lane, buffers in state.items()
+            lane: (elements * BF16_UPDATE_BYTES, self._update(lane, self._threads, elements))
+            for lane in (Lane.HOST_UPDATE, Lane.GPU_UPDATE)
         }
 
     def link_curves(self) -> tuple[Curve, Curve]:
@@ -97,27 +102,31 @@ class MemoryProbes:
 
     def _update_buffers(self, tier: Tier, elements: int) -> State:
         """Weights, remainder, moments and gradient, in memory as the executor's slots have it."""
-        weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=True).view(torch.bfloat16) for _ in range(2))
-        weights.normal_()
-        gradient.normal_()
+        weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=False).view(torch.bfloat16) for _ in range(2))
         remainder = self._backend.allocate(tier, 2 * elements, copied=False).view(torch.int16)
         moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
         return weights, remainder, moments, gradient
 
-    def _update(self, lane: Lane, threads: int, state: State, elements: int) -> Callable[[], object]:
-        """An update of the first `elements` of these buffers."""
+    def _update(self, lane: Lane, threads: int, elements: int) -> Callable[[], object]:
+        """An update of `elements`, on the host of every block in turn."""
         host = HostUpdate(threads)
         update = gpu_update(self._backend.device, host) if lane is Lane.GPU_UPDATE else host
-        weights, remainder, moments, gradient = state
-        moments = moments.view(-1)[: 2 * elements].view(2, elements)
-        return lambda: update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
+        states = self._host_states if lane is Lane.HOST_UPDATE else [self._update_buffers(Tier.GPU, elements)]
+        turns = cycle(states)
+
+        def act() -> None:
+            weights, remainder, moments, gradient = next(turns)
+            moments = moments.view(-1)[: 2 * elements].view(2, elements)
+            update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
+
+        return act
 
     def optimizer(self, cores: int, on_gpu: Work) -> OptimizerProfile:
         """AdamW on either side alone, and the host's over sizes and over thread counts up to all cores."""
         elements, repeats = self._effort.optimizer_elements, self._effort.repeats
         size = elements * BF16_UPDATE_BYTES
         counts = sorted({max(1, count) for count in (cores // 4, cores // 2, cores * 3 // 4, cores - 1, cores)})
-        actions = [self._update(Lane.HOST_UPDATE, count, self._host_state, elements) for count in counts]
+        actions = [self._update(Lane.HOST_UPDATE, count, elements) for count in counts]
         by_count = timed_in_turns(self._backend, Lane.HOST_UPDATE, actions, repeats)
         by_size = self._curve(Lane.HOST_UPDATE)
         return OptimizerProfile(

@@ -25,6 +25,7 @@ class Effort:
     optimizer_elements: int
     ssd_bytes: int
     window_ns: int  # for which lanes run together
+    host_share: float  # of the free RAM over which updates are sampled
 
     @classmethod
     def of(cls, quick: bool, backend: str) -> Effort:
@@ -38,6 +39,7 @@ class Effort:
                 optimizer_elements=(32 << 20) // scale,
                 ssd_bytes=(256 << 20) // scale,
                 window_ns=300_000_000 if gpu else 150_000_000,
+                host_share=0.0,
             )
         return cls(
             repeats=15,
@@ -45,6 +47,7 @@ class Effort:
             optimizer_elements=(128 << 20) // scale,
             ssd_bytes=(2 << 30) // scale,
             window_ns=600_000_000,
+            host_share=0.5 if gpu else 0.0,
         )
 
 

@@ -89,7 +89,7 @@ def calibrate(
 
 
 def with_rates(machine: MachineProfile, host_bytes_per_s: int, compute_factor: float) -> MachineProfile:
-    """The machine with another CPU pass rate (DRAM's capacity in proportion) and faster or slower compute."""
+    """The machine with another CPU pass rate, at every size (DRAM's capacity in proportion), and faster or slower compute."""
     efficiency, before = machine.efficiency, machine.optimizer.host_bytes_per_s.p50
     gemm = tuple(
         RatePoint(size=point.size, rate=Spread.exact(round(point.rate.p50 * compute_factor)))
@@ -100,7 +100,9 @@ def with_rates(machine: MachineProfile, host_bytes_per_s: int, compute_factor: f
         host=msgspec.structs.replace(
             machine.host, dram_bytes_per_s=machine.host.dram_bytes_per_s * host_bytes_per_s // before
         ),
-        optimizer=msgspec.structs.replace(machine.optimizer, host_bytes_per_s=Spread.exact(host_bytes_per_s)),
+        optimizer=msgspec.structs.replace(
+            machine.optimizer, host_bytes_per_s=Spread.exact(host_bytes_per_s), host_by_bytes=None
+        ),
         efficiency=Efficiency(
             gemm=Curve(points=gemm),
             attention_flops_per_s=round(efficiency.attention_flops_per_s * compute_factor),

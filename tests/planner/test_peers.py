@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from builders import GB_PER_S, tiny_machine, tiny_model
+from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model
 from slideplan.plan.graph import Lane, TaskKind, tier_bytes
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import Spread
@@ -186,7 +186,9 @@ def test_slideformers_memory_on_the_h100_is_that_of_its_policy() -> None:
 
 
 def test_with_rates_scales_compute_and_keeps_drams_ratio() -> None:
-    machine = with_rates(tiny_machine(), 60 * GB_PER_S, 2.0)
+    measured = msgspec.structs.replace(tiny_machine().optimizer, host_by_bytes=flat_curve(7 * GB_PER_S))
+    machine = with_rates(tiny_machine(optimizer=measured), 60 * GB_PER_S, 2.0)
+    assert machine.optimizer.host_by_bytes is None  # which would be asked first
     assert machine.optimizer.host_bytes_per_s == Spread.exact(60 * GB_PER_S)
     assert machine.host.dram_bytes_per_s == 80 * GB_PER_S
     assert machine.efficiency.attention_flops_per_s == 100 * 10**12

@@ -192,8 +192,9 @@ def markdown(report: Report) -> str:
         "",
         "Nothing is fitted here. Steps come out short for every system: a policy says what a system does, and its CPU",
         f"passes are priced at the rate of our fused, multi-threaded update ({report.h100_update_per_s / 1e9:.0f} GB/s).",
-        f"The same with CPU passes at the rate of torch's fused AdamW on that host, {TORCH_ADAMW_PER_S / 1e9:.1f} G parameters/s",
-        f"x {TORCH_ADAMW_BYTES} B = {TORCH_ADAMW_PER_S * TORCH_ADAMW_BYTES / 1e9:.0f} GB/s, measured apart from the systems:",
+        "The same with CPU passes at the rate of torch's fused AdamW on that host, measured apart from the systems:",
+        f"{TORCH_ADAMW_PER_S / 1e9:.1f} G parameters/s x {TORCH_ADAMW_BYTES} B = "
+        f"{TORCH_ADAMW_PER_S * TORCH_ADAMW_BYTES / 1e9:.0f} GB/s.",
         "",
         *table(report.h100_with_torch_adamw),
         "",

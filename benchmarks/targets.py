@@ -71,8 +71,10 @@ def call(*arguments: object) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def profile(folder: Path, name: str) -> None:
+def profile(folder: Path, name: str, made_before: Path | None) -> None:
     path = folder / "profile.json"
+    if made_before is not None:
+        save(path, load(made_before, MachineProfile))
     if not path.exists():
         models = dict.fromkeys(row.model for row in ROWS.values())
         options = [part for model in models for part in ("--model", model)]
@@ -243,6 +245,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--name", default="here", help="name of the profile to be measured")
+    parser.add_argument("--profile", type=Path, help="profile of this machine made before; default: measured at the start")
     parser.add_argument("--no-reference", action="store_true")
     parser.add_argument(
         "--without", nargs="+", default=[], choices=MECHANISMS, help="run the rows again with one of these off each"
@@ -254,7 +257,7 @@ def main() -> None:
         found = run_reference(options.reference)
         (options.output / f"{options.reference}-reference.json").write_text(json.dumps(found) + "\n")
         return
-    profile(options.output, options.name)
+    profile(options.output, options.name, options.profile)
     for name in options.rows:
         if not options.no_reference:
             reference(options.output, name)

@@ -115,6 +115,8 @@ class ComputeHandlers:
                 assert task.micro is not None
                 loss = self._loss_sum[task.micro].clone()
                 self.losses[step] = self.losses[step] + loss if step in self.losses else loss
+                # Here, where the device has work for longer than the host needs to deal out tokens.
+                self._uploads.send(step + 1, task.micro)
 
     def _issue(self, task: Task, step: int) -> None:
         self._run[self._model.role(task.unit), task.kind](task, step)
@@ -161,7 +163,6 @@ class ComputeHandlers:
         if not slot.accumulate:
             table.zero_()
         table.index_add_(0, batch.distinct, rows.to(table.dtype))
-        self._uploads.send(step + 1, task.micro)
 
     # -- layers --------------------------------------------------------------------------------
 

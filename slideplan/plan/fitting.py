@@ -138,12 +138,18 @@ def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[Lane, flo
 
 def _least_squares(residuals: Callable[[Vector], Vector], x: Vector, low: Vector, high: Vector) -> Vector:
     """Levenberg and Marquardt's method within bounds: few unknowns, kinks where a resource fills up."""
+
+    def slope(number: int) -> Vector:
+        """How the residuals change with one unknown; at a bound, from one side."""
+        above, below = x.copy(), x.copy()
+        above[number], below[number] = min(x[number] + _STEP, high[number]), max(x[number] - _STEP, low[number])
+        change: Vector = residuals(above) - residuals(below)
+        return change / float(above[number] - below[number])
+
     damping = 1e-3
     error = residuals(x)
     for _ in range(_ROUNDS):
-        slopes = np.stack(
-            [(residuals(x + step) - residuals(x - step)) / (2 * _STEP) for step in _STEP * np.eye(len(x))], axis=1
-        )
+        slopes = np.stack([slope(number) for number in range(len(x))], axis=1)
         improved = False
         while not improved and damping < 1e6:
             system = np.concatenate([slopes, np.sqrt(damping) * np.eye(len(x))])

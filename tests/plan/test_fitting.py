@@ -107,6 +107,20 @@ def test_compute_that_nothing_slows_shares_nothing() -> None:
     assert found.demand(COMPUTE, GPU_BYTES_PER_S) == {}
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_any_figures_give_a_model(seed: int) -> None:
+    """However little they agree with each other, also where the best model lies at the edge of what may be."""
+    draw = random.Random(seed)
+    lanes = (Lane.H2D, Lane.D2H, Lane.HOST_UPDATE)
+    alone = {lane: draw.choice([1, 5, 20]) * 1e9 for lane in lanes}
+    pairs = [(Lane.H2D, Lane.D2H), (Lane.HOST_UPDATE, Lane.H2D), (Lane.HOST_UPDATE, Lane.D2H), lanes]
+    together = [{lane: round(draw.uniform(0.3, 1.3), 2) for lane in each} for each in pairs]
+    found = fit(alone, together, 10**12)
+    for speeds in together:
+        predicted = found.speeds({lane: alone[lane] for lane in speeds})
+        assert all(0 < speed <= 1 for speed in predicted.values())
+
+
 @pytest.mark.parametrize("together", [{H2D: 1.0}, {H2D: 0.5, READ: 0.5}])
 def test_combinations_are_of_lanes_measured_alone(together: dict[Lane, float]) -> None:
     with pytest.raises(ValueError, match="two or more of the lanes measured alone"):

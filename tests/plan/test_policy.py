@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from builders import tiny_model, tiny_policy, tiny_workload
+from slideplan.plan.model import UnitRole
 from slideplan.plan.policy import Policy, Tier, Workload
 
 
@@ -73,6 +74,25 @@ def test_refusals_name_the_unit(unit: int, fields: dict, message: str):
 def test_kept_activations_need_their_input_on_the_gpu():
     policy = changed_unit(changed_unit(with_knobs(boundary_slots=3), 1, boundary=Tier.HOST), 2, inner="keep")
     assert "set policy.units[1].boundary to gpu" in refusal(policy)
+
+
+def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
+    model = tiny_model()
+    policy = tiny_policy(model, stream_state=(2,))
+    policy.check(model, tiny_workload())
+    assert "policy.state_slots is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, state_slots=0))
+    assert "policy.state_chunks is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, state_chunks=0))
+    assert "take at most 64" in refusal(msgspec.structs.replace(policy, state_chunks=65))
+    blocks = -(-model.flat_elements(UnitRole.LAYER) // 256)
+    cut = next(chunks for chunks in range(2, 64) if -(-blocks // -(-blocks // chunks)) != chunks)
+    assert "a layer cannot be cut into as many" in refusal(msgspec.structs.replace(policy, state_chunks=cut))
+    assert "policy.state_slots is 1; it must be" in refusal(with_knobs(state_slots=1))
+    for wrong in ({"weights": Tier.HOST}, {"state": Tier.GPU}):
+        message = refusal(changed_unit(policy, 2, **wrong))
+        assert "policy.units[2] (layer001): streams_state is for state on the host of a unit with weights on the gpu" in message
+    assert "policy.update_order must name every unit that the host updates" in refusal(
+        msgspec.structs.replace(policy, update_order=tuple(reversed(range(model.units))))
+    )
 
 
 def test_offloaded_inner_activations_need_a_slot_and_our_kernels():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -162,6 +163,20 @@ def test_moments_of_8_bits_leave_room_for_more_state() -> None:
     on_gpu = [sum(unit.state is Tier.GPU for unit in plan.policy.units) for plan in found]
     assert on_gpu[0] < on_gpu[1]
     assert lossy.prediction.record.step_ns < exact.prediction.record.step_ns
+
+
+def test_state_passes_through_the_gpu_where_the_cpu_is_slow() -> None:
+    """A GPU with room for the weights and not for their state, a slow CPU, a fast link: hardly anything is left to the CPU."""
+    at = machine(gpu_bytes=1500 * KIB, link=10**11, optimizer=10**8)
+    plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), at)
+    assert isinstance(plan, Plan)
+    passing = [unit for unit in plan.policy.units if unit.streams_state]
+    assert len(passing) >= 2
+    kinds = Counter(task.kind for task in plan.graph.tasks)
+    assert kinds[TaskKind.UPDATE_PASSING] == len(passing) * plan.policy.state_chunks
+    without = search(tiny_model(), Workload(seq_len=32, global_batch=2), at, SearchOptions(placement="host"))
+    assert isinstance(without, Plan)
+    assert plan.prediction.record.step_ns < without.prediction.record.step_ns / 2
 
 
 def test_activations_wait_on_the_host_where_recomputing_costs_more() -> None:

@@ -149,11 +149,8 @@ class SpaceBuilder:
         free = self.options.placement == "auto"
         layers = self.model.layers
         changed: list[dict[str, int | bool]] = []
+        changed += self._passing(candidate) if free else []
         for step in (-5, -2, -1, 1, 2, 5):
-            if free:
-                passing = candidate.streamed_state + step
-                changed.append({"streamed_state": passing})
-                changed.append({"streamed_state": passing, "state_layers": candidate.state_layers - step})
             changed.append({"deferred_updates": candidate.deferred_updates + step})
             changed.append({"offloaded_outputs": min(layers, max(0, candidate.offloaded_outputs + step))})
             changed.append({"offloaded_inner": candidate.offloaded_inner + step})
@@ -195,6 +192,16 @@ class SpaceBuilder:
             fewer = msgspec.structs.replace(candidate, kept_layers=kept)
             if self._fits(fewer):
                 yield fewer
+
+    def _passing(self, candidate: Candidate) -> Iterator[dict[str, int | bool]]:
+        """State of more or fewer layers passes through the GPU, whose slots may take the place of state that stays."""
+        for fewer in range(3):
+            state = candidate.state_layers - fewer
+            most = self.model.layers - state
+            near = (candidate.streamed_state + step for step in (-2, -1, 1, 2))
+            for passing in sorted({*evenly(0, most, 5), *(count for count in near if 0 <= count <= most)}):
+                weights = max(candidate.weight_layers, state + passing)
+                yield {"state_layers": state, "streamed_state": passing, "weight_layers": weights}
 
     def leaner(self, candidate: Candidate) -> Candidate:
         """The same with as few shared slots as the order of tasks allows: slower, if anything, and smaller."""
@@ -324,6 +331,7 @@ class SpaceBuilder:
         slots["host_gradient_slots"] = min(host_layers, slots["host_gradient_slots"])
         slots["gradient_slots"] = min(self.model.layers, slots["gradient_slots"])
         slots["state_chunks"] = self._state_chunks if base.streamed_state else 0
+        slots["state_slots"] = min(slots["state_chunks"] * base.streamed_state, slots["state_slots"])
         return msgspec.structs.replace(base, **slots)
 
     def _least_slots(self, base: Candidate) -> dict[str, int]:

@@ -167,7 +167,7 @@ def test_moments_of_8_bits_leave_room_for_more_state() -> None:
 
 def test_state_passes_through_the_gpu_where_the_cpu_is_slow() -> None:
     """A GPU with room for the weights and not for their state, a slow CPU, a fast link: hardly anything is left to the CPU."""
-    at = machine(gpu_bytes=1500 * KIB, link=10**11, optimizer=10**8)
+    at = machine(gpu_bytes=1800 * KIB, link=10**11, optimizer=10**8)
     plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), at)
     assert isinstance(plan, Plan)
     passing = [unit for unit in plan.policy.units if unit.streams_state]
@@ -176,7 +176,7 @@ def test_state_passes_through_the_gpu_where_the_cpu_is_slow() -> None:
     assert kinds[TaskKind.UPDATE_PASSING] == len(passing) * plan.policy.state_chunks
     without = search(tiny_model(), Workload(seq_len=32, global_batch=2), at, SearchOptions(placement="host"))
     assert isinstance(without, Plan)
-    assert plan.prediction.record.step_ns < without.prediction.record.step_ns / 2
+    assert plan.prediction.record.step_ns < without.prediction.record.step_ns / 100
 
 
 def test_activations_wait_on_the_host_where_recomputing_costs_more() -> None:
@@ -254,7 +254,8 @@ def test_same_inputs_same_bytes_in_another_process() -> None:
 
 
 def test_least_host_memory_keeps_the_speed_asked_for() -> None:
-    at, workload, model = machine(gpu_bytes=1600 * KIB, optimizer=10**8), Workload(seq_len=32, global_batch=4), tiny_model()
+    at = machine(gpu_bytes=1600 * KIB, link=10**8, optimizer=10**9)
+    workload, model = Workload(seq_len=32, global_batch=4), tiny_model()
     fast = search(model, workload, at)
     assert isinstance(fast, Plan)
     taken = [fast.prediction.record.peak_bytes[Tier.HOST]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from slideplan.plan.codec import Spec
 from slideplan.plan.measurement import Measurement
@@ -39,14 +39,11 @@ class Explanation(Spec, frozen=True):
 def explain(run: str, plan: Plan, measurement: Measurement) -> Explanation:
     """Split the error of a run."""
     graph, predicted, measured = plan.graph, plan.prediction.record, measurement.record
-    handoffs = plan.prediction.handoffs
-    replayed_ns, _ = replay(graph, measurement.task_ns, handoffs)
+    predicted_ns = _predicted_ns(plan)
+    replayed_ns = _replayed_ns(plan, measurement.task_ns, predicted_ns, ())
 
     def moved(numbers: Iterable[int]) -> int:
-        durations = list(measurement.task_ns)
-        for number in numbers:
-            durations[number] = predicted.spans[number].end_ns - predicted.spans[number].start_ns
-        return replay(graph, durations, handoffs)[0] - replayed_ns
+        return _replayed_ns(plan, measurement.task_ns, predicted_ns, numbers) - replayed_ns
 
     by_kind: dict[str, list[int]] = {}
     for number, task in enumerate(graph.tasks):
@@ -74,15 +71,23 @@ def explain(run: str, plan: Plan, measurement: Measurement) -> Explanation:
 
 def left_errors(plan: Plan, measurement: Measurement) -> dict[str, float]:
     """What is left of the step time's error where the tasks of one lane take what they were measured to; per lane."""
-    graph, handoffs = plan.graph, plan.prediction.handoffs
-    predicted_ns = [span.end_ns - span.start_ns for span in plan.prediction.record.spans]
-    left = {}
-    for lane, numbers in graph.lanes.items():
-        durations_ns = list(predicted_ns)
-        for number in numbers:
-            durations_ns[number] = measurement.task_ns[number]
-        left[str(lane)] = replay(graph, durations_ns, handoffs)[0] / measurement.record.step_ns - 1
-    return left
+    predicted_ns, measured_ns = _predicted_ns(plan), measurement.record.step_ns
+    return {
+        str(lane): _replayed_ns(plan, predicted_ns, measurement.task_ns, numbers) / measured_ns - 1
+        for lane, numbers in plan.graph.lanes.items()
+    }
+
+
+def _predicted_ns(plan: Plan) -> list[int]:
+    return [span.end_ns - span.start_ns for span in plan.prediction.record.spans]
+
+
+def _replayed_ns(plan: Plan, durations_ns: Sequence[int], others_ns: Sequence[int], numbers: Iterable[int]) -> int:
+    """The step replayed with these durations, but for the tasks of these numbers, which take the other ones."""
+    taken = list(durations_ns)
+    for number in numbers:
+        taken[number] = others_ns[number]
+    return replay(plan.graph, taken, plan.prediction.handoffs)[0]
 
 
 def _largest_first(moves_ns: dict[str, int]) -> dict[str, int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from slideplan.plan.graph import Role, Task, TaskGraph
+from contents import HOST_STATE
+from slideplan.plan.graph import Task, TaskGraph
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.executor import Handler
 
 POISON, POISON_INTEGER = float("nan"), 0x5555
-# State lives as long as the run, also where copies take it away and bring it back.
-STATE = (Role.HOST_REMAINDER, Role.HOST_MOMENTS)
 
 
 class Poisoned:
@@ -24,8 +23,8 @@ class Poisoned:
         self._handler(task, step)
         for access in task.accesses:
             slot = access.pool, access.slot
-            if access.role in STATE:
-                continue
+            if access.role in HOST_STATE:
+                continue  # state lives as long as the run, also where copies take it away and bring it back
             if access.mode == "w":
                 self._left[slot] = self._readers[task.name, slot]
             elif slot in self._left:
@@ -39,7 +38,7 @@ def _readers_of_writes(graph: TaskGraph) -> dict[tuple[str, tuple[str, int]], in
     """For each overwriting access, how many accesses build on it or read it before the next overwrites."""
     accesses: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for task in graph.tasks:
-        for access in (access for access in task.accesses if access.role not in STATE):
+        for access in (access for access in task.accesses if access.role not in HOST_STATE):
             accesses.setdefault((access.pool, access.slot), []).append((access.mode, task.name))
     counts: dict[tuple[str, tuple[str, int]], int] = {}
     for slot, uses in accesses.items():

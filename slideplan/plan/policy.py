@@ -18,7 +18,7 @@ GradientDtype = Literal["bf16", "fp32"]
 GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
 
-STATE_BLOCK = 256  # elements of state that are never cut: moments of 8 bits share scales
+MOMENT_BLOCK = 256  # elements that share scales where moments have 8 bits
 MOST_CHUNKS = 64  # of a layer's state
 MOST_SLOTS = 4  # of a kind, per unit and micro-batch
 
@@ -313,10 +313,11 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             raise ValueError(
                 f"policy.state_chunks is {self.state_chunks}, every chunk is three tasks; take at most {MOST_CHUNKS}"
             )
-        blocks = -(-model.flat_elements(UnitRole.LAYER) // STATE_BLOCK)
-        if state and -(-blocks // -(-blocks // self.state_chunks)) != self.state_chunks:
+        elements = model.flat_elements(UnitRole.LAYER)
+        if state and -(-elements // chunk_elements(elements, self.state_chunks)) != self.state_chunks:
             raise ValueError(
-                f"policy.state_chunks is {self.state_chunks}: {blocks} blocks of a layer cannot be cut into as many"
+                f"policy.state_chunks is {self.state_chunks}: {-(-elements // MOMENT_BLOCK)} blocks of a layer cannot be cut "
+                "into as many"
             )
 
 
@@ -325,6 +326,11 @@ _SHARED_SLOTS = ("window", "gradient_slots", "host_gradient_slots", "boundary_sl
 _WEIGHT_FORMATS = (
     ("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update"),
 )  # fmt: skip
+
+
+def chunk_elements(elements: int, chunks: int) -> int:
+    """Elements of each chunk of a unit but the last, which may have fewer: of whole blocks, so that none is cut."""
+    return -(-elements // (chunks * MOMENT_BLOCK)) * MOMENT_BLOCK
 
 
 def check_seq_len(model: ModelSpec, seq_len: int) -> None:

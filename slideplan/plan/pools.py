@@ -5,11 +5,10 @@ from __future__ import annotations
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import SlotPool, TensorClass
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import STATE_BLOCK, Kernels, Moments, Policy, Tier, Workload
+from slideplan.plan.policy import MOMENT_BLOCK, Kernels, Moments, Policy, Tier, Workload, chunk_elements
 from slideplan.plan.quantities import MIB
 
 MOMENT_BYTES = 8  # fp32 m and v per element
-MOMENT_BLOCK = STATE_BLOCK  # elements that share scales where moments have 8 bits
 REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
 WEIGHT_BYTES = 2  # bf16 high half
 # All of a master weight, by format: the split one is weight and remainder.
@@ -25,9 +24,9 @@ def moment_bytes(elements: int, moments: Moments) -> int:
     return MOMENT_BYTES * elements if moments == "fp32" else 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
 
 
-def chunk_elements(elements: int, chunks: int) -> int:
-    """Elements of each chunk of a unit but the last, which may have fewer: of whole blocks, so that none is cut."""
-    return -(-elements // (chunks * MOMENT_BLOCK)) * MOMENT_BLOCK
+def state_bytes(elements: int, moments: Moments) -> int:
+    """Remainder and both moments of a unit, or of a part of it."""
+    return REMAINDER_BYTES * elements + moment_bytes(elements, moments)
 
 
 # The head computes its loss in chunks of tokens whose logits (in fp32, fused: in bf16) stay within this, so that
@@ -57,10 +56,12 @@ class PoolLayout:
         self.rank: dict[tuple[str, int], int] = {}  # (pool, unit) -> first slot of its own
         self._make_pools()
 
-    def _add_pool(self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, owners: list[int]) -> None:
-        for slot, unit in enumerate(owners):
-            self.rank[name, unit] = slot
-        self._add_shared(name, tier, tensor_class, slot_bytes, len(owners))
+    def _add_pool(
+        self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, owners: list[int], each: int = 1
+    ) -> None:
+        """Slots of units' own, `each` many per unit."""
+        self.rank.update({(name, unit): each * place for place, unit in enumerate(owners)})
+        self._add_shared(name, tier, tensor_class, slot_bytes, each * len(owners))
 
     def _add_shared(self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, count: int) -> None:
         if count and slot_bytes:
@@ -123,9 +124,7 @@ class PoolLayout:
             ("remainder", TensorClass.REMAINDER, REMAINDER_BYTES * elements),
             ("moments", _MOMENTS[policy.gpu_moments], moment_bytes(elements, policy.gpu_moments)),
         ):
-            name, count = f"host.{tensor}.passing", policy.state_chunks
-            self._add_shared(name, Tier.HOST, tensor_class, size_bytes, len(passing) * count)
-            self.rank.update({(name, unit): place * count for place, unit in enumerate(passing)})
+            self._add_pool(f"host.{tensor}.passing", Tier.HOST, tensor_class, size_bytes, passing, policy.state_chunks)
             self._add_shared(f"gpu.{tensor}.passing", Tier.GPU, tensor_class, size_bytes, policy.state_slots)
 
     def _add_gradients(self, role: UnitRole, elements: int, on_host: int) -> None:
@@ -145,20 +144,16 @@ class PoolLayout:
         leave = [unit for unit in held if policy.units[unit].boundary is Tier.HOST]
         kept = [unit for unit in range(model.units) if policy.units[unit].inner == "keep"]
         away = [unit for unit in range(model.units) if policy.units[unit].inner == "offload"]
-        self._add_shared("gpu.boundary", Tier.GPU, TensorClass.BOUNDARY, boundary, len(stay) * micros)
-        self._add_shared("host.boundary", Tier.HOST, TensorClass.BOUNDARY, self._pinned(boundary), len(leave) * micros)
-        for name, owners in (("gpu.boundary", stay), ("host.boundary", leave)):
-            self.rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
+        self._add_pool("gpu.boundary", Tier.GPU, TensorClass.BOUNDARY, boundary, stay, micros)
+        self._add_pool("host.boundary", Tier.HOST, TensorClass.BOUNDARY, self._pinned(boundary), leave, micros)
         self._add_shared("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, policy.boundary_slots)
         self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
         feed_forward = model.feed_forward_bytes(self.tokens)
         whole, rest = (self.footprint.held_bytes(inner, feed_forward) for inner in ("keep", "offload"))
-        self._add_shared("gpu.inner", Tier.GPU, TensorClass.INNER, whole, len(kept) * micros)
-        self._add_shared("gpu.inner.rest", Tier.GPU, TensorClass.INNER, rest, len(away) * micros)
+        self._add_pool("gpu.inner", Tier.GPU, TensorClass.INNER, whole, kept, micros)
+        self._add_pool("gpu.inner.rest", Tier.GPU, TensorClass.INNER, rest, away, micros)
         self._add_shared("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, feed_forward, policy.inner_slots)
-        self._add_shared("host.feed_forward", Tier.HOST, TensorClass.FEED_FORWARD, feed_forward, len(away) * micros)
-        for name, owners in (("gpu.inner", kept), ("gpu.inner.rest", away), ("host.feed_forward", away)):
-            self.rank.update({(name, unit): micros * place for place, unit in enumerate(owners)})
+        self._add_pool("host.feed_forward", Tier.HOST, TensorClass.FEED_FORWARD, feed_forward, away, micros)
         layers = policy.units[1 : model.head_unit]
         workspace = self.footprint.workspace_beside(
             [micros * self.footprint.held_bytes(layer.inner, feed_forward) for layer in layers]

@@ -15,17 +15,22 @@ from msgspec import UNSET
 from slideplan.plan.graph import LANE_OF, Access, Lane, Role, Task, TaskKind
 from slideplan.plan.model import UnitRole
 from slideplan.plan.order import Action, WindowUse
-from slideplan.plan.policy import Tier
+from slideplan.plan.policy import Tier, chunk_elements
 from slideplan.plan.pools import (
     CLIP_PASSES,
     MASTER_BYTES,
     MOMENT_BYTES,
-    REMAINDER_BYTES,
     WEIGHT_BYTES,
     PoolLayout,
-    chunk_elements,
-    moment_bytes,
+    state_bytes,
 )
+
+# What a chunk's load, update and way out do with its slot on the GPU.
+_PASSING_MODES: dict[TaskKind, Literal["r", "w", "rw"]] = {
+    TaskKind.LOAD_STATE: "w",
+    TaskKind.UPDATE_PASSING: "rw",
+    TaskKind.OFFLOAD_STATE: "r",
+}
 
 
 class _Ring:
@@ -177,11 +182,9 @@ class SlotAssignment:
         """Slots on the GPU of a chunk of state that passes through: taken by its load, given back by its way out."""
         if kind is TaskKind.LOAD_STATE:
             self._passing[unit, chunk] = self._state_ring.take()
-        slot = self._passing[unit, chunk]
-        mode: Literal["r", "w", "rw"] = "w" if kind is TaskKind.LOAD_STATE else "rw"
+        slot, mode = self._passing[unit, chunk], _PASSING_MODES[kind]
         if kind is TaskKind.OFFLOAD_STATE:
             self._state_ring.give_back(self._passing.pop((unit, chunk)))
-            mode = "r"
         return [
             Access(role=Role.REMAINDER, pool="gpu.remainder.passing", slot=slot, mode=mode),
             Access(role=Role.MOMENTS, pool="gpu.moments.passing", slot=slot, mode=mode),
@@ -230,8 +233,7 @@ class SlotAssignment:
             bytes_moved = 2 * (MASTER_BYTES[self.policy.master] + MOMENT_BYTES) * elements + gradient_bytes
         elif kind is TaskKind.UPDATE_GPU:
             accesses = [self._gradient_access(unit, "r"), *self._state(Tier.GPU, unit), self._weights(unit, "rw")]
-            state_bytes = MASTER_BYTES["split"] * elements + moment_bytes(elements, self.policy.gpu_moments)
-            bytes_moved = 2 * state_bytes + gradient_bytes
+            bytes_moved = self._gpu_update_bytes(elements)
         elif chunk is not None:
             accesses, bytes_moved = self._chunk_of_state(kind, unit, chunk)
             name += f"/chunk{chunk}"
@@ -263,11 +265,16 @@ class SlotAssignment:
         state = self._passing_state(kind, unit, chunk)
         if kind is not TaskKind.UPDATE_PASSING:
             on_host = self._state_on_host(unit, chunk, "r" if kind is TaskKind.LOAD_STATE else "w")
-            return [*on_host, *state], REMAINDER_BYTES * size + moment_bytes(size, policy.gpu_moments)
+            return [*on_host, *state], state_bytes(size, policy.gpu_moments)
         size = min(size, elements - chunk * size)
         gradient = self._gradient_access(unit, "r", last=chunk == policy.state_chunks - 1)
-        moved = 2 * (MASTER_BYTES["split"] * size + moment_bytes(size, policy.gpu_moments))
-        return [gradient, *state, self._weights(unit, "rw")], moved + policy.gradient_element_bytes * size
+        return [gradient, *state, self._weights(unit, "rw")], self._gpu_update_bytes(size)
+
+    def _gpu_update_bytes(self, elements: int) -> int:
+        """What an update on the GPU moves: weights and state read and written, the gradient read."""
+        policy = self.policy
+        read = WEIGHT_BYTES * elements + state_bytes(elements, policy.gpu_moments)
+        return 2 * read + policy.gradient_element_bytes * elements
 
     def _activation_copy(self, kind: TaskKind, unit: int, micro: int) -> tuple[list[Access], int]:
         """Slots and bytes of a copy of activations between GPU and host."""

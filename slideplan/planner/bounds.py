@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
+from msgspec import UNSET
 
 from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
@@ -71,13 +72,12 @@ def durations(
     found = Durations({}, {}, offered)
     for candidate in (streamed, resident, passing):
         graph = lower(short, candidate.policy(short), workload, footprint)
-        of_units: dict[tuple[Way, int, int | None], list[TaskCost]] = {}
+        of_wholes: dict[tuple[Way, int | str], list[TaskCost]] = {}
         for task, cost in zip(graph.tasks, price(graph, short, work, seq_len, machine), strict=True):
-            # What is done in chunks counts as a whole.
-            part = None if task.kind in _STATE_PASSAGE else len(of_units)
             way = task.kind, short.role(task.unit), task.accumulates
-            of_units.setdefault((way, task.unit, part), []).append(cost)
-        for (way, *_), costs in of_units.items():
+            # What is done in chunks counts as a whole.
+            of_wholes.setdefault((way, task.name if task.chunk is UNSET else task.unit), []).append(cost)
+        for (way, _), costs in of_wholes.items():
             duration_ns = sum(cost.duration_ns for cost in costs)
             if duration_ns <= found.time_ns.get(way, duration_ns):
                 found.time_ns[way] = duration_ns
@@ -249,11 +249,9 @@ class BoundModel:
         offload, update = (self._time(kind, UnitRole.LAYER) for kind in (TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST))
         if candidate.gradient_slots == 1:
             # The first layer's gradient is the last: none waits for its slot.
-            resident = max(0, candidate.state_layers - 1)
-            passing = candidate.streamed_state - (candidate.state_layers == 0 < candidate.streamed_state)
-            leave = (layers - 1 - resident - passing) * offload + resident * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
-            leave += passing * self._time(TaskKind.UPDATE_PASSING, UnitRole.LAYER)
-            yield compute_ns + leave
+            on_gpu, resident = (max(0, count - 1) for count in (candidate.gpu_updated, candidate.state_layers))
+            leave = (layers - 1 - on_gpu) * offload + resident * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
+            yield compute_ns + leave + (on_gpu - resident) * self._time(TaskKind.UPDATE_PASSING, UnitRole.LAYER)
         slots = candidate.host_gradient_slots
         for number in (slots, min(hosted - 1, layers - 1 - candidate.gradient_slots)):
             waiting = layers - number - candidate.gradient_slots  # the layer whose backward needs the GPU slot

@@ -5,8 +5,18 @@ from __future__ import annotations
 from slideplan.plan.codec import Spec
 from slideplan.plan.footprint import Footprint
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import GRADIENT_BYTES, GradientDtype, Inner, Kernels, Moments, Policy, Tier, UnitPolicy
-from slideplan.plan.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, chunk_elements, moment_bytes
+from slideplan.plan.policy import (
+    GRADIENT_BYTES,
+    GradientDtype,
+    Inner,
+    Kernels,
+    Moments,
+    Policy,
+    Tier,
+    UnitPolicy,
+    chunk_elements,
+)
+from slideplan.plan.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, state_bytes
 
 STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
 
@@ -113,22 +123,23 @@ class Candidate(Spec, frozen=True):
         embedding, layer, head = (model.flat_elements(role) for role in UnitRole)
         gradient, micros, layers = GRADIENT_BYTES[self.gradient_dtype], self.micro_batches, model.layers
         boundary = model.boundary_bytes(self.micro_batch * seq_len)
-        ends_on_gpu = embedding * self.embedding_on_gpu + head * self.head_on_gpu
-        ends_on_host = embedding + head - ends_on_gpu
+        ends_on_host = embedding * (not self.embedding_on_gpu) + head * (not self.head_on_gpu)
         gpu = WEIGHT_BYTES * (embedding + head + layer * (self.weight_layers + self.window))
-        gpu += REMAINDER_BYTES * (ends_on_gpu + layer * self.state_layers)
-        resident = ((embedding, self.embedding_on_gpu), (head, self.head_on_gpu), (layer, self.state_layers))
-        gpu += sum(count * moment_bytes(elements, self.gpu_moments) for elements, count in resident)
         chunk = chunk_elements(layer, self.state_chunks) if self.state_chunks else 0
-        passing = REMAINDER_BYTES * chunk + moment_bytes(chunk, self.gpu_moments)
-        gpu += passing * self.state_slots
+        on_gpu = (
+            (embedding, self.embedding_on_gpu),
+            (head, self.head_on_gpu),
+            (layer, self.state_layers),
+            (chunk, self.state_slots),
+        )
+        gpu += sum(count * state_bytes(elements, self.gpu_moments) for elements, count in on_gpu)
         gpu += gradient * (embedding + head + layer * self.gradient_slots)
         gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
         feed_forward = model.feed_forward_bytes(self.micro_batch * seq_len)
         kept_bytes = [micros * footprint.held_bytes(inner, feed_forward) for inner in self.inner(model)]
         gpu += sum(kept_bytes) + footprint.workspace_beside(kept_bytes) + feed_forward * self.inner_slots
         host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.gpu_updated))
-        host += passing * self.state_chunks * self.streamed_state
+        host += state_bytes(chunk, self.gpu_moments) * self.state_chunks * self.streamed_state
         host += gradient * (ends_on_host + layer * self.host_gradient_slots)
         host += (boundary * self.offloaded_outputs + feed_forward * self.offloaded_inner) * micros
         return {Tier.GPU: gpu, Tier.HOST: host}

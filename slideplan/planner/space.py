@@ -19,8 +19,8 @@ from slideplan.plan.footprint import Footprint
 from slideplan.plan.ledger import slot_capacity
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Moments, Tier, Workload, check_seq_len
-from slideplan.plan.pools import REMAINDER_BYTES, WEIGHT_BYTES, chunk_elements, moment_bytes
+from slideplan.plan.policy import ComputeWork, GradientDtype, Kernels, Moments, Tier, Workload, check_seq_len, chunk_elements
+from slideplan.plan.pools import WEIGHT_BYTES, state_bytes
 from slideplan.planner.candidate import STATE_BYTES, Candidate
 from slideplan.planner.kernels import check_kernels, faster_kernels
 from slideplan.simulator import footprint
@@ -264,7 +264,7 @@ class SpaceBuilder:
     def _state_counts(self, base: Candidate) -> list[int]:
         """From as many as the host cannot hold to as many as the GPU can."""
         layers, on_host = self.model.layers, (STATE_BYTES + WEIGHT_BYTES) * self._layer
-        on_gpu = (REMAINDER_BYTES + WEIGHT_BYTES) * self._layer + moment_bytes(self._layer, base.gpu_moments)
+        on_gpu = WEIGHT_BYTES * self._layer + state_bytes(self._layer, base.gpu_moments)
         spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), NO_SPARE_SLOTS))
         fewest = min(layers, max(0, -(spare[Tier.HOST] // on_host)))
         most = max(0, min(layers, spare[Tier.GPU] // on_gpu))

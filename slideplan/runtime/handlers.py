@@ -8,8 +8,8 @@ import torch
 from msgspec import UNSET
 
 from slideplan.plan.graph import Role, Task, TaskKind
-from slideplan.plan.policy import Moments
-from slideplan.plan.pools import MOMENT_BLOCK, moment_bytes
+from slideplan.plan.policy import MOMENT_BLOCK, Moments
+from slideplan.plan.pools import moment_bytes
 from slideplan.runtime.buffers import Buffers
 from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.moments8 import update_8bit

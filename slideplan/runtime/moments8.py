@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from slideplan.plan.pools import MOMENT_BLOCK
+from slideplan.plan.policy import MOMENT_BLOCK
 from slideplan.runtime.optimizer import AdamW
 from slideplan.runtime.split_master import join, split
 

@@ -109,8 +109,7 @@ class Session:
     def _warm_up(self, host_update: HostUpdate) -> None:
         """Compile the updates before the clock starts; no slot is touched. Units compile theirs in the first, warm-up, step."""
         host_update.compile()
-        on_gpu = (TaskKind.UPDATE_GPU, TaskKind.UPDATE_PASSING)
-        if any(task.kind in on_gpu for task in self.plan.graph.tasks) and self.backend.name == "cuda":
+        if Lane.GPU_UPDATE in self.plan.graph.lanes and self.backend.name == "cuda":
             device = self.backend.device
             compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)
 

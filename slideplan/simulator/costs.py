@@ -162,10 +162,7 @@ class _Pricer:
             return cost.duration_ns.p50, "interpolated" if converted else "measured", percent
         pair = neighbours(costs, micro_batch, seq_len)
         if pair is not None:
-            duration_ns, percent = self._on_line(kind, role, pair)
-            if micro_batch * seq_len < pair[0].micro_batch * pair[0].seq_len:
-                # Below what was measured, until its launch is longer; as long as what was measured at most.
-                duration_ns = max(duration_ns, min(launch_ns, pair[0].duration_ns.p50))
+            duration_ns, percent = self._interpolated(kind, role, pair, launch_ns)
             return duration_ns, "interpolated", percent + added
         # What was measured is a policy's work at another size.
         there_work = msgspec.structs.replace(ComputeWork.of(self._work), micro_batch=cost.micro_batch)
@@ -174,7 +171,9 @@ class _Pricer:
         scaled_ns = here * cost.duration_ns.p50 // there
         return max(scaled_ns, launch_ns), "interpolated", percent + SCALED_PERCENT
 
-    def _on_line(self, kind: TaskKind, role: UnitRole, pair: tuple[ComputeCost, ComputeCost]) -> tuple[int, float]:
+    def _interpolated(
+        self, kind: TaskKind, role: UnitRole, pair: tuple[ComputeCost, ComputeCost], launch_ns: int
+    ) -> tuple[int, float]:
         """Time and uncertainty from two measurements: attention at its rate, all else on the line over tokens."""
         tokens = self._work.micro_batch * self._seq_len
         sizes = [each.micro_batch * each.seq_len for each in pair]
@@ -186,6 +185,9 @@ class _Pricer:
         percent += BETWEEN_PERCENT if sizes[0] <= tokens <= sizes[1] else BEYOND_PERCENT
         # By what attention makes of it, it is as uncertain as attention's rate.
         percent += ATTENTION_PERCENT * abs(duration_ns - _on_line(sizes, whole_ns, tokens)) / duration_ns
+        if tokens < sizes[0]:
+            # Below what was measured, until its launch is longer; as long as what was measured at most.
+            duration_ns = max(duration_ns, min(launch_ns, whole_ns[0]))
         return duration_ns, percent
 
     def _attention_ns(self, kind: TaskKind, role: UnitRole, tokens: int, seq_len: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import masters, plain_training, plan_for, session_for, train
 from slideplan.plan.model import ModelSpec
+from slideplan.plan.policy import Policy, Workload
 from slideplan.runtime.backend import STREAM_LANES, CudaBackend
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.executor import Executor
@@ -48,6 +49,15 @@ def gpu_model(**changes) -> ModelSpec:
     return tiny_model(**shape | changes)
 
 
+def trained(model: ModelSpec, policy: Policy, workload: Workload) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final master weights of a run on the GPU."""
+    backend = CudaBackend()
+    try:
+        return train(session_for(plan_for(model, policy, workload, backend), backend), STEPS)
+    finally:
+        backend.close()
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     """Flash attention's backward sums in any order unless told otherwise."""
@@ -66,19 +76,11 @@ def test_kernels_train_alike_by_every_policy(name: str, kernels: str) -> None:
     same = {"micro_batch": policy.micro_batch, "micro_batches": policy.micro_batches, "gradient_dtype": policy.gradient_dtype}
     layers = tuple(range(1, model.head_unit))
     whole = tiny_policy(model, **same, kernels="fused", resident_state=tuple(range(model.units)), keep=layers)
-    found = []
-    for each in (policy, whole):
-        backend = CudaBackend()
-        session = session_for(plan_for(model, each, workload, backend), backend)
-        try:
-            found.append(train(session, STEPS))
-        finally:
-            backend.close()
-    (losses, weights), (expected_losses, expected) = found
+    (losses, weights), (expected_losses, expected) = (trained(model, each, workload) for each in (policy, whole))
     unequal = [parameter for parameter, value in expected.items() if not torch.equal(weights[parameter], value)]
     assert not unequal
     assert losses == expected_losses
-    eager_losses, _ = plain_training(model, policy, workload, STEPS, backend.device)
+    eager_losses, _ = plain_training(model, policy, workload, STEPS, CudaBackend().device)
     assert losses == pytest.approx(eager_losses, rel=2e-3)
 
 
@@ -87,12 +89,7 @@ def test_moments_of_8_bits_train_alike_however_activations_lie() -> None:
     found = []
     for knobs in ({"gpu_moments": "8bit"}, {"gpu_moments": "8bit", "offload_inner": (2, 3), "kernels": "graphed"}, {}):
         policy = tiny_policy(model, **{"resident_state": (0, 1, 2), "kernels": "fused", **knobs})
-        backend = CudaBackend()
-        session = session_for(plan_for(model, policy, workload, backend), backend)
-        try:
-            found.append(train(session, STEPS))
-        finally:
-            backend.close()
+        found.append(trained(model, policy, workload))
     lossy, same, exact = found
     assert lossy[0] == same[0]
     assert all(torch.equal(lossy[1][name], value) for name, value in same[1].items())
@@ -107,13 +104,8 @@ def test_trains_as_in_memory(name: str, tied: bool) -> None:
     model = gpu_model(tied_embeddings=tied)
     workload = tiny_workload(seq_len=128)
     policy = tiny_policy(model, **POLICIES[name])
-    backend = CudaBackend()
-    session = session_for(plan_for(model, policy, workload, backend), backend)
-    try:
-        losses, weights = train(session, STEPS)
-    finally:
-        backend.close()
-    expected_losses, expected = plain_training(model, policy, workload, STEPS, backend.device)
+    losses, weights = trained(model, policy, workload)
+    expected_losses, expected = plain_training(model, policy, workload, STEPS, CudaBackend().device)
     unequal = [
         f"{name}: {(weights[name] != value).sum().item()} of {value.numel()}, {(weights[name] - value).abs().max().item():.2e}"
         for name, value in expected.items()

@@ -28,14 +28,20 @@ pytest.importorskip("triton")
 SETTINGS = AdamW(lr=3e-3, weight_decay=0.1)
 
 
+def halves(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its bf16 weights and remainders."""
+    high, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
+    split(master, high, remainder)
+    return high, remainder
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("elements", [1, 63, 1024, 3001])
 def test_gpu_update_equals_the_hosts_bit_for_bit(elements: int, dtype: torch.dtype) -> None:
     from slideplan.runtime.kernels.adamw import update_gpu
 
     torch.manual_seed(elements)
-    weights, remainder = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=torch.int16)
-    split(torch.randn(elements), weights, remainder)
+    weights, remainder = halves(torch.randn(elements))
     host = [weights, remainder, torch.zeros(2, elements)]
     device = [tensor.clone().to(DEVICE) for tensor in host]
     for step in range(3):
@@ -55,8 +61,7 @@ def test_host_update_is_elementary_fp32_adamw(elements: int, dtype: torch.dtype)
     generator = np.random.default_rng(0)
     p = generator.standard_normal(elements).astype(np.float32)
     m, v = np.zeros_like(p), np.zeros_like(p)
-    weights, remainder = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=torch.int16)
-    split(torch.from_numpy(p), weights, remainder)
+    weights, remainder = halves(torch.from_numpy(p))
     moments = torch.zeros(2, elements)
     for step in range(5):
         gradient = torch.from_numpy(generator.standard_normal(elements).astype(np.float32)).to(dtype)
@@ -70,8 +75,7 @@ def test_host_update_against_float64_and_torch() -> None:
     """Each fp32 step rounds about ten times: 20 half-ulps of the weight and of the step bound the error of one step."""
     torch.manual_seed(1)
     start = torch.randn(4000)
-    weights, remainder = torch.empty(4000, dtype=torch.bfloat16), torch.empty(4000, dtype=torch.int16)
-    split(start, weights, remainder)
+    weights, remainder = halves(start)
     moments = torch.zeros(2, 4000)
     arguments = {"lr": SETTINGS.lr, "weight_decay": SETTINGS.weight_decay, "foreach": False}
     exact = torch.nn.Parameter(start.double())
@@ -94,8 +98,7 @@ def test_host_update_against_float64_and_torch() -> None:
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 3.4e38, -1e-40, 2.0**-126, float("inf"), -float("inf")])
 def test_split_of_special_values(value: float) -> None:
     master = torch.tensor([value])
-    high, remainder = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int16)
-    split(master, high, remainder)
+    high, remainder = halves(master)
     assert torch.equal(join(high, remainder).view(torch.int32), master.view(torch.int32))
 
 
@@ -104,8 +107,7 @@ def test_split_is_exact_and_rounds_to_nearest() -> None:
     bits = torch.randint(-(2**31), 2**31 - 1, (100_000,)).to(torch.int32)
     master = bits.view(torch.float32)
     master = master[torch.isfinite(master)]
-    high, remainder = torch.empty(master.numel(), dtype=torch.bfloat16), torch.empty(master.numel(), dtype=torch.int16)
-    split(master, high, remainder)
+    high, remainder = halves(master)
     assert torch.equal(join(high, remainder).view(torch.int32), master.view(torch.int32))
     ties = master.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(high[~ties].view(torch.int16), master.bfloat16()[~ties].view(torch.int16))
@@ -123,13 +125,11 @@ def test_nan_stays_nan_in_the_weight_that_computes(pattern: int) -> None:
     from slideplan.runtime.kernels.adamw import update_gpu
 
     nan = torch.tensor([pattern], dtype=torch.int64).to(torch.int32).view(torch.float32)
-    high, remainder = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int16)
-    split(nan, high, remainder)
+    high, remainder = halves(nan)
     assert high.isnan().all()
     assert join(high, remainder).isnan().all()
     for update, device in ((HostUpdate(1), "cpu"), (update_gpu, DEVICE)):
-        weights, low = torch.empty(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.int16)
-        split(torch.ones(64), weights, low)
+        weights, low = halves(torch.ones(64))
         state = [weights.to(device), low.to(device), torch.zeros(2, 64, device=device)]
         update(*state, nan.expand(64).contiguous().to(device), SETTINGS, 0)
         assert state[0].isnan().all()
@@ -145,8 +145,7 @@ def test_gpu_update_of_8_bits_equals_torchs_bit_for_bit(elements: int, dtype: to
     from slideplan.runtime.kernels.adamw8 import update_gpu_8bit
 
     torch.manual_seed(elements)
-    weights, remainder = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=torch.int16)
-    split(torch.randn(elements), weights, remainder)
+    weights, remainder = halves(torch.randn(elements))
     host = [weights, remainder, moments_8bit(elements)]
     device = [tensor.clone().to(DEVICE) for tensor in host]
     for step in range(4):
@@ -184,8 +183,7 @@ def test_training_with_moments_of_8_bits_goes_nearly_where_exact_ones_go() -> No
     target = torch.randn(1024)
     ends = []
     for update, moments in ((HostUpdate(1), torch.zeros(2, 1024)), (update_8bit, moments_8bit(1024))):
-        weights, remainder = torch.empty(1024, dtype=torch.bfloat16), torch.empty(1024, dtype=torch.int16)
-        split(torch.zeros(1024), weights, remainder)
+        weights, remainder = halves(torch.zeros(1024))
         generator = torch.Generator().manual_seed(1)
         for step in range(600):
             gradient = join(weights, remainder) - target + 0.3 * torch.randn(1024, generator=generator)

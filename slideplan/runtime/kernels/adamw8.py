@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slideplan.plan.pools import MOMENT_BLOCK
+from slideplan.plan.policy import MOMENT_BLOCK
 from slideplan.runtime.kernels.adamw import step_elements
 from slideplan.runtime.moments8 import CODES, DROPPED_BITS, ONE
 from slideplan.runtime.optimizer import AdamW

@@ -1,11 +1,9 @@
 """Validation campaign: how well does the simulator predict schedules that it has not seen run?
 
 One campaign measures the machine, draws configurations (model, sequence length, global batch, GPU memory) and
-for each of them random policies from all that fits, beside the one that the planner chooses; then executes each
-in a process of its own with random weights, and compares. All runs are drawn before the first, and nothing is
-fitted on them. Host memory is as fast as other programs leave it, so its rate is measured again right before
-each run, for two seconds, as `planner profile --refresh` does; the step is predicted from the profile with that
-rate. What the profile alone predicted is reported, too.
+for each of them random policies from all that fits, beside the one that the planner chooses; predicts every
+step; then executes each in a process of its own with random weights, and compares. Predictions are made before
+the first run and nothing is fitted on the runs.
 
     python benchmarks/campaign.py -o runs/validation --budget-s 570 --name h100    # profile, draw, the first runs
     python benchmarks/campaign.py --resume runs/validation --budget-s 570         # go on, as often as runs are left
@@ -35,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import shlex
 import shutil
 import signal
@@ -53,12 +50,9 @@ import campaign_report
 from campaign_draw import describe, draw_entries, entry_plan
 from campaign_records import CampaignFolder, Entry, Manifest, Outcome
 from slideplan.plan.codec import digest, save
-from slideplan.plan.graph import Lane
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.quantities import GIB, format_ns, parse_bytes
-from slideplan.plan.refresh import with_host_rate
 from slideplan.planner.machines import find_machine
-from slideplan.runtime.probes import host_rate_now
 
 MODELS = ("qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b")
 SEQ_LENS = (512, 1024, 2048, 4096)
@@ -68,7 +62,7 @@ PROFILE_MICRO_BATCHES, PROFILE_SEQ_LENS = (1, 8), (512, 1024, 2048, 4096)
 
 # Deferred updates pile up over the first steps; then step times of policies bound by the host differ from step to step.
 WARMUP_STEPS, STEADY_STEPS, LEAST_STEADY_STEPS = 3, 20, 3
-STEPPING_S = 8.0  # fewer steady steps rather than longer
+STEPPING_S = 10.0  # fewer steady steps rather than longer
 # Wall time of a run beside its steps; what the folder's finished runs took corrects it.
 START_S = 8.0
 RESERVE_BYTES_PER_S = 4 * GIB
@@ -78,7 +72,6 @@ REPORT_S = 15.0  # kept for the report at the end of the budget
 EXIT_INTERRUPTED = 130
 ATTEMPTS = 2  # of a run during which the campaign itself was killed
 ERROR_LINES, ERROR_CHARACTERS = 4, 800
-LIBC = ctypes.CDLL(None)
 
 
 # -- runs --------------------------------------------------------------------------------------
@@ -145,25 +138,10 @@ def launch_process(arguments: list[str], limit_s: float) -> Ended:
 def _end_with_parent() -> None:
     """Linux ends this process when the one that started it is gone, however it went."""
     if sys.platform == "linux":
-        LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-Refresh = Callable[[MachineProfile], MachineProfile]
-
-
-def refreshed(machine: MachineProfile) -> MachineProfile:
-    """The profile with host memory as fast as it is now. In this process: no device is touched."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return with_host_rate(machine, host_rate_now(machine), now)
-
-
-def run_all(
-    folder: CampaignFolder,
-    manifest: Manifest,
-    deadline: float,
-    launch: Launch = launch_process,
-    refresh: Refresh = refreshed,
-) -> None:
+def run_all(folder: CampaignFolder, manifest: Manifest, deadline: float, launch: Launch = launch_process) -> None:
     """Make the runs that are left; none is begun that would last beyond the deadline (monotonic seconds)."""
     machine = folder.profile()
     if digest(machine) != manifest.profile_digest:
@@ -178,7 +156,7 @@ def run_all(
             return
         left.remove(entry)
         print(f"{describe(entry)}\n  about {estimated_s(entry, speed):.0f} s", flush=True)
-        outcome = run(folder, entry, machine, manifest.device, speed, deadline, launch, refresh)
+        outcome = run(folder, entry, machine, manifest.device, speed, deadline, launch)
         print(f"  {_result(folder, entry, outcome)}", flush=True)
 
 
@@ -190,7 +168,6 @@ def run(
     speed: float,
     deadline: float,
     launch: Launch = launch_process,
-    refresh: Refresh = refreshed,
 ) -> Outcome:
     """Predict, execute, compare. What goes wrong there is an outcome, not an exception.
 
@@ -212,17 +189,11 @@ def run(
     if outcome.attempts > ATTEMPTS:
         return ended(status="failed", error=f"the campaign was stopped during this run {ATTEMPTS} times")
     ended()
-    started = time.monotonic()
-    plan = entry_plan(entry, machine)
-    if Lane.HOST_UPDATE in plan.graph.lanes:
-        now = refresh(machine)
-        plan = entry_plan(entry, now)
-        share = now.optimizer.host_bytes_per_s.p50 / machine.optimizer.host_bytes_per_s.p50
-        outcome = msgspec.structs.replace(outcome, host_memory=round(share, 4))
     plan_file = place / "made.json"
-    save(plan_file, plan)
+    save(plan_file, entry_plan(entry, machine))
+    started = time.monotonic()
     patience_s = 60 + 4 * outcome.estimated_s
-    limit_s = min(patience_s, deadline + REPORT_S / 2 - time.monotonic())
+    limit_s = min(patience_s, deadline + REPORT_S / 2 - started)
     steps = str(steps_of(entry))
     code, said = launch(
         ["execute", str(plan_file), "--steps", steps, "--warmup", str(WARMUP_STEPS), "--lr", LEARNING_RATE,
@@ -254,9 +225,7 @@ def _result(folder: CampaignFolder, entry: Entry, outcome: Outcome) -> str:
     return (
         f"predicted {format_ns(comparison.step.predicted)}, measured {format_ns(comparison.step.measured)}: "
         f"{comparison.step.error:+.1%} (cost model {comparison.cost_model_error:+.1%}, structure "
-        f"{comparison.structure_error:+.1%}, spread {comparison.step_spread:.1%}); host memory at {outcome.host_memory:.0%} of "
-        f"the profile's, from which alone {entry.predicted_ns / comparison.step.measured - 1:+.1%}; {memory}; "
-        f"took {outcome.wall_s:.0f} s"
+        f"{comparison.structure_error:+.1%}, spread {comparison.step_spread:.1%}); {memory}; took {outcome.wall_s:.0f} s"
     )
 
 

@@ -36,7 +36,7 @@ class Configuration(Spec, frozen=True):
 class Entry(Spec, frozen=True):
     """One run: a configuration under one policy, drawn at random or chosen by the planner.
 
-    predicted_ns:   step time by the simulator from the profile alone, before anything ran
+    predicted_ns:   step time by the simulator, before anything ran
     reserved_bytes: slots of both tiers, which the run touches before its first step
     """
 
@@ -65,9 +65,8 @@ class Manifest(Document, frozen=True, tag="campaign"):
 class Outcome(Document, frozen=True, tag="campaign_run"):
     """What became of a run. `started` without an end: the campaign was stopped from outside meanwhile.
 
-    wall_s:      whole run, start of the process and reserving memory included
-    error:       last lines that a failed run left
-    host_memory: rate of updates on the host right before the run, over the profile's; 1 where the run has none
+    wall_s: whole run, start of the process and reserving memory included
+    error:  last lines that a failed run left
     """
 
     status: Literal["started", "done", "failed"]
@@ -75,7 +74,6 @@ class Outcome(Document, frozen=True, tag="campaign_run"):
     estimated_s: float
     wall_s: float = 0.0
     error: str = ""
-    host_memory: float = 1.0
 
 
 class CampaignFolder:

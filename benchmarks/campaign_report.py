@@ -51,8 +51,6 @@ class RunResult(Spec, frozen=True):
     step: Row
     cost_model_error: float
     structure_error: float
-    host_memory: float  # right before the run, over the profile's
-    error_as_profiled: float  # of what the profile alone predicted
     left_errors: dict[str, float]  # lane -> what is left where its tasks take their measured time
     step_spread: float  # (p90 - p10) / p50 of the steady steps
     step_ns: tuple[int, ...]  # every step, warm-up included
@@ -139,7 +137,6 @@ class Summary(Spec, frozen=True):
     step: Errors
     cost_model: Errors
     structure: Errors
-    as_profiled: Errors  # of what the profile alone predicted
     left: dict[str, Errors]  # lane -> errors of all runs where its tasks take their measured time
     groups: dict[str, Errors]
     memory: dict[str, Errors]
@@ -231,8 +228,6 @@ def _result(folder: CampaignFolder, entry: Entry) -> RunResult:
         step=Row.of(comparison.step),
         cost_model_error=comparison.cost_model_error,
         structure_error=comparison.structure_error,
-        host_memory=outcome.host_memory,
-        error_as_profiled=entry.predicted_ns / measurement.record.step_ns - 1,
         left_errors=left_errors(plan, measurement),
         step_spread=comparison.step_spread,
         step_ns=measurement.step_ns,
@@ -293,7 +288,6 @@ def summarize(results: Sequence[RunResult]) -> Summary:
         step=Errors.of([result.error for result in results]),
         cost_model=Errors.of([result.cost_model_error for result in results]),
         structure=Errors.of([result.structure_error for result in results]),
-        as_profiled=Errors.of([result.error_as_profiled for result in results]),
         left={
             lane: Errors.of([result.left_errors.get(lane, result.error) for result in results])
             for lane in sorted({lane for result in results for lane in result.left_errors})

@@ -22,32 +22,16 @@ def table(validation: Validation) -> str:
         "## Step time",
         _markdown(_ERROR_HEADER, _error_rows(validation)),
         "Error is (predicted - measured) / measured. Cost model: predicted against the task graph replayed with measured "
-        "durations; structure: replayed against measured. Profile alone: predicted with host memory as fast as the profile "
-        "found it, not as it was right before the run. A lane as measured: what is left of the errors where the tasks of "
+        "durations; structure: replayed against measured. A lane as measured: what is left of the errors where the tasks of "
         "that lane take their measured time and all others the predicted.",
         "## Runs, largest error first",
         _markdown(
-            (
-                "run",
-                "policy",
-                "predicted",
-                "replayed",
-                "measured",
-                "error",
-                "cost model",
-                "structure",
-                "spread",
-                "memory",
-                "profile alone",
-                "GPU",
-                "host",
-            ),
+            ("run", "policy", "predicted", "replayed", "measured", "error", "cost model", "structure", "spread", "GPU", "host"),
             (_run_row(run) for run in validation.runs),
         ),
         "Policy: micro-batches x size and gradient type, window / prefetch depth, then how many layers keep weights, state and "
         "inner activations on the GPU, how many boundary activations wait on the host, which end units have their state on "
-        "the GPU, and the order of updates. Spread: (p90 - p10) / p50 of the steady steps. Memory: how fast host memory was "
-        "right before the run, over the profile's. GPU, host: error of peak bytes.",
+        "the GPU, and the order of updates. Spread: (p90 - p10) / p50 of the steady steps. GPU, host: error of peak bytes.",
         "## Worst case",
         validation.worst.sentence,
         "## Peak memory",
@@ -103,8 +87,7 @@ def _opening(validation: Validation) -> str:
     return (
         f"{', '.join(words)}. Step time: mean \\|error\\| **{step.mean_size:.1%}**, worst **{_percent(step.worst)}**, "
         f"signed mean {_percent(step.mean)}; {step.within_3_percent:.0%} of runs within 3 %, "
-        f"{step.within_8_percent:.0%} within 8 %. Nothing was fitted on these runs; before each that updates on the host, "
-        f"host memory was measured again for two seconds."
+        f"{step.within_8_percent:.0%} within 8 %. Nothing was fitted on these runs."
     )
 
 
@@ -115,7 +98,6 @@ def _error_rows(validation: Validation) -> Iterable[list[str]]:
         **summary.groups,
         "all, cost model alone": summary.cost_model,
         "all, structure alone": summary.structure,
-        "all, from the profile alone": summary.as_profiled,
         **{f"all, {lane} as measured": errors for lane, errors in summary.left.items()},
     }
     return ([name, *_errors(errors)] for name, errors in groups.items())
@@ -134,7 +116,6 @@ def _run_row(run: RunResult) -> list[str]:
     return [
         run.name, run.sketch, format_ns(step.predicted), format_ns(step.replayed), format_ns(step.measured),
         _percent(step.error), _percent(run.cost_model_error), _percent(run.structure_error), f"{run.step_spread:.1%}",
-        f"{run.host_memory:.0%}", _percent(run.error_as_profiled),
         _memory_error(run.memory.get("gpu")), _memory_error(run.memory.get("host")),
     ]  # fmt: skip
 

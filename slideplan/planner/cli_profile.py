@@ -36,8 +36,7 @@ from slideplan.planner.report_tables import console
 
 def profile(
     existing: Annotated[
-        str | None,
-        typer.Argument(metavar="PROFILE", help="With --check or --refresh: a profile's name or file; default: this machine's."),
+        str | None, typer.Argument(metavar="PROFILE", help="With --check: a profile's name or file; default: this machine's.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: profiles/NAME.json.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the profile; default: the output's, or the computer's.")] = None,
@@ -56,9 +55,6 @@ def profile(
     check: Annotated[
         bool, typer.Option("--check", help="Measure a few figures of PROFILE again and say whether they hold; write nothing.")
     ] = False,
-    refresh: Annotated[
-        bool, typer.Option("--refresh", help="Measure how fast host memory is now, in seconds, and write PROFILE with that.")
-    ] = False,
 ) -> None:
     """Measure this machine.
 
@@ -71,25 +67,19 @@ def profile(
       planner profile --model llama-3.1-8b --micro-batch 4 --micro-batch 16 --seq-len 1024
       planner profile --device cpu --model demo -o profiles/laptop.json
       planner profile --check profiles/laptop.json
-      planner profile --refresh profiles/laptop.json -o profiles/laptop-now.json
 
     \b
     Exit codes: 0 measured, or all figures checked hold; 2 bad input; 4 a figure checked does not hold.
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     try:
-        from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine, refresh_machine  # noqa: PLC0415 - needs torch
+        from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine  # noqa: PLC0415 - needs torch
     except ImportError as error:
         raise ValueError(f"profiling needs the runtime: install slideplan[runtime] ({error})") from None
-    if check and refresh:
-        raise ValueError("--check writes nothing and --refresh writes a profile: give one of them")
     if check:
         _check(_measured(existing), check_machine)
         return
-    if refresh:
-        _refresh(existing, output, refresh_machine)
-        return
     if existing is not None:
-        raise ValueError(f"{existing}: only --check and --refresh take a profile; --output names the file to write")
+        raise ValueError(f"{existing}: only --check takes a profile; --output names the file to write")
     on_gpu = device is Device.CUDA or (device is Device.AUTO and _has_gpu())
     models = tuple(find_model(each) for each in model or (["llama-3.1-8b"] if on_gpu else ["demo"]))
     sizes = micro_batch or ([8] if quick else [1, 4, 16])
@@ -164,20 +154,6 @@ def _check(
         note(f"{machine.name}: {failed} of {len(found)} figures do not hold; `planner profile` measures anew")
         raise typer.Exit(EXIT_DOES_NOT_HOLD)
     note(f"{machine.name}: all {len(found)} figures hold")
-
-
-def _refresh(existing: str | None, output: Path | None, refresh_machine: Callable[[MachineProfile], MachineProfile]) -> None:
-    machine = _measured(existing)
-    named = Path(existing) if existing is not None and Path(existing).is_file() else LOCAL_PROFILES / f"{machine.name}.json"
-    output = output or named
-    check_writable(output)
-    now = refresh_machine(machine)
-    codec.save(output, now)
-    before, found = (each.optimizer.host_bytes_per_s.p50 / 1e9 for each in (machine, now))
-    note(
-        f"{machine.name}: AdamW on the host runs at {found:.1f} GB/s, {before:.1f} before ({found / before - 1:+.1%}); "
-        f"profile written to {output}"
-    )
 
 
 def _replaced(output: Path, measured: MachineProfile) -> MachineProfile | None:

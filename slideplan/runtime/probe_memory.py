@@ -6,8 +6,7 @@ import contextlib
 import mmap
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.machine import Curve, LaunchCost, OptimizerProfile, RatePoint, Spread, SsdProfile, ThreadPoint
 from slideplan.plan.policy import Tier
 from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
-from slideplan.runtime.backend import Backend, host_buffer
+from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
 from slideplan.runtime.machine import available_host_bytes
 from slideplan.runtime.optimizer import AdamW, HostUpdate
@@ -29,60 +28,6 @@ SAMPLES = 24  # at least, of every size
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
 SSD_BLOCK_BYTES = 16 << 20
 State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # weights, remainder, moments, gradient
-
-
-class HostUpdates:
-    """AdamW on the host over blocks of its memory in turn, which is not equally fast everywhere, and runs fill most of it.
-
-    elements: of a block
-    share:    of the free RAM that blocks fill; one at least
-    """
-
-    def __init__(self, elements: int, share: float) -> None:
-        free = int(share * available_host_bytes())
-        self._states = [_state(host_buffer, elements)]
-        more = free // sum(tensor.nbytes for tensor in self._states[0]) - 1
-        self._states += [_state(host_buffer, elements) for _ in range(more)]
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def action(self, threads: int, elements: int) -> Callable[[], object]:
-        """An update of the first `elements` of the next block."""
-        return _update(HostUpdate(threads), self._states, elements)
-
-
-def host_rate(threads: int, elements: int, share: float, seconds: float) -> Spread:
-    """Bytes/s of updates of `elements` for about so long; every block twice at least."""
-    HostUpdate(threads).compile()
-    blocks = HostUpdates(elements, share)
-    act = blocks.action(threads, elements)
-    act()
-    durations: list[int] = []
-    while len(durations) < max(SAMPLES, 2 * len(blocks)) or sum(durations) < seconds * 1e9:
-        started = time.perf_counter_ns()
-        act()
-        durations.append(time.perf_counter_ns() - started)
-    return mean_rate_spread(elements * BF16_UPDATE_BYTES, durations)
-
-
-def _state(allocate: Callable[[int], torch.Tensor], elements: int) -> State:
-    """Weights, remainder, moments and gradient, in memory as the executor's slots have it."""
-    weights, gradient = (allocate(2 * elements).view(torch.bfloat16) for _ in range(2))
-    remainder = allocate(2 * elements).view(torch.int16)
-    moments = allocate(8 * elements).view(torch.float32).view(2, elements)
-    return weights, remainder, moments, gradient
-
-
-def _update(update: Callable[..., object], states: Sequence[State], elements: int) -> Callable[[], object]:
-    turns = cycle(states)
-
-    def act() -> None:
-        weights, remainder, moments, gradient = next(turns)
-        moments = moments.view(-1)[: 2 * elements].view(2, elements)
-        update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
-
-    return act
 
 
 class MemoryProbes:
@@ -99,12 +44,17 @@ class MemoryProbes:
         size = effort.largest_copy_bytes
         self._host = {lane: backend.allocate(Tier.HOST, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
         self._gpu = {lane: backend.allocate(Tier.GPU, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
-        self._updates = HostUpdates(round(effort.optimizer_elements * UPDATE_SIZES[-1]), effort.host_share)
+        # Host memory is not equally fast everywhere, and runs fill most of it.
+        elements = round(effort.optimizer_elements * UPDATE_SIZES[-1])
+        free = int(effort.host_share * available_host_bytes())
+        self._host_states = [self._update_buffers(Tier.HOST, elements)]
+        more = free // sum(tensor.nbytes for tensor in self._host_states[0]) - 1
+        self._host_states += [self._update_buffers(Tier.HOST, elements) for _ in range(more)]
         self._sampled: dict[Lane, dict[int, Callable[[], object]]] = {
             lane: {size: self._copy(lane, size) for size in self._sizes()} for lane in (Lane.H2D, Lane.D2H)
         }
         self._sampled[Lane.HOST_UPDATE] = {
-            elements * BF16_UPDATE_BYTES: self._updates.action(threads, elements)
+            elements * BF16_UPDATE_BYTES: self._update(Lane.HOST_UPDATE, threads, elements)
             for elements in (round(effort.optimizer_elements * times) for times in UPDATE_SIZES)
         }
         self._durations: dict[Lane, list[list[int]]] = {lane: [[] for _ in runs] for lane, runs in self._sampled.items()}
@@ -141,23 +91,42 @@ class MemoryProbes:
         """Copies of the largest size and updates, as `together` takes them: bytes and action."""
         size, elements = self._effort.largest_copy_bytes, self._effort.optimizer_elements
         copies = {lane: (size, self._copy(lane, size)) for lane in (Lane.H2D, Lane.D2H)}
-        on_gpu = _state(lambda size_bytes: self._backend.allocate(Tier.GPU, size_bytes, copied=False), elements)
-        updates = {
-            Lane.HOST_UPDATE: self._updates.action(self._threads, elements),
-            Lane.GPU_UPDATE: _update(gpu_update(self._backend.device, HostUpdate(self._threads)), [on_gpu], elements),
+        return copies | {
+            lane: (elements * BF16_UPDATE_BYTES, self._update(lane, self._threads, elements))
+            for lane in (Lane.HOST_UPDATE, Lane.GPU_UPDATE)
         }
-        return copies | {lane: (elements * BF16_UPDATE_BYTES, act) for lane, act in updates.items()}
 
     def link_curves(self) -> tuple[Curve, Curve]:
         """Host to device and back, alone, over sizes."""
         return self._curve(Lane.H2D), self._curve(Lane.D2H)
+
+    def _update_buffers(self, tier: Tier, elements: int) -> State:
+        """Weights, remainder, moments and gradient, in memory as the executor's slots have it."""
+        weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=False).view(torch.bfloat16) for _ in range(2))
+        remainder = self._backend.allocate(tier, 2 * elements, copied=False).view(torch.int16)
+        moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
+        return weights, remainder, moments, gradient
+
+    def _update(self, lane: Lane, threads: int, elements: int) -> Callable[[], object]:
+        """An update of `elements`, on the host of every block in turn."""
+        host = HostUpdate(threads)
+        update = gpu_update(self._backend.device, host) if lane is Lane.GPU_UPDATE else host
+        states = self._host_states if lane is Lane.HOST_UPDATE else [self._update_buffers(Tier.GPU, elements)]
+        turns = cycle(states)
+
+        def act() -> None:
+            weights, remainder, moments, gradient = next(turns)
+            moments = moments.view(-1)[: 2 * elements].view(2, elements)
+            update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
+
+        return act
 
     def optimizer(self, cores: int, on_gpu: Work) -> OptimizerProfile:
         """AdamW on either side alone, and the host's over sizes and over thread counts up to all cores."""
         elements, repeats = self._effort.optimizer_elements, self._effort.repeats
         size = elements * BF16_UPDATE_BYTES
         counts = sorted({max(1, count) for count in (cores // 4, cores // 2, cores * 3 // 4, cores - 1, cores)})
-        actions = [self._updates.action(count, elements) for count in counts]
+        actions = [self._update(Lane.HOST_UPDATE, count, elements) for count in counts]
         by_count = timed_in_turns(self._backend, Lane.HOST_UPDATE, actions, repeats)
         by_size = self._curve(Lane.HOST_UPDATE)
         return OptimizerProfile(

@@ -35,19 +35,17 @@ from slideplan.plan.machine import (
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels
 from slideplan.plan.quantities import format_bytes
-from slideplan.plan.refresh import with_host_rate
 from slideplan.runtime.backend import Backend, make_backend
 from slideplan.runtime.machine import identity, resident_bytes, total_host_bytes, usable_cores
 from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_handoffs import handoffs
-from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe, host_rate
+from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
 from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
 from slideplan.runtime.probing import Effort, Work, mean_rate_spread, spread, timed, together
 from slideplan.runtime.threads import ThreadBudget
 
 TURNS = 2  # of samples of host memory between units
-REFRESH_S, REFRESH_SHARE = 2.0, 0.5  # of updates; of the memory over which a profile samples them
 ProgressCallback = Callable[[str, int, int], None]
 
 
@@ -226,8 +224,11 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
 
     Raises ValueError where this is another machine than the profile's.
     """
-    backend = _backend_of(profile)
-    effort = _effort_of(profile)
+    backend = make_backend(profile.gpu.backend)
+    differences = profile.identity().differences(identity(backend))
+    if differences:
+        raise ValueError(f"profile {profile.name} is of another machine: {'; '.join(differences)} (profile, here)")
+    effort = Effort.of(profile.link.h2d.points[-1].size < Effort.of(False, backend.name).largest_copy_bytes, backend.name)
     combinations = ((Lane.H2D, Lane.D2H), (Lane.HOST_UPDATE, Lane.H2D, Lane.D2H))
     largest = format_bytes(effort.largest_copy_bytes)
     names = {Lane.H2D: f"h2d copy, {largest}", Lane.D2H: f"d2h copy, {largest}", Lane.HOST_UPDATE: "AdamW on the host"}
@@ -262,36 +263,6 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
     finally:
         backend.close()
     return found
-
-
-def refresh_machine(profile: MachineProfile) -> MachineProfile:
-    """The profile with host memory as fast as it is now (`plan.refresh`).
-
-    Raises ValueError where this is another machine than the profile's.
-    """
-    _backend_of(profile).close()
-    return with_host_rate(profile, host_rate_now(profile), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-
-
-def host_rate_now(profile: MachineProfile) -> Spread:
-    """What `optimizer.host_bytes_per_s` is at this moment, measured for two or three seconds; no device is touched."""
-    effort = _effort_of(profile)
-    return host_rate(profile.optimizer.threads, effort.optimizer_elements, effort.host_share * REFRESH_SHARE, REFRESH_S)
-
-
-def _backend_of(profile: MachineProfile) -> Backend:
-    """Backend of the profiled machine, which must be this one: ValueError otherwise."""
-    backend = make_backend(profile.gpu.backend)
-    differences = profile.identity().differences(identity(backend))
-    if differences:
-        raise ValueError(f"profile {profile.name} is of another machine: {'; '.join(differences)} (profile, here)")
-    return backend
-
-
-def _effort_of(profile: MachineProfile) -> Effort:
-    """The effort that the profile was measured with."""
-    backend = profile.gpu.backend
-    return Effort.of(profile.link.h2d.points[-1].size < Effort.of(False, backend).largest_copy_bytes, backend)
 
 
 class _Steps:

@@ -22,11 +22,9 @@ from campaign_records import CampaignFolder, Manifest, Outcome
 from campaign_report import Validation, histogram
 from slideplan.plan.codec import load, save
 from slideplan.plan.graph import Lane
-from slideplan.plan.machine import MachineProfile, Spread
-from slideplan.plan.refresh import with_host_rate
+from slideplan.plan.machine import MachineProfile
 from slideplan.plan.replay import replay
 from slideplan.planner.catalogue import find_model
-from slideplan.runtime import probes
 from slideplan.runtime.cli import app
 from slideplan.runtime.probes import ProfileRequest, profile_machine
 
@@ -42,11 +40,6 @@ def launch_here(arguments: list[str], _: float) -> Ended:
     """In this process, which spares loading torch for each run."""
     app(arguments, standalone_mode=False)
     return Ended(0, "")
-
-
-def refresh_here(machine: MachineProfile) -> MachineProfile:
-    """Host memory at three quarters of the profile's."""
-    return with_host_rate(machine, Spread.exact(machine.optimizer.host_bytes_per_s.p50 * 3 // 4), "now")
 
 
 def options(folder: Path, *more: str) -> argparse.Namespace:
@@ -70,7 +63,7 @@ def finished(machine: MachineProfile, tmp_path_factory: pytest.TempPathFactory) 
     """Two configurations, a random and a planned run of each."""
     folder = CampaignFolder(tmp_path_factory.mktemp("campaign"))
     manifest = started(folder, machine, "--runs-per-config", "2")
-    campaign.run_all(folder, manifest, time.monotonic() + ENOUGH_S, launch_here, refresh_here)
+    campaign.run_all(folder, manifest, time.monotonic() + ENOUGH_S, launch_here)
     return folder
 
 
@@ -89,9 +82,7 @@ def test_all_runs_finish_and_errors_are_bounded(finished: CampaignFolder) -> Non
         assert outcome.status == "done", outcome.error
         assert outcome.wall_s > 0
         step = comparison.step
-        updates_on_host = Lane.HOST_UPDATE in finished.plan(entry).graph.lanes
-        assert outcome.host_memory == (pytest.approx(0.75, abs=1e-3) if updates_on_host else 1.0)
-        assert step.predicted > entry.predicted_ns if updates_on_host else step.predicted == entry.predicted_ns
+        assert step.predicted == entry.predicted_ns
         assert all(map(math.isfinite, (comparison.cost_model_error, comparison.structure_error, comparison.step_spread)))
         measurement = finished.measurement(entry)
         assert len(measurement.step_ns) == campaign.steps_of(entry)
@@ -145,16 +136,12 @@ def test_figures_of_the_report_agree(report: Path, finished: CampaignFolder) -> 
     assert [abs(run.error) for run in runs] == pytest.approx(sorted((abs(error) for error in errors), reverse=True))
     assert summary.step.mean_size == pytest.approx(fmean(map(abs, errors)))
     assert summary.step.mean == pytest.approx(fmean(errors))
-    assert summary.as_profiled.mean == pytest.approx(fmean(run.error_as_profiled for run in runs))
-    assert {run.host_memory for run in runs} - {1.0}, "some update on the host"
     assert f"mean \\|error\\| **{summary.step.mean_size:.1%}**, worst **{summary.step.worst:+.1%}**" in text
     assert sum(summary.histogram.counts) == len(runs)
     assert len(summary.histogram.edges_percent) == len(summary.histogram.counts) + 1
     for run in runs:
         assert (1 + run.cost_model_error) * (1 + run.structure_error) == pytest.approx(1 + run.error)
         assert f"| {run.name} | {run.sketch} |" in text
-        assert (run.error_as_profiled == pytest.approx(run.error)) == (run.host_memory == 1)
-        assert run.error_as_profiled <= run.error
         assert sum(row.measured for row in run.kinds.values()) == sum(row.measured for row in run.lanes.values())
     for kind, found in summary.kinds.items():
         having = [run.kinds[kind].error for run in runs if kind in run.kinds]
@@ -268,13 +255,6 @@ def test_another_profile_is_refused(fresh: CampaignFolder) -> None:
     save(fresh.profile_file, msgspec.structs.replace(fresh.profile(), name="other"))
     with pytest.raises(ValueError, match="is not the profile that the runs were predicted from"):
         campaign.run_all(fresh, fresh.manifest(), time.monotonic() + ENOUGH_S)
-
-
-def test_host_memory_is_measured_before_a_run(machine: MachineProfile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "REFRESH_S", 0.05)
-    now = campaign.refreshed(machine)
-    assert now.optimizer.host_bytes_per_s != machine.optimizer.host_bytes_per_s
-    assert now.costs == machine.costs
 
 
 def test_commands(fresh: CampaignFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ from builders import GB_PER_S, tiny_machine
 from slideplan.plan import codec
 from slideplan.plan.machine import MachineProfile, Spread
 from slideplan.plan.plan import Plan
-from slideplan.plan.refresh import with_host_rate
 from slideplan.planner import cli
 
 
@@ -237,7 +236,6 @@ def requests(monkeypatch: pytest.MonkeyPatch, remeasured: dict[str, int]) -> lis
 
     probes.ProfileRequest, probes.profile_machine = FakeRequest, profile_machine  # type: ignore[attr-defined]
     probes.check_machine = check_machine  # type: ignore[attr-defined]
-    probes.refresh_machine = lambda profile: with_host_rate(profile, Spread.exact(remeasured["host"]), "today")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "slideplan.runtime.probes", probes)
     return seen
 
@@ -305,32 +303,16 @@ def test_check_says_what_holds_and_writes_nothing(
     assert "4 a figure checked does not hold" in " ".join(planner("profile", "--help").out.split())
 
 
-def test_refresh_takes_host_memory_as_it_is_now(planner: Any, requests: list[FakeRequest], remeasured: dict[str, int]) -> None:
-    assert planner("profile", "--device", "cpu", "--name", "here").code == 0
-    written = codec.load("profiles/here.json", MachineProfile)
-    remeasured["host"] = 24 * GB_PER_S
-    outcome = planner("profile", "--refresh", "-o", "now.json")
-    assert (outcome.code, "AdamW on the host runs at 24.0 GB/s, 30.0 before (-20.0%)" in outcome.err) == (0, True)
-    assert codec.load("profiles/here.json", MachineProfile) == written
-    for which in ((), ("here",), ("profiles/here.json",)):
-        codec.save("profiles/here.json", written)
-        assert planner("profile", "--refresh", *which).code == 0
-        assert codec.load("profiles/here.json", MachineProfile) == codec.load("now.json", MachineProfile) != written
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--check",), "no profile of this machine in profiles/"),
         (("--check", "rtx4090-2tib"), "figures from datasheets, there is nothing to check"),
         (("--check", "nowhere"), "machine 'nowhere'"),
-        (("here.json",), "only --check and --refresh take a profile"),
-        (("--refresh",), "no profile of this machine in profiles/"),
-        (("--refresh", "rtx4090-2tib"), "figures from datasheets"),
-        (("--refresh", "--check"), "give one of them"),
+        (("here.json",), "only --check takes a profile"),
     ],
 )
-def test_check_and_refresh_need_a_measured_profile(
+def test_check_needs_a_measured_profile(
     planner: Any, requests: list[FakeRequest], arguments: tuple[str, ...], message: str
 ) -> None:
     outcome = planner("profile", *arguments)

@@ -13,11 +13,10 @@ from slideplan.plan.figures import changes, figures
 from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.machine import LayerShape, MachineProfile
 from slideplan.plan.model import UnitRole
-from slideplan.runtime import probes
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.machine import identity
 from slideplan.runtime.probe_together import COMBINATIONS
-from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine, refresh_machine
+from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine
 from slideplan.runtime.probing import mean_rate_spread, rate_spread, timed_in_turns, together
 
 
@@ -78,15 +77,6 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     other = msgspec.structs.replace(profile, host=msgspec.structs.replace(profile.host, cpu="another"))
     with pytest.raises(ValueError, match=r"of another machine: .*cpu: another, "):
         check_machine(other, lambda *_: None)
-    with pytest.raises(ValueError, match=r"of another machine: .*cpu: another, "):
-        refresh_machine(other)
-    monkeypatch.setattr(probes, "REFRESH_S", 0.05)
-    now = refresh_machine(profile)
-    rate = now.optimizer.host_bytes_per_s
-    assert 0 < rate.p10 <= rate.p50 <= rate.p90
-    assert now.optimizer.host_by_bytes is not None
-    assert rate.p50 in [point.rate.p50 for point in now.optimizer.host_by_bytes.points], "the size that was measured again"
-    assert now.costs == profile.costs
 
 
 def test_unknown_device_is_refused() -> None:

@@ -3,7 +3,8 @@
 One campaign measures the machine, draws configurations (model, sequence length, global batch, GPU memory) and
 for each of them random policies from all that fits, beside the one that the planner chooses; predicts every
 step; then executes each in a process of its own with random weights, and compares. Predictions are made before
-the first run and nothing is fitted on the runs.
+the first run and nothing is fitted on the runs. How fast a process's memory is depends on where the system puts it:
+what `runtime execute` expects once it has rehearsed its host updates, before the first step, is reported as well.
 
     python benchmarks/campaign.py -o runs/validation --budget-s 570 --name h100    # profile, draw, the first runs
     python benchmarks/campaign.py --resume runs/validation --budget-s 570         # go on, as often as runs are left
@@ -62,7 +63,7 @@ PROFILE_MICRO_BATCHES, PROFILE_SEQ_LENS = (1, 8), (512, 1024, 2048, 4096)
 
 # Deferred updates pile up over the first steps; then step times of policies bound by the host differ from step to step.
 WARMUP_STEPS, STEADY_STEPS, LEAST_STEADY_STEPS = 3, 20, 3
-STEPPING_S = 10.0  # fewer steady steps rather than longer
+STEPPING_S = 8.0  # fewer steady steps rather than longer
 # Wall time of a run beside its steps; what the folder's finished runs took corrects it.
 START_S = 8.0
 RESERVE_BYTES_PER_S = 4 * GIB
@@ -72,6 +73,7 @@ REPORT_S = 15.0  # kept for the report at the end of the budget
 EXIT_INTERRUPTED = 130
 ATTEMPTS = 2  # of a run during which the campaign itself was killed
 ERROR_LINES, ERROR_CHARACTERS = 4, 800
+LIBC = ctypes.CDLL(None)  # not first in a child between fork and exec
 
 
 # -- runs --------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def launch_process(arguments: list[str], limit_s: float) -> Ended:
 def _end_with_parent() -> None:
     """Linux ends this process when the one that started it is gone, however it went."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_all(folder: CampaignFolder, manifest: Manifest, deadline: float, launch: Launch = launch_process) -> None:
@@ -222,9 +224,10 @@ def _result(folder: CampaignFolder, entry: Entry, outcome: Outcome) -> str:
         return f"{outcome.status} after {outcome.wall_s:.0f} s: {outcome.error or 'out of time, to be made again'}"
     comparison = folder.comparison(entry)
     memory = ", ".join(f"{row.name} memory {row.error:+.1%}" for row in comparison.memory if row.error is not None)
+    rehearsed = "" if comparison.rehearsed is None else f"{comparison.rehearsed.error:+.1%} as rehearsed, "
     return (
         f"predicted {format_ns(comparison.step.predicted)}, measured {format_ns(comparison.step.measured)}: "
-        f"{comparison.step.error:+.1%} (cost model {comparison.cost_model_error:+.1%}, structure "
+        f"{comparison.step.error:+.1%} ({rehearsed}cost model {comparison.cost_model_error:+.1%}, structure "
         f"{comparison.structure_error:+.1%}, spread {comparison.step_spread:.1%}); {memory}; took {outcome.wall_s:.0f} s"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from slideplan.plan.codec import Document, Spec, digest
+from slideplan.plan.graph import Lane
 from slideplan.plan.machine import MachineIdentity
 from slideplan.plan.plan import Plan
 from slideplan.plan.policy import Tier
@@ -18,6 +19,7 @@ class Measurement(Document, frozen=True, tag="measurement"):
     record:  the steady step whose time is the median
     steady_steps: numbers of the steps judged by: neither warm-up nor the last
     task_ns: median duration of each task over the steady steps
+    rehearsed_ns: a step's updates on the host one after the other, before the first step; None where there are none
     step_ns, losses: every step from the first, warm-up included
     """
 
@@ -32,6 +34,7 @@ class Measurement(Document, frozen=True, tag="measurement"):
     losses: tuple[float, ...]
     task_ns: tuple[int, ...]
     record: StepRecord
+    rehearsed_ns: int | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.step_ns)
@@ -39,6 +42,8 @@ class Measurement(Document, frozen=True, tag="measurement"):
             raise ValueError("steady_steps must name some of the steps, and every step has one time and one loss")
         if min(self.step_ns) < 1 or min(self.task_ns, default=0) < 0 or self.record.step_ns < 1:
             raise ValueError("step times must be positive and task times not negative")
+        if self.rehearsed_ns is not None and self.rehearsed_ns < 1:
+            raise ValueError(f"rehearsed_ns is {self.rehearsed_ns}, must be positive")
         if len(self.record.spans) != len(self.task_ns):
             raise ValueError("record.spans and task_ns must have one entry per task each")
 
@@ -63,6 +68,7 @@ class Comparison(Document, frozen=True, tag="comparison"):
     predicted -> replayed is the error of the cost model, replayed -> measured that of the structure; hand-offs
     from lane to lane are replayed as predicted.
     kinds: time per task kind in one step. lanes: busy time per lane in one step. memory: peak bytes.
+    rehearsed: the step as `expected_step_ns` had it right before the run; None where nothing was rehearsed
     """
 
     model: str
@@ -75,6 +81,22 @@ class Comparison(Document, frozen=True, tag="comparison"):
     cost_model_error: float
     structure_error: float
     step_spread: float  # (p90 - p10) / p50 of the measured steady steps
+    rehearsed: ComparisonRow | None = None
+
+
+def expected_step_ns(plan: Plan, rehearsed_ns: int) -> int:
+    """The predicted step with host updates as much longer or shorter as they were in rehearsal than the plan has them.
+
+    How fast a process's memory is depends on where the system has put it: on one virtual machine runs differ by a
+    quarter, each of them steady to a few percent.
+    """
+    prediction, graph = plan.prediction, plan.graph
+    predicted_ns = [span.end_ns - span.start_ns for span in prediction.record.spans]
+    scaled_ns = list(predicted_ns)
+    for number in graph.lanes[Lane.HOST_UPDATE]:
+        scaled_ns[number] = max(1, predicted_ns[number] * rehearsed_ns // prediction.host_updates_ns)
+    before_ns, after_ns = (replay(graph, durations, prediction.handoffs)[0] for durations in (predicted_ns, scaled_ns))
+    return prediction.record.step_ns * after_ns // before_ns
 
 
 def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None) -> Comparison:
@@ -98,6 +120,7 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
         row = kinds.setdefault(task.kind, [0, 0, 0])
         for column, record in enumerate((predicted, replayed, measured)):
             row[column] += record.spans[number].end_ns - record.spans[number].start_ns
+    expected_ns = None if measurement.rehearsed_ns is None else expected_step_ns(plan, measurement.rehearsed_ns)
     steady = sorted(measurement.step_ns[step] for step in measurement.steady_steps)
     middle = median(steady)
     return Comparison(
@@ -118,6 +141,7 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
         cost_model_error=predicted.step_ns / replayed_ns - 1,
         structure_error=replayed_ns / measured.step_ns - 1,
         step_spread=(steady[len(steady) * 9 // 10] - steady[len(steady) // 10]) / middle,
+        rehearsed=None if expected_ns is None else _row("step, as rehearsed", expected_ns, replayed_ns, measured.step_ns),
     )
 
 

@@ -25,6 +25,7 @@ class Prediction(Spec, frozen=True):
                     "derived" or "datasheet", the worst of its tasks'
     step_uncertainty_percent: by which the costs' uncertainties may move the step time; None if not stated
     handoffs:       from lane to lane, as simulated
+    host_updates_ns: the step's updates on the host one after the other, with nothing beside them
     """
 
     record: StepRecord
@@ -33,6 +34,7 @@ class Prediction(Spec, frozen=True):
     cost_sources: dict[str, str]
     step_uncertainty_percent: float | None = None
     handoffs: Handoffs = IMMEDIATE
+    host_updates_ns: int = 0
 
 
 class FrontPoint(Spec, frozen=True):

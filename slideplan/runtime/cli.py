@@ -188,3 +188,5 @@ class ProgressBars:
             rate = f"  {speed * self._tokens:,.0f} tokens/s" if speed else ""
             detail = f"{progress.done}/{progress.total}  loss {progress.loss:.3f}{rate}"
         self._bars.update(bar, completed=progress.done, detail=detail)
+        if progress.note:
+            self._bars.console.print(progress.note, soft_wrap=True, highlight=False)

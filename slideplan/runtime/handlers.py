@@ -52,17 +52,21 @@ class Handlers:
 
     def __call__(self, task: Task, step: int) -> None:
         """Issue one task."""
-        if task.kind in COPIES:
+        if task.kind in UPDATES:
+            self.update(task, step, self._settings)
+        elif task.kind in COPIES:
             for source, destination in COPIES[task.kind]:
                 self._buffers[task.slot(destination)].copy_(self._buffers[task.slot(source)], non_blocking=True)
-        elif task.kind in UPDATES:
-            gradient, weights = (self._buffers[task.slot(role)] for role in UPDATES[task.kind])
-            remainder, moments = (self._buffers[task.slot(role)] for role in (Role.REMAINDER, Role.MOMENTS))
-            if task.chunk is not UNSET:
-                gradient, weights, remainder, moments = _chunk(task.chunk, gradient, weights, remainder, moments)
-            self._update[task.kind](weights, remainder, moments, gradient, self._settings, step)
         else:
             self._compute(task, step)
+
+    def update(self, task: Task, step: int, settings: AdamW) -> None:
+        """Issue an update with these settings."""
+        gradient, weights = (self._buffers[task.slot(role)] for role in UPDATES[task.kind])
+        remainder, moments = (self._buffers[task.slot(role)] for role in (Role.REMAINDER, Role.MOMENTS))
+        if task.chunk is not UNSET:
+            gradient, weights, remainder, moments = _chunk(task.chunk, gradient, weights, remainder, moments)
+        self._update[task.kind](weights, remainder, moments, gradient, settings, step)
 
 
 def _chunk(

@@ -20,8 +20,9 @@ import transformers
 from slideplan import __version__
 from slideplan.plan.codec import digest
 from slideplan.plan.graph import tier_bytes
-from slideplan.plan.measurement import Measurement
+from slideplan.plan.measurement import Measurement, expected_step_ns
 from slideplan.plan.policy import Tier
+from slideplan.plan.quantities import format_ns
 from slideplan.plan.timeline import Span, step_record
 from slideplan.runtime.executor import Executor
 from slideplan.runtime.lanes import RunError
@@ -30,6 +31,7 @@ from slideplan.runtime.session import Progress, Session
 
 # Steps whose spans are kept: medians do not get better beyond, and long runs must not fill the memory.
 JUDGED_STEPS = 50
+WORTH_SAYING = 0.03  # of the step
 
 
 class _StepSpans(NamedTuple):
@@ -63,6 +65,7 @@ def measure(
     gc.collect()
     reset_peak_resident()
     before_bytes = resident_bytes()
+    rehearsed_ns = _rehearse(session, progress)
     executor = session.executor(steps)
     recorder = Recorder()
     with (out / "metrics.jsonl").open("w") as metrics:
@@ -78,7 +81,24 @@ def measure(
             # Updates of the last step may still run; those of the step before are over or nearly so.
             recorder.harvest(executor, step - 1)
     recorder.harvest(executor, steps)
-    return _measurement(session, recorder, warmup_steps, command, _peak_bytes(session, before_bytes))
+    return _measurement(session, recorder, warmup_steps, command, _peak_bytes(session, before_bytes), rehearsed_ns)
+
+
+def _rehearse(session: Session, progress: Callable[[Progress], None]) -> int | None:
+    """What host updates take in this process's memory; where that is not as planned, what step to expect is said."""
+    plan = session.plan
+    rehearsed_ns = session.rehearse()
+    if rehearsed_ns is None or not plan.prediction.host_updates_ns:
+        return None
+    planned_ns, expected_ns = plan.prediction.record.step_ns, expected_step_ns(plan, rehearsed_ns)
+    note = ""
+    if abs(expected_ns - planned_ns) > WORTH_SAYING * planned_ns:
+        note = (
+            f"updates on the host take {rehearsed_ns / plan.prediction.host_updates_ns:.0%} of their planned time in this "
+            f"process's memory: expect steps of {format_ns(expected_ns)}, planned were {format_ns(planned_ns)}"
+        )
+    progress(Progress("rehearsing updates", 1, 1, note=note))
+    return rehearsed_ns
 
 
 def _peak_bytes(session: Session, before_bytes: int) -> dict[Tier, int]:
@@ -94,7 +114,12 @@ def _peak_bytes(session: Session, before_bytes: int) -> dict[Tier, int]:
 
 
 def _measurement(
-    session: Session, recorder: Recorder, warmup_steps: int, command: str, peak_bytes: dict[Tier, int]
+    session: Session,
+    recorder: Recorder,
+    warmup_steps: int,
+    command: str,
+    peak_bytes: dict[Tier, int],
+    rehearsed_ns: int | None,
 ) -> Measurement:
     plan, origins = session.plan, recorder.origins
     # A step lasts from its first compute task to that of the next; the last one, to its own last task.
@@ -126,4 +151,5 @@ def _measurement(
         losses=tuple(recorder.losses),
         task_ns=task_ns,
         record=step_record(plan.graph, plan.workload, step_ns[middle.step], middle.spans, peak_bytes),
+        rehearsed_ns=rehearsed_ns,
     )

@@ -47,6 +47,8 @@ def print_comparison(out: Console, comparison: Comparison) -> None:
     for column in ("", "predicted", "replayed", "measured", "error"):
         table.add_column(column, justify="left" if not column else "right")
     _add(table, comparison.step, format_ns)
+    if comparison.rehearsed is not None:
+        _add(table, comparison.rehearsed, format_ns)
     _add(table, comparison.tokens_per_s, lambda value: f"{value:,}")
     for rows in (comparison.lanes, comparison.kinds):
         table.add_section()

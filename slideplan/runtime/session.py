@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,20 +16,23 @@ from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.executor import Executor
 from slideplan.runtime.handlers import UPDATES, Handlers, compile_gpu_update, gpu_update
-from slideplan.runtime.optimizer import AdamW, HostUpdate
+from slideplan.runtime.optimizer import AdamW, HostUpdate, Rehearsal
 from slideplan.runtime.split_master import join, split
 from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import WeightSource
 
+LEAST_REHEARSAL_NS = 1_000_000_000  # where one pass over a small state takes less
+
 
 @dataclass(frozen=True)
 class Progress:
-    """What the caller may show: a phase with its share done, or a finished step with its loss."""
+    """What the caller may show: a phase with its share done, or a finished step with its loss; and what is to be known."""
 
     phase: str
     done: int
     total: int
     loss: float | None = None
+    note: str = ""
 
 
 class Session:
@@ -112,6 +116,24 @@ class Session:
         if Lane.GPU_UPDATE in self.plan.graph.lanes and self.backend.name == "cuda":
             device = self.backend.device
             compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)
+
+    def rehearse(self) -> int | None:
+        """Nanoseconds that the host's updates of one step take, one after the other; nothing else may be running.
+
+        Nothing is changed by it, as long as gradients are finite: before the first step they are zero. None where the
+        host updates nothing.
+        """
+        updates = [self.plan.graph.tasks[number] for number in self.plan.graph.lanes.get(Lane.HOST_UPDATE, ())]
+        if not updates:
+            return None
+        nothing = Rehearsal()
+        self.handlers.update(updates[0], 0, nothing)  # threads wake up
+        passes, started = 0, time.perf_counter_ns()
+        while passes == 0 or time.perf_counter_ns() - started < LEAST_REHEARSAL_NS:
+            for task in updates:
+                self.handlers.update(task, 0, nothing)
+            passes += 1
+        return max(1, (time.perf_counter_ns() - started) // passes)
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from slideplan.plan.graph import TaskGraph
+from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.ledger import Ledger
 from slideplan.plan.machine import MachineProfile
 from slideplan.plan.model import ModelSpec
@@ -44,6 +44,7 @@ def predict(
         cost_sources=sources,
         step_uncertainty_percent=round(_step_uncertainty(graph, costs, critical_ns), 1),
         handoffs=machine.handoffs,
+        host_updates_ns=sum(costs[number].duration_ns for number in graph.lanes.get(Lane.HOST_UPDATE, ())),
     )
 
 

@@ -136,6 +136,8 @@ def test_figures_of_the_report_agree(report: Path, finished: CampaignFolder) -> 
     assert [abs(run.error) for run in runs] == pytest.approx(sorted((abs(error) for error in errors), reverse=True))
     assert summary.step.mean_size == pytest.approx(fmean(map(abs, errors)))
     assert summary.step.mean == pytest.approx(fmean(errors))
+    assert summary.rehearsed.mean == pytest.approx(fmean(run.rehearsed_error for run in runs))
+    assert any(run.rehearsed_error != run.step.error for run in runs), "some update on the host"
     assert f"mean \\|error\\| **{summary.step.mean_size:.1%}**, worst **{summary.step.worst:+.1%}**" in text
     assert sum(summary.histogram.counts) == len(runs)
     assert len(summary.histogram.edges_percent) == len(summary.histogram.counts) + 1

@@ -9,9 +9,10 @@ import pytest
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan import __version__
 from slideplan.plan import codec
+from slideplan.plan.graph import Lane
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
-from slideplan.plan.measurement import Measurement, compare
+from slideplan.plan.measurement import Measurement, compare, expected_step_ns
 from slideplan.plan.plan import MachineReference, Plan, Prediction, SearchRecord
 from slideplan.plan.policy import Tier
 from slideplan.plan.replay import replay
@@ -70,6 +71,23 @@ def test_errors_are_split_between_cost_model_and_structure(plan: Plan):
     loads = next(row for row in found.kinds if row.name == "load_weights")
     assert (loads.predicted, loads.replayed, loads.measured) == (8000, 16000, 16000)
     assert [(row.predicted, row.replayed, row.measured) for row in found.memory] == [(1000, None, 1100)] * 2
+
+
+def test_host_updates_that_were_rehearsed_say_what_step_to_expect(plan: Plan):
+    """Twice as long in rehearsal: as a step of updates twice as long, whatever the run then took."""
+    updates = plan.graph.lanes[Lane.HOST_UPDATE]
+    prediction = msgspec.structs.replace(plan.prediction, host_updates_ns=1000 * len(updates))
+    plan = msgspec.structs.replace(plan, prediction=prediction)
+    measurement = measurement_of(plan, 1500, scale=1.0)
+    assert compare(plan, measurement).rehearsed is None
+    as_planned = msgspec.structs.replace(measurement, rehearsed_ns=1000 * len(updates))
+    row = compare(plan, as_planned).rehearsed
+    assert row is not None
+    assert (row.predicted, row.measured) == (plan.prediction.record.step_ns, measurement.record.step_ns)
+    longer = [5000 if number in updates else 1000 for number in range(len(plan.graph.tasks))]
+    assert expected_step_ns(plan, 5000 * len(updates)) == replay(plan.graph, longer)[0] > plan.prediction.record.step_ns
+    with pytest.raises(ValueError, match="rehearsed_ns is 0, must be positive"):
+        msgspec.structs.replace(measurement, rehearsed_ns=0).__post_init__()
 
 
 def test_a_run_of_another_plan_is_refused(plan: Plan):

@@ -70,6 +70,8 @@ def test_run_folder_holds_everything(run_folder: Path) -> None:
     assert measurement["losses"] == pytest.approx(losses)
     assert len(measurement["step_ns"]) == 12
     assert measurement["steady_steps"] == list(range(2, 11))
+    assert measurement["rehearsed_ns"] > 0
+    assert "step, as rehearsed" in (run_folder / "comparison.txt").read_text()
     assert all(start <= end for start, end in measurement["record"]["spans"])
 
 

@@ -17,6 +17,7 @@ from slideplan.runtime.optimizer import (
     LEAST_CHUNK_ELEMENTS,
     AdamW,
     HostUpdate,
+    Rehearsal,
 )
 from slideplan.runtime.split_master import join, split
 
@@ -69,6 +70,22 @@ def test_host_update_is_elementary_fp32_adamw(elements: int, dtype: torch.dtype)
         p, m, v = elementary_adamw(p, m, v, gradient.float().numpy(), SETTINGS, step)
         assert np.array_equal(join(weights, remainder).numpy(), p)
         assert np.array_equal(moments.numpy(), np.stack([m, v]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_rehearsal_changes_no_bit(dtype: torch.dtype) -> None:
+    """Of state in the middle of training, tiny and huge values and infinite weights included."""
+    torch.manual_seed(3)
+    elements = ALONE_ELEMENTS + 3
+    weights, remainder = halves(torch.randn(elements) * 10.0 ** torch.randint(-38, 38, (elements,)))
+    weights[:2] = torch.tensor([torch.inf, -torch.inf])
+    remainder[:2] = 0
+    moments = torch.stack([torch.randn(elements), torch.rand(elements)]) * 10.0 ** torch.randint(-37, 30, (2, elements))
+    gradient = (torch.randn(elements) * 10.0 ** torch.randint(-38, 18, (elements,))).to(dtype)
+    before = [tensor.clone() for tensor in (weights, remainder, moments)]
+    HostUpdate(2)(weights, remainder, moments, gradient, Rehearsal(), 0)
+    for now, was, bits in zip((weights, remainder, moments), before, (torch.int16, torch.int16, torch.int32), strict=True):
+        assert torch.equal(now.view(bits), was.view(bits))
 
 
 def test_host_update_against_float64_and_torch() -> None:

@@ -212,6 +212,25 @@ def test_settings_reach_the_update() -> None:
     assert all(torch.equal(before[name], value) for name, value in frozen.master_weights(1).items())
 
 
+def test_a_rehearsal_of_host_updates_changes_nothing_of_the_training() -> None:
+    model = tiny_model()
+    backend = CpuBackend()
+    plan = plan_for(model, tiny_policy(model), tiny_workload(), backend)
+    expected_losses, expected = train(session_for(plan, backend), 4)
+    session = session_for(plan, backend)
+    taken = []
+    losses = []
+    for _ in range(2):  # before the first step, and in the middle
+        taken.append(session.rehearse())
+        first = session._steps_done
+        losses += [session.compute.losses.pop(first + step).item() for step in session.executor(2)]
+    assert all(nanoseconds is not None and nanoseconds > 0 for nanoseconds in taken)
+    assert losses == expected_losses
+    assert all(torch.equal(expected[name], value) for name, value in masters(session).items())
+    resident = plan_for(model, tiny_policy(model, resident_state=tuple(range(model.units))), tiny_workload(), backend)
+    assert session_for(resident, backend).rehearse() is None
+
+
 def test_two_runs_of_a_session_go_on_where_the_first_ended() -> None:
     model = tiny_model()
     backend = CpuBackend()

@@ -226,6 +226,7 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         gradient_dtype=random.choice(["bf16", "fp32"]),
         kernels=kernels,
         gpu_moments="fp32",
+        gradient_norms=False,
         update_order=order,
         units=tuple(
             UnitPolicy(

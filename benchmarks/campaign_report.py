@@ -15,7 +15,7 @@ from campaign_records import CampaignFolder, Choice, Configuration, Entry, Manif
 from campaign_table import table
 from slideplan.plan.codec import Document, Spec, save, write_atomic
 from slideplan.plan.machine import MachineIdentity
-from slideplan.plan.measurement import Comparison, ComparisonRow
+from slideplan.plan.measurement import ComparisonRow
 from slideplan.plan.policy import Tier
 from slideplan.plan.trace import write_trace
 from slideplan.planner.catalogue import find_model
@@ -51,7 +51,7 @@ class RunResult(Spec, frozen=True):
     step: Row
     cost_model_error: float
     structure_error: float
-    rehearsed_error: float  # of what was expected once host updates had been rehearsed, before the first step
+    rehearsed_error: float | None  # of what was expected once host updates had been rehearsed, before the first step
     left_errors: dict[str, float]  # lane -> what is left where its tasks take their measured time
     step_spread: float  # (p90 - p10) / p50 of the steady steps
     step_ns: tuple[int, ...]  # every step, warm-up included
@@ -138,7 +138,7 @@ class Summary(Spec, frozen=True):
     step: Errors
     cost_model: Errors
     structure: Errors
-    rehearsed: Errors
+    rehearsed: Errors | None  # with the prediction's own where the host updates nothing; None where no run rehearsed
     left: dict[str, Errors]  # lane -> errors of all runs where its tasks take their measured time
     groups: dict[str, Errors]
     memory: dict[str, Errors]
@@ -230,7 +230,7 @@ def _result(folder: CampaignFolder, entry: Entry) -> RunResult:
         step=Row.of(comparison.step),
         cost_model_error=comparison.cost_model_error,
         structure_error=comparison.structure_error,
-        rehearsed_error=_rehearsed_error(comparison),
+        rehearsed_error=None if comparison.rehearsed is None else comparison.rehearsed.error,
         left_errors=left_errors(plan, measurement),
         step_spread=comparison.step_spread,
         step_ns=measurement.step_ns,
@@ -243,13 +243,6 @@ def _result(folder: CampaignFolder, entry: Entry) -> RunResult:
         date=measurement.date,
         command=measurement.command,
     )
-
-
-def _rehearsed_error(comparison: Comparison) -> float:
-    """The prediction's own where the host updates nothing."""
-    error = (comparison.rehearsed or comparison.step).error
-    assert error is not None, "a measured step takes time"
-    return error
 
 
 def _rows(rows: Iterable[ComparisonRow]) -> dict[str, Row]:
@@ -298,7 +291,7 @@ def summarize(results: Sequence[RunResult]) -> Summary:
         step=Errors.of([result.error for result in results]),
         cost_model=Errors.of([result.cost_model_error for result in results]),
         structure=Errors.of([result.structure_error for result in results]),
-        rehearsed=Errors.of([result.rehearsed_error for result in results]),
+        rehearsed=_rehearsed(results),
         left={
             lane: Errors.of([result.left_errors.get(lane, result.error) for result in results])
             for lane in sorted({lane for result in results for lane in result.left_errors})
@@ -309,6 +302,12 @@ def summarize(results: Sequence[RunResult]) -> Summary:
         histogram=histogram([result.error for result in results]),
         regret=tuple(_regrets(results)),
     )
+
+
+def _rehearsed(results: Sequence[RunResult]) -> Errors | None:
+    if all(result.rehearsed_error is None for result in results):
+        return None
+    return Errors.of([result.error if result.rehearsed_error is None else result.rehearsed_error for result in results])
 
 
 def _kinds(results: Sequence[RunResult]) -> dict[str, KindErrors]:

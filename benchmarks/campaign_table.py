@@ -28,8 +28,18 @@ def table(validation: Validation) -> str:
         "## Runs, largest error first",
         _markdown(
             (
-                "run", "policy", "predicted", "replayed", "measured", "error", "rehearsed", "cost model", "structure",
-                "spread", "GPU", "host",
+                "run",
+                "policy",
+                "predicted",
+                "replayed",
+                "measured",
+                "error",
+                "rehearsed",
+                "cost model",
+                "structure",
+                "spread",
+                "GPU",
+                "host",
             ),
             (_run_row(run) for run in validation.runs),
         ),
@@ -88,11 +98,16 @@ def _opening(validation: Validation) -> str:
         *([f"{len(validation.failures)} failed"] if validation.failures else []),
         *([f"{left} not made yet"] if left else []),
     ]
+    found = (
+        f"With host updates as rehearsed before the first step: mean \\|error\\| **{rehearsed.mean_size:.1%}**, "
+        f"worst **{_percent(rehearsed.worst)}**. "
+        if rehearsed
+        else ""
+    )
     return (
         f"{', '.join(words)}. Step time: mean \\|error\\| **{step.mean_size:.1%}**, worst **{_percent(step.worst)}**, "
         f"signed mean {_percent(step.mean)}; {step.within_3_percent:.0%} of runs within 3 %, "
-        f"{step.within_8_percent:.0%} within 8 %. With host updates as rehearsed before the first step: mean \\|error\\| "
-        f"**{rehearsed.mean_size:.1%}**, worst **{_percent(rehearsed.worst)}**. Nothing was fitted on these runs."
+        f"{step.within_8_percent:.0%} within 8 %. {found}Nothing was fitted on these runs."
     )
 
 
@@ -101,7 +116,7 @@ def _error_rows(validation: Validation) -> Iterable[list[str]]:
     groups = {
         "all": summary.step,
         **summary.groups,
-        "all, as rehearsed": summary.rehearsed,
+        **({"all, as rehearsed": summary.rehearsed} if summary.rehearsed else {}),
         "all, cost model alone": summary.cost_model,
         "all, structure alone": summary.structure,
         **{f"all, {lane} as measured": errors for lane, errors in summary.left.items()},
@@ -121,8 +136,8 @@ def _run_row(run: RunResult) -> list[str]:
     assert step.replayed is not None, "steps are replayed"
     return [
         run.name, run.sketch, format_ns(step.predicted), format_ns(step.replayed), format_ns(step.measured),
-        _percent(step.error), _percent(run.rehearsed_error), _percent(run.cost_model_error), _percent(run.structure_error), f"{run.step_spread:.1%}",
-        _memory_error(run.memory.get("gpu")), _memory_error(run.memory.get("host")),
+        _percent(step.error), _percent(run.rehearsed_error), _percent(run.cost_model_error), _percent(run.structure_error),
+        f"{run.step_spread:.1%}", _memory_error(run.memory.get("gpu")), _memory_error(run.memory.get("host")),
     ]  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def tiny_policy(
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
         "gpu_moments": "fp32",
+        "gradient_norms": False,
         "update_order": order,
         "units": units,
     }

@@ -11,6 +11,7 @@ from builders import tiny_machine
 from slideplan import __version__
 from slideplan.plan.codec import digest
 from slideplan.plan.footprint import Footprint
+from slideplan.plan.graph import Lane
 from slideplan.plan.hf_config import config_of
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
@@ -48,7 +49,13 @@ def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Back
         footprint=footprint,
         graph=graph,
         ledger=memory,
-        prediction=Prediction(record=record, lower_bound_ns=0, critical_ns={}, cost_sources={}),
+        prediction=Prediction(
+            record=record,
+            lower_bound_ns=0,
+            critical_ns={},
+            cost_sources={},
+            host_updates_ns=1000 * len(graph.lanes.get(Lane.HOST_UPDATE, ())),
+        ),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=True,
     )
@@ -100,14 +107,21 @@ def train(session: Session, steps: int) -> tuple[list[float], dict[str, torch.Te
 
 
 def plain_training(
-    model: ModelSpec, policy: Policy, workload: Workload, steps: int, device: torch.device, settings: AdamW = SETTINGS
+    model: ModelSpec,
+    policy: Policy,
+    workload: Workload,
+    steps: int,
+    device: torch.device,
+    settings: AdamW = SETTINGS,
+    norms: list[float] | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training without slideplan's runtime: one whole Hugging Face model in memory, plain PyTorch.
 
     Tied weights are two parameters of equal value here, whose gradients are summed in the runtime's order.
     bf16 weights compute, fp32 masters are updated by AdamW written in elementary operations, gradients are
     summed over micro-batches in the policy's dtype. Weights are rounded to bf16 with ties away from zero,
-    which is the one place where the split master differs from torch's conversion.
+    which is the one place where the split master differs from torch's conversion. Norms of all gradients, by
+    step, go into `norms`.
     """
     arguments = config_of(msgspec.structs.replace(model, tied_embeddings=False))
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments, attn_implementation="sdpa")
@@ -149,6 +163,8 @@ def plain_training(
         losses.append(loss_sum.item())
         if model.tied_embeddings:
             sums["model.embed_tokens.weight"] = sum(embedding, start=sums.pop("lm_head.weight"))
+        if norms is not None:
+            norms.append(sum(value.double().square().sum().item() for value in sums.values()) ** 0.5)
         for name, gradient in sums.items():
             g, p = gradient.float().cpu().numpy(), master[name].cpu().numpy()
             p, first[name], second[name] = elementary_adamw(p, first[name], second[name], g, settings, step)

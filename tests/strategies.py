@@ -63,6 +63,7 @@ def cases(draw: st.DrawFn) -> Case:
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=kernels,
         gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
+        gradient_norms=draw(st.booleans()),
         update_order=tuple(order),
         units=tuple(units),
     )
@@ -102,6 +103,7 @@ def foreign_cases(draw: st.DrawFn) -> Case:
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=draw(st.sampled_from(["eager", "fused"])),
         gpu_moments="fp32",
+        gradient_norms=False,
         update_order=tuple(order),
         units=tuple(
             UnitPolicy(

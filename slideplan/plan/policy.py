@@ -66,6 +66,10 @@ class ComputePolicy(Protocol):
     def kernels(self) -> Kernels:
         """How tasks are written."""
 
+    @property
+    def gradient_norms(self) -> bool:
+        """Whether gradients are measured once they are complete."""
+
 
 class ComputeWork(Spec, frozen=True):
     """Those knobs by themselves."""
@@ -74,11 +78,12 @@ class ComputeWork(Spec, frozen=True):
     micro_batches: int
     gradient_dtype: GradientDtype
     kernels: Kernels
+    gradient_norms: bool
 
     @classmethod
     def of(cls, work: ComputePolicy) -> ComputeWork:
         """Those of a policy."""
-        return cls(work.micro_batch, work.micro_batches, work.gradient_dtype, work.kernels)
+        return cls(work.micro_batch, work.micro_batches, work.gradient_dtype, work.kernels, work.gradient_norms)
 
 
 class UnitPolicy(Spec, frozen=True):
@@ -126,6 +131,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                          kernels, which keep less and write weight gradients where they belong. "graphed": the
                          same, captured once and replayed, for tasks that are shorter than their launch
     gpu_moments:         how moments are kept that the GPU updates: "fp32", exact; or "8bit", block-wise and lossy
+    gradient_norms:      the last micro-batch's task of a unit ends with a pass over its gradient, before that leaves
+                         the GPU or is used up, for the global norm of the step
     update_order:        units that the host updates, in the order of their updates on the host_update lane
     units:               placement per unit
 
@@ -162,6 +169,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     gradient_dtype: GradientDtype
     kernels: Kernels
     gpu_moments: Moments
+    gradient_norms: bool
     update_order: tuple[int, ...]
     units: tuple[UnitPolicy, ...]
     master: Literal["split", "fp32", "bf16"] = "split"

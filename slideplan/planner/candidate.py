@@ -43,6 +43,7 @@ class Candidate(Spec, frozen=True):
     gradient_dtype: GradientDtype
     kernels: Kernels
     gpu_moments: Moments = "fp32"
+    gradient_norms: bool = False
     window: int = 0
     prefetch_depth: int = 0
     gradient_slots: int = 2
@@ -115,7 +116,7 @@ class Candidate(Spec, frozen=True):
             host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots, inner_slots=self.inner_slots,
             state_slots=self.state_slots, state_chunks=self.state_chunks,
             gradient_dtype=self.gradient_dtype, kernels=self.kernels, gpu_moments=self.gpu_moments,
-            update_order=self.update_order(model), units=tuple(units),
+            gradient_norms=self.gradient_norms, update_order=self.update_order(model), units=tuple(units),
         )  # fmt: skip
 
     def slot_bytes(self, model: ModelSpec, seq_len: int, footprint: Footprint) -> dict[Tier, int]:

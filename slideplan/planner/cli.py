@@ -91,6 +91,9 @@ def simulate(
     gpu_moments: Annotated[
         MomentsChoice, typer.Option(help="8bit: moments that lie on the GPU take a quarter; lossy, and leaves room for more.")
     ] = MomentsChoice.FP32,
+    gradient_norms: Annotated[
+        bool, typer.Option("--gradient-norms", help="Measure the gradients' global norm in every step, for metrics.jsonl.")
+    ] = False,
     objective: Annotated[Objective, typer.Option(help="What the plan is best at.")] = Objective.THROUGHPUT,
     at_least: Annotated[
         str | None, typer.Option(metavar="PERCENT", help="least-host-memory: keep this share of the best speed; default 95%.")
@@ -133,6 +136,7 @@ def simulate(
         gradient_dtype=gradient_dtype.value,
         kernels=kernels.value,
         gpu_moments=gpu_moments.value,
+        gradient_norms=gradient_norms,
         micro_batch=micro_batch,
         lowered_tasks=round(usual.lowered_tasks * effort),
         simulated_tasks=round(usual.simulated_tasks * effort),

@@ -21,7 +21,7 @@ def faster_kernels(machine: MachineProfile, model: ModelSpec, micro_batch: int, 
     issues is late as soon as its cores are wanted elsewhere. Where this layer was not measured: kernels that were
     measured on other layers, else "fused", which save work and traffic by construction.
     """
-    works = {kernels: ComputeWork(micro_batch, 1, "bf16", kernels) for kernels in PREFERENCE}
+    works = {kernels: ComputeWork(micro_batch, 1, "bf16", kernels, gradient_norms=False) for kernels in PREFERENCE}
     times = {kernels: layer_ns(machine, model, work, seq_len) for kernels, work in works.items()}
     measured = {kernels: time_ns for kernels, time_ns in times.items() if time_ns is not None}
     if {"fused", "graphed"} <= measured.keys():

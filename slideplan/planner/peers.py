@@ -64,6 +64,7 @@ def slideformer(model: ModelSpec, workload: Workload) -> Policy:
         gradient_dtype="bf16",
         kernels="eager",
         gpu_moments="fp32",
+        gradient_norms=False,
         update_order=tuple(reversed(range(model.units))),
         units=tuple(
             UnitPolicy(
@@ -108,6 +109,7 @@ def zero3_offload(model: ModelSpec, workload: Workload) -> Policy:
         gradient_dtype="fp32",
         kernels="eager",
         gpu_moments="fp32",
+        gradient_norms=False,
         update_order=tuple(range(model.units)),
         units=tuple(UnitPolicy() for _ in range(model.units)),
         master="fp32",
@@ -141,6 +143,7 @@ def megatrain(model: ModelSpec, workload: Workload) -> Policy:
         gradient_dtype="bf16",
         kernels="eager",
         gpu_moments="fp32",
+        gradient_norms=False,
         update_order=tuple(range(model.units)),
         units=tuple(UnitPolicy() for _ in range(model.units)),
         master="bf16",

@@ -140,7 +140,8 @@ _KERNELS: dict[Kernels, str] = {
 def _gradients(policy: Policy) -> str:
     summed = f"summed over micro-batches in {policy.gradient_dtype}" if policy.micro_batches > 1 else policy.gradient_dtype
     host = f", {policy.host_gradient_slots} on the host" if policy.host_gradient_slots else ""
-    return f"{summed}; layer slots: {policy.gradient_slots} on the GPU{host}"
+    measured = "; their norm is measured" if policy.gradient_norms else ""
+    return f"{summed}; layer slots: {policy.gradient_slots} on the GPU{host}{measured}"
 
 
 def _update_order(model: ModelSpec, policy: Policy) -> str:

@@ -37,6 +37,7 @@ class SearchOptions(Spec, frozen=True):
     kernels:        "auto" decides by what was measured, see `planner.kernels`; they are no part of the search
     gradient_dtype: "auto" sums over several micro-batches in fp32, and takes bf16 for one alone
     gpu_moments:    "8bit" keeps moments that lie on the GPU in 8 bits, which is lossy and leaves room for more
+    gradient_norms: measure the gradients' global norm in every step
     micro_batch:    None tries every divisor of the global batch
     lowered_tasks:  size of all task graphs made to bound a step by its longest path
     simulated_tasks: size of all task graphs simulated
@@ -51,6 +52,7 @@ class SearchOptions(Spec, frozen=True):
     kernels: Kernels | Literal["auto"] = "auto"
     gradient_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     gpu_moments: Moments = "fp32"
+    gradient_norms: bool = False
     micro_batch: int | None = None
     lowered_tasks: int = 200_000
     simulated_tasks: int = 120_000
@@ -238,6 +240,7 @@ class SpaceBuilder:
                 gradient_dtype=self.dtype(count),
                 kernels=kernels,
                 gpu_moments=self.options.gpu_moments,
+                gradient_norms=self.options.gradient_norms,
             )
 
     def _resident(self) -> Iterator[Candidate | None]:

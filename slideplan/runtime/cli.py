@@ -186,7 +186,8 @@ class ProgressBars:
         if progress.loss is not None:
             speed = self._bars.tasks[bar].speed
             rate = f"  {speed * self._tokens:,.0f} tokens/s" if speed else ""
-            detail = f"{progress.done}/{progress.total}  loss {progress.loss:.3f}{rate}"
+            norm = "" if progress.norm is None else f"  norm {progress.norm:.3g}"
+            detail = f"{progress.done}/{progress.total}  loss {progress.loss:.3f}{norm}{rate}"
         self._bars.update(bar, completed=progress.done, detail=detail)
         if progress.note:
             self._bars.console.print(progress.note, soft_wrap=True, highlight=False)

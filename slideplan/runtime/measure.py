@@ -70,18 +70,25 @@ def measure(
     recorder = Recorder()
     with (out / "metrics.jsonl").open("w") as metrics:
         for step in executor:
-            loss = session.compute.losses.pop(step).item()
-            finite = math.isfinite(loss)
-            metrics.write(json.dumps({"step": step, "loss": loss if finite else None}) + "\n")
+            found = {"loss": session.compute.losses.pop(step).item()}
+            if session.plan.policy.gradient_norms:
+                found["grad_norm"] = session.compute.norms.pop(step).item()
+            metrics.write(json.dumps({"step": step} | {name: _finite(value) for name, value in found.items()}) + "\n")
             metrics.flush()
-            if not finite:
-                raise RunError(f"step {step}: the loss is {loss}; lower --lr, or look for NaN in weights and data")
-            recorder.losses.append(loss)
-            progress(Progress("training", step + 1, steps, loss))
+            for name, value in found.items():
+                if _finite(value) is None:
+                    raise RunError(f"step {step}: the {name} is {value}; lower --lr, or look for NaN in weights and data")
+            recorder.losses.append(found["loss"])
+            progress(Progress("training", step + 1, steps, found["loss"], found.get("grad_norm")))
             # Updates of the last step may still run; those of the step before are over or nearly so.
             recorder.harvest(executor, step - 1)
     recorder.harvest(executor, steps)
     return _measurement(session, recorder, warmup_steps, command, _peak_bytes(session, before_bytes), rehearsed_ns)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no others."""
+    return value if math.isfinite(value) else None
 
 
 def _rehearse(session: Session, progress: Callable[[Progress], None]) -> int | None:

@@ -53,6 +53,16 @@ def rms_norm_backward(
     return of_weight
 
 
+def square_sum(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum of squares of bf16 or fp32 `values` [n] into `out`, one fp32 element, added up in fp32."""
+    if values.is_cuda:
+        from slideplan.runtime.kernels import square_sum as kernel
+
+        kernel.square_sum(values, out)
+    else:
+        out.copy_(torch.linalg.vector_norm(values, dtype=torch.float32).square())
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False) -> None:
     """Rotary embedding of x, [batch * seq_len, heads, head_dim], in place; its backward is the turn the other way.
 

@@ -65,6 +65,7 @@ class UnitProbe:
             gradient_dtype=gradient_dtype,
             kernels=kernels,
             gpu_moments="fp32",
+            gradient_norms=False,
             update_order=tuple(reversed(range(layers + 2))),
             units=tuple(units),
         )

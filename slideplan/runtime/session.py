@@ -32,6 +32,7 @@ class Progress:
     done: int
     total: int
     loss: float | None = None
+    norm: float | None = None
     note: str = ""
 
 
@@ -73,6 +74,7 @@ class Session:
             policy.micro_batches,
             plan.workload.seq_len,
             policy.kernels,
+            policy.gradient_norms,
         )
         host_update = HostUpdate(threads.optimizer)
         self.handlers = Handlers(self.buffers, self.compute, settings, host_update)

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
+from slideplan.plan.graph import GRADIENT_KINDS, LANE_OF, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, ComputeWork, Kernels
@@ -66,15 +66,20 @@ def price(
     """
     pricer = _Pricer(model, work, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
-    known: dict[tuple[TaskKind, UnitRole, int, bool], TaskCost] = {}
+    known: dict[tuple[TaskKind, UnitRole, int, bool, bool], TaskCost] = {}
     costs = []
     for task in graph.tasks:
         role = model.role(task.unit)
-        key = task.kind, role, task.bytes_moved, task.accumulates
+        key = task.kind, role, task.bytes_moved, task.accumulates, measures_gradient(task, work)
         if key not in known:
             known[key] = pricer.cost(task, role)
         costs.append(known[key])
     return tuple(costs)
+
+
+def measures_gradient(task: Task, work: ComputePolicy) -> bool:
+    """Whether the task ends with a pass over its unit's gradient, which it has completed."""
+    return work.gradient_norms and task.kind in GRADIENT_KINDS and task.micro == work.micro_batches - 1
 
 
 _LAYER_KINDS = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)
@@ -117,7 +122,7 @@ class _Pricer:
         optimizer, link = self._machine.optimizer, self._machine.link
         match LANE_OF[task.kind]:
             case Lane.COMPUTE:
-                return self._compute(task.kind, role, task.accumulates)
+                return self._compute(task, role)
             case Lane.H2D:
                 return self._moved(Lane.H2D, task, link.h2d)
             case Lane.D2H:
@@ -143,8 +148,10 @@ class _Pricer:
         point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
         return self._cost(lane, duration_ns, rate, "measured", measured_percent(point.rate))
 
-    def _compute(self, kind: TaskKind, role: UnitRole, accumulate: bool) -> TaskCost:
-        duration_ns, source, percent = self.compute_ns(kind, role, accumulate)
+    def _compute(self, task: Task, role: UnitRole) -> TaskCost:
+        duration_ns, source, percent = self.compute_ns(task.kind, role, task.accumulates)
+        if measures_gradient(task, self._work):
+            duration_ns += formulas.square_sum_ns(self._model, role, self._work, self._machine.efficiency)
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.
         return self._cost(Lane.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)
 

@@ -68,6 +68,11 @@ def gradient_bytes(model: ModelSpec, role: UnitRole, kind: TaskKind, dtype: Grad
     return elements * GRADIENT_BYTES[dtype] * (2 if accumulate else 1)
 
 
+def square_sum_ns(model: ModelSpec, role: UnitRole, work: ComputePolicy, rates: Efficiency) -> int:
+    """One pass over a unit's gradient: its bytes at the rate of element-wise passes."""
+    return model.flat_elements(role) * GRADIENT_BYTES[work.gradient_dtype] * 1_000_000_000 // rates.elementwise_bytes_per_s
+
+
 def _products_ns(model: ModelSpec, tokens: int, rates: Efficiency) -> tuple[float, float]:
     """All seven products of a layer's forward, gemm(2 tokens in out) each, and the last of them alone."""
     hidden, q, kv, ffn = model.hidden, model.q_width, model.kv_width, model.ffn

@@ -60,6 +60,17 @@ def test_simulate_writes_a_plan_that_loads_and_repeats(planner: Any) -> None:
     assert plan.workload.seq_len == 512  # the default, cut to what the model takes
 
 
+def test_norms_of_gradients_are_planned_where_asked_for(planner: Any) -> None:
+    steps = []
+    for flags in ((), ("--gradient-norms",)):
+        outcome = planner("simulate", "--model", "tiny", "--global-batch", "4", *flags, "-o", "plan.json")
+        assert outcome.code == 0
+        plan = codec.load("plan.json", Plan)
+        assert plan.policy.gradient_norms == bool(flags) == ("their norm is measured" in " ".join(outcome.out.split()))
+        steps.append(plan.prediction.record.step_ns)
+    assert steps[0] < steps[1] < 1.2 * steps[0]
+
+
 def test_simulate_json_is_all_that_stdout_holds(planner: Any) -> None:
     outcome = planner("simulate", "--model", "tiny", "--json", "--machine", "rtx4090-128gib")
     assert (outcome.code, outcome.err) == (0, "")

@@ -138,6 +138,16 @@ def test_loss_that_is_not_finite_ends_the_run(plan: Plan, tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "measurement.json").exists()
 
 
+def test_norms_of_gradients_are_in_the_metrics(tmp_path: Path) -> None:
+    save(tmp_path / "plan.json", plan_for(MODEL, tiny_policy(MODEL, gradient_norms=True), tiny_workload(), CpuBackend()))
+    done = runtime("execute", "plan.json", "--steps", 3, "--device", "cpu", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "norm" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"step", "loss", "grad_norm"}] * 3
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
 def changed(plan: Plan, **fields: object) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(plan, **fields))
 

@@ -116,6 +116,35 @@ def test_trains_as_in_memory(name: str, tied: bool) -> None:
     assert losses == expected_losses
 
 
+@pytest.mark.parametrize("kernels", ["eager", "fused", "graphed"])
+def test_norms_of_gradients_are_those_of_training_in_memory(kernels: str) -> None:
+    model, workload = gpu_model(tied_embeddings=True), tiny_workload(seq_len=128)
+    policy = tiny_policy(model, resident_state=(0, 1), keep=(4,), kernels=kernels, gradient_norms=True)
+    expected: list[float] = []
+    plain_training(model, policy, workload, STEPS, CudaBackend().device, norms=expected)
+    backend = CudaBackend()
+    session = session_for(plan_for(model, policy, workload, backend), backend)
+    losses, _ = train(session, STEPS)
+    norms = [session.compute.norms.pop(step).item() for step in range(STEPS)]
+    backend.close()
+    assert norms == pytest.approx(expected, rel=1e-3 if kernels == "eager" else 1e-2)
+    without = tiny_policy(model, resident_state=(0, 1), keep=(4,), kernels=kernels)
+    assert trained(model, without, workload)[0] == losses
+
+
+def test_a_rehearsal_of_host_updates_changes_nothing_of_the_training() -> None:
+    model, workload = gpu_model(), tiny_workload(seq_len=128)
+    policy = tiny_policy(model, kernels="graphed")
+    backend = CudaBackend()
+    session = session_for(plan_for(model, policy, workload, backend), backend)
+    assert session.rehearse() is not None
+    losses, weights = train(session, STEPS)
+    backend.close()
+    expected_losses, expected = trained(model, policy, workload)
+    assert losses == expected_losses
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
 def test_lane_failure_on_the_gpu_stops_the_run() -> None:
 
     model = gpu_model()

@@ -23,7 +23,7 @@ ROUNDING = 2.0**-8 if DEVICE == "cuda" else 3 * 2.0**-8
 
 
 def triton_operators() -> SimpleNamespace:
-    from slideplan.runtime.kernels import cross_entropy, rms_norm, rope, swiglu
+    from slideplan.runtime.kernels import cross_entropy, rms_norm, rope, square_sum, swiglu
 
     return SimpleNamespace(
         rms_norm=rms_norm.rms_norm,
@@ -32,6 +32,7 @@ def triton_operators() -> SimpleNamespace:
         swiglu=swiglu.swiglu,
         swiglu_backward=swiglu.swiglu_backward,
         cross_entropy_in_place=cross_entropy.cross_entropy_in_place,
+        square_sum=square_sum.square_sum,
     )
 
 
@@ -195,3 +196,20 @@ def test_a_fused_layer_adds_to_the_sum_of_earlier_micro_batches(dtype: torch.dty
             layer.backward_recompute(x, gradient.clone(), GradientSlot(slots[2], accumulate=number > 0))
     total = slots[0].double() + slots[1].double()
     assert close(slots[2], total, 1e-5 if dtype is torch.float32 else 1.5 * ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("elements", [1, 77, 4096, 12_289, 70_001])
+def test_square_sum(ops, elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few programs, so that each adds up several blocks; what the sum is written into is one of many."""
+    if ops is not operators:
+        monkeypatch.setattr("slideplan.runtime.kernels.square_sum.MOST_PROGRAMS", 3)
+    torch.manual_seed(elements)
+    values = (torch.randn(elements) * 1e-3).to(dtype).to(DEVICE)
+    sums = torch.full((3,), -1.0, device=DEVICE)
+    ops.square_sum(values, sums[1])
+    assert sums[1].item() == pytest.approx(values.double().square().sum().item(), rel=1e-5)
+    assert sums[[0, 2]].tolist() == [-1, -1]
+    values[elements // 2] = torch.nan
+    ops.square_sum(values, sums[1])
+    assert sums[1].isnan().item()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +199,30 @@ def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         entered, labels, None, GradientSlot(torch.zeros_like(flat), accumulate=False), torch.empty_like(entered), 1.0
     )
     assert alive == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"window": 2},
+        {"micro_batches": 1, "micro_batch": 4, "gradient_dtype": "bf16"},
+        {"resident_state": (0, 1, 2), "stream_state": (3,), "keep": (4,)},
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_norms_of_gradients_are_those_of_training_in_memory(knobs: dict[str, Any], tied: bool) -> None:
+    model, workload, backend = tiny_model(tied_embeddings=tied), tiny_workload(), CpuBackend()
+    policy = tiny_policy(model, **knobs, gradient_norms=True)
+    expected: list[float] = []
+    plain_training(model, policy, workload, 3, backend.device, norms=expected)
+    session = session_for(plan_for(model, policy, workload, backend), backend)
+    losses, _ = train(session, 3)
+    norms = [session.compute.norms.pop(step).item() for step in range(3)]
+    assert norms == pytest.approx(expected, rel=1e-4)
+    assert not session.compute.norms
+    without = session_for(plan_for(model, tiny_policy(model, **knobs), workload, backend), backend)
+    assert train(without, 3)[0] == losses
+    assert not without.compute.norms
 
 
 def test_settings_reach_the_update() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import TaskGraph, TaskKind
+from slideplan.plan.graph import GRADIENT_KINDS, TaskGraph, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
@@ -316,6 +316,18 @@ class TestGradients:
         # Measured on an H100: 11.2 ms forward, 33.9 ms both, 30.8 ms with recompute.
         assert times[TaskKind.FORWARD] == pytest.approx(11.2e6, rel=0.1)
         assert times[TaskKind.BACKWARD_RECOMPUTE] == pytest.approx(30.8e6, rel=0.1)
+
+    def test_measured_gradients_cost_one_pass_in_the_last_micro_batch(self) -> None:
+        model, machine = tiny_model(), tiny_machine()
+        graph = lowered(model)
+        plain, with_norms = (
+            price(graph, model, tiny_policy(model, gradient_norms=norms), 32, machine) for norms in (False, True)
+        )
+        rate = machine.efficiency.elementwise_bytes_per_s
+        for task, before, after in zip(graph.tasks, plain, with_norms, strict=True):
+            last = task.kind in GRADIENT_KINDS and task.micro == 1
+            pass_ns = 4 * model.flat_elements(model.role(task.unit)) * 10**9 // rate if last else 0
+            assert after == msgspec.structs.replace(before, duration_ns=before.duration_ns + pass_ns)
 
     def test_updates_on_the_host_follow_their_size(self) -> None:
         points = tuple(RatePoint(size=size, rate=Spread.exact(rate * GB_PER_S)) for size, rate in ((10**5, 10), (10**7, 40)))

@@ -16,6 +16,7 @@ from slideplan.runtime.compute import ComputeHandlers
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.executor import Executor
 from slideplan.runtime.handlers import UPDATES, Handlers, compile_gpu_update, gpu_update
+from slideplan.runtime.lanes import RunError
 from slideplan.runtime.optimizer import AdamW, HostUpdate, Rehearsal
 from slideplan.runtime.split_master import join, split
 from slideplan.runtime.threads import ThreadBudget
@@ -123,19 +124,24 @@ class Session:
         """Nanoseconds that the host's updates of one step take, one after the other; nothing else may be running.
 
         Nothing is changed by it, as long as gradients are finite: before the first step they are zero. None where the
-        host updates nothing.
+        host updates nothing. Raises RunError, naming the task, if an update fails.
         """
         updates = [self.plan.graph.tasks[number] for number in self.plan.graph.lanes.get(Lane.HOST_UPDATE, ())]
         if not updates:
             return None
-        nothing = Rehearsal()
-        self.handlers.update(updates[0], 0, nothing)  # threads wake up
+        self._rehearse(updates[0])  # threads wake up
         passes, started = 0, time.perf_counter_ns()
         while passes == 0 or time.perf_counter_ns() - started < LEAST_REHEARSAL_NS:
             for task in updates:
-                self.handlers.update(task, 0, nothing)
+                self._rehearse(task)
             passes += 1
         return max(1, (time.perf_counter_ns() - started) // passes)
+
+    def _rehearse(self, update: Task) -> None:
+        try:
+            self.handlers.update(update, 0, Rehearsal())
+        except Exception as error:
+            raise RunError(f"rehearsing {update.name}: {type(error).__name__}: {error}") from error
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""

@@ -22,26 +22,14 @@ def table(validation: Validation) -> str:
         "## Step time",
         _markdown(_ERROR_HEADER, _error_rows(validation)),
         "Error is (predicted - measured) / measured. Cost model: predicted against the task graph replayed with measured "
-        "durations; structure: replayed against measured. Rehearsed: what the run expected before its first step, with host "
-        "updates as long as they took in its own memory. A lane as measured: what is left of the errors where the tasks of "
+        "durations; structure: replayed against measured. A lane as measured: what is left of the errors where the tasks of "
         "that lane take their measured time and all others the predicted.",
+        summary.rehearsed
+        and "Rehearsed: what the run expected before its first step, with host updates as long as they took in its own memory.",
         "## Runs, largest error first",
         _markdown(
-            (
-                "run",
-                "policy",
-                "predicted",
-                "replayed",
-                "measured",
-                "error",
-                "rehearsed",
-                "cost model",
-                "structure",
-                "spread",
-                "GPU",
-                "host",
-            ),
-            (_run_row(run) for run in validation.runs),
+            _run_header(summary.rehearsed is not None),
+            (_run_row(run, summary.rehearsed is not None) for run in validation.runs),
         ),
         "Policy: micro-batches x size and gradient type, window / prefetch depth, then how many layers keep weights, state and "
         "inner activations on the GPU, how many boundary activations wait on the host, which end units have their state on "
@@ -131,13 +119,22 @@ def _errors(errors: Errors) -> list[str]:
     ]  # fmt: skip
 
 
-def _run_row(run: RunResult) -> list[str]:
+def _run_header(rehearsed: bool) -> list[str]:
+    expected = ["rehearsed"] if rehearsed else []
+    return [
+        "run", "policy", "predicted", "replayed", "measured", "error", *expected, "cost model", "structure", "spread", "GPU",
+        "host",
+    ]  # fmt: skip
+
+
+def _run_row(run: RunResult, rehearsed: bool) -> list[str]:
     step = run.step
     assert step.replayed is not None, "steps are replayed"
     return [
         run.name, run.sketch, format_ns(step.predicted), format_ns(step.replayed), format_ns(step.measured),
-        _percent(step.error), _percent(run.rehearsed_error), _percent(run.cost_model_error), _percent(run.structure_error),
-        f"{run.step_spread:.1%}", _memory_error(run.memory.get("gpu")), _memory_error(run.memory.get("host")),
+        _percent(step.error), *([_percent(run.rehearsed_error)] if rehearsed else []), _percent(run.cost_model_error),
+        _percent(run.structure_error), f"{run.step_spread:.1%}", _memory_error(run.memory.get("gpu")),
+        _memory_error(run.memory.get("host")),
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,15 +114,15 @@ def plain_training(
     steps: int,
     device: torch.device,
     settings: AdamW = SETTINGS,
-    norms: list[float] | None = None,
+    norms: list[dict[str, float]] | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training without slideplan's runtime: one whole Hugging Face model in memory, plain PyTorch.
 
     Tied weights are two parameters of equal value here, whose gradients are summed in the runtime's order.
     bf16 weights compute, fp32 masters are updated by AdamW written in elementary operations, gradients are
     summed over micro-batches in the policy's dtype. Weights are rounded to bf16 with ties away from zero,
-    which is the one place where the split master differs from torch's conversion. Norms of all gradients, by
-    step, go into `norms`.
+    which is the one place where the split master differs from torch's conversion. Sums of squares of every parameter's
+    gradient, by step, go into `norms`.
     """
     arguments = config_of(msgspec.structs.replace(model, tied_embeddings=False))
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments, attn_implementation="sdpa")
@@ -164,12 +165,25 @@ def plain_training(
         if model.tied_embeddings:
             sums["model.embed_tokens.weight"] = sum(embedding, start=sums.pop("lm_head.weight"))
         if norms is not None:
-            norms.append(sum(value.double().square().sum().item() for value in sums.values()) ** 0.5)
+            norms.append({name: value.double().square().sum().item() for name, value in sums.items()})
         for name, gradient in sums.items():
             g, p = gradient.float().cpu().numpy(), master[name].cpu().numpy()
             p, first[name], second[name] = elementary_adamw(p, first[name], second[name], g, settings, step)
             master[name] = torch.from_numpy(p).to(device)
     return losses, {name: value.cpu() for name, value in master.items()}
+
+
+def check_norms(session: Session, expected: list[dict[str, float]], rel: float) -> None:
+    """Hold norms of a session's steps against these sums of squares, and of the last step those of every unit."""
+    norms = [session.compute.norms.pop(step).item() for step in range(len(expected))]
+    assert norms == pytest.approx([sum(squares.values()) ** 0.5 for squares in expected], rel=rel)
+    assert not session.compute.norms
+    model, squares = session.plan.model, expected[-1]
+    of_units = [
+        sum(squares[model.unit_prefix(unit) + each.name] for each in model.parameters(model.role(unit)))
+        for unit in range(model.units)
+    ]
+    assert session.compute._square_sums.tolist() == pytest.approx(of_units, rel=2 * rel)
 
 
 def elementary_adamw(

@@ -87,8 +87,8 @@ class Comparison(Document, frozen=True, tag="comparison"):
 def expected_step_ns(plan: Plan, rehearsed_ns: int) -> int:
     """The predicted step with host updates as much longer or shorter as they were in rehearsal than the plan has them.
 
-    How fast a process's memory is depends on where the system has put it: on one virtual machine runs differ by a
-    quarter, each of them steady to a few percent.
+    How fast a process's memory is depends on where the system has put it: on one virtual machine the host's updates ran
+    at 105 to 153 GB/s in processes that followed each other.
     """
     prediction, graph = plan.prediction, plan.graph
     predicted_ns = [span.end_ns - span.start_ns for span in prediction.record.spans]

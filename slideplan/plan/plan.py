@@ -23,18 +23,18 @@ class Prediction(Spec, frozen=True):
     critical_ns:    time on the critical path by what holds it: a lane's tasks
     cost_sources:   where the cost of each kind of task comes from, kind -> "measured", "interpolated",
                     "derived" or "datasheet", the worst of its tasks'
+    host_updates_ns: the step's updates on the host one after the other, with nothing beside them
     step_uncertainty_percent: by which the costs' uncertainties may move the step time; None if not stated
     handoffs:       from lane to lane, as simulated
-    host_updates_ns: the step's updates on the host one after the other, with nothing beside them
     """
 
     record: StepRecord
     lower_bound_ns: int
     critical_ns: dict[str, int]
     cost_sources: dict[str, str]
+    host_updates_ns: int
     step_uncertainty_percent: float | None = None
     handoffs: Handoffs = IMMEDIATE
-    host_updates_ns: int = 0
 
 
 class FrontPoint(Spec, frozen=True):

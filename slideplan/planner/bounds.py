@@ -51,7 +51,10 @@ def durations(
     footprint: Footprint,
     gpu_moments: Moments = "fp32",
 ) -> Durations:
-    """Prices of all kinds of task at one micro-batch size, gradient type and kind of kernels."""
+    """Prices of all kinds of task at one micro-batch size, gradient type and kind of kernels.
+
+    Passes over complete gradients are left out: bounds hold without them, a little lower.
+    """
     micro_batch, dtype, kernels = work.micro_batch, work.gradient_dtype, work.kernels
     short = msgspec.structs.replace(model, layers=LAYERS_PRICED)
     streamed = Candidate(

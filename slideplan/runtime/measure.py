@@ -19,7 +19,7 @@ import transformers
 
 from slideplan import __version__
 from slideplan.plan.codec import digest
-from slideplan.plan.graph import tier_bytes
+from slideplan.plan.graph import Lane, tier_bytes
 from slideplan.plan.measurement import Measurement, expected_step_ns
 from slideplan.plan.policy import Tier
 from slideplan.plan.quantities import format_ns
@@ -93,9 +93,11 @@ def _finite(value: float) -> float | None:
 
 def _rehearse(session: Session, progress: Callable[[Progress], None]) -> int | None:
     """What host updates take in this process's memory; where that is not as planned, what step to expect is said."""
-    plan = session.plan
+    plan, phase = session.plan, "rehearsing updates"
+    if Lane.HOST_UPDATE in plan.graph.lanes:
+        progress(Progress(phase, 0, 1))
     rehearsed_ns = session.rehearse()
-    if rehearsed_ns is None or not plan.prediction.host_updates_ns:
+    if rehearsed_ns is None:
         return None
     planned_ns, expected_ns = plan.prediction.record.step_ns, expected_step_ns(plan, rehearsed_ns)
     note = ""
@@ -104,7 +106,7 @@ def _rehearse(session: Session, progress: Callable[[Progress], None]) -> int | N
             f"updates on the host take {rehearsed_ns / plan.prediction.host_updates_ns:.0%} of their planned time in this "
             f"process's memory: expect steps of {format_ns(expected_ns)}, planned were {format_ns(planned_ns)}"
         )
-    progress(Progress("rehearsing updates", 1, 1, note=note))
+    progress(Progress(phase, 1, 1, note=note))
     return rehearsed_ns
 
 

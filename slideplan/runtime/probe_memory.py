@@ -20,7 +20,17 @@ from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
 from slideplan.runtime.machine import available_host_bytes
 from slideplan.runtime.optimizer import AdamW, HostUpdate
-from slideplan.runtime.probing import Effort, Work, issue_ns, mean_rate_spread, rate_spread, spread, timed, timed_in_turns
+from slideplan.runtime.probing import (
+    Effort,
+    Work,
+    issue_ns,
+    mean_rate_spread,
+    placed_rate_spread,
+    rate_spread,
+    spread,
+    timed,
+    timed_in_turns,
+)
 
 # Of one update, in the effort's elements: from a head that is a norm alone to a vocabulary.
 UPDATE_SIZES = (1 / 4096, 1 / 256, 1 / 32, 0.25, 0.5, 1, 2)
@@ -85,7 +95,8 @@ class MemoryProbes:
 
     def _curve(self, lane: Lane) -> Curve:
         runs = zip(self._sampled[lane], self._durations[lane], strict=True)
-        return Curve(points=tuple(RatePoint(size=size, rate=mean_rate_spread(size, durations)) for size, durations in runs))
+        rate = placed_rate_spread if lane is Lane.HOST_UPDATE else mean_rate_spread
+        return Curve(points=tuple(RatePoint(size=size, rate=rate(size, durations)) for size, durations in runs))
 
     def work(self) -> dict[Lane, Work]:
         """Copies of the largest size and updates, as `together` takes them: bytes and action."""

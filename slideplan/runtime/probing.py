@@ -51,6 +51,9 @@ class Effort:
         )
 
 
+GROUPS = 8  # of runs that follow each other, for the spread of a mean
+
+
 def spread(values: list[int] | list[float]) -> Spread:
     """Percentiles of measurements; at least one."""
     p10, p50, p90 = np.percentile(values, (10, 50, 90))
@@ -65,10 +68,21 @@ def rate_spread(size: int, durations_ns: list[int]) -> Spread:
 def mean_rate_spread(size: int, durations_ns: list[int]) -> Spread:
     """Units per second over all runs, as a step that adds up many has it: where a few runs are slow, less than the median's.
 
-    p10 and p90 are of single runs: another process has its memory elsewhere, and differs as much as they do, for good.
+    p10 and p90 are of parts of the time: how far a step that lasts as long may be off, where the rate drifts.
     """
-    single = rate_spread(size, durations_ns)
-    mean = round(size * 1e9 * len(durations_ns) / max(1, sum(durations_ns)))
+    parts = [part.tolist() for part in np.array_split(durations_ns, min(GROUPS, len(durations_ns)))]
+    rates = [size * 1e9 * len(part) / max(1, sum(part)) for part in parts]
+    mean = size * 1e9 * len(durations_ns) / max(1, sum(durations_ns))
+    low, high = np.percentile(rates, (10, 90))
+    return Spread(p10=round(min(low, mean)), p50=round(mean), p90=round(max(high, mean)))
+
+
+def placed_rate_spread(size: int, durations_ns: list[int]) -> Spread:
+    """The mean rate of runs over memory in many places, with p10 and p90 of single runs.
+
+    A process has its memory in some of those places, and is as fast as they are for all of its life.
+    """
+    mean, single = mean_rate_spread(size, durations_ns).p50, rate_spread(size, durations_ns)
     return Spread(p10=min(single.p10, mean), p50=mean, p90=max(single.p90, mean))
 
 

@@ -151,6 +151,7 @@ class _Pricer:
     def _compute(self, task: Task, role: UnitRole) -> TaskCost:
         duration_ns, source, percent = self.compute_ns(task.kind, role, task.accumulates)
         if measures_gradient(task, self._work):
+            source = "interpolated" if source == "measured" else source  # this part is derived
             duration_ns += formulas.square_sum_ns(self._model, role, self._work, self._machine.efficiency)
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.
         return self._cost(Lane.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)

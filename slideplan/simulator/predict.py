@@ -42,9 +42,9 @@ def predict(
         lower_bound_ns=bound_ns,
         critical_ns=critical_ns,
         cost_sources=sources,
+        host_updates_ns=sum(costs[number].duration_ns for number in graph.lanes.get(Lane.HOST_UPDATE, ())),
         step_uncertainty_percent=round(_step_uncertainty(graph, costs, critical_ns), 1),
         handoffs=machine.handoffs,
-        host_updates_ns=sum(costs[number].duration_ns for number in graph.lanes.get(Lane.HOST_UPDATE, ())),
     )
 
 

@@ -42,7 +42,7 @@ def plan() -> Plan:
         footprint=FOOTPRINT,
         graph=graph,
         ledger=ledger(graph, machine),
-        prediction=Prediction(record=predicted, lower_bound_ns=1, critical_ns={}, cost_sources={}),
+        prediction=Prediction(record=predicted, lower_bound_ns=1, critical_ns={}, cost_sources={}, host_updates_ns=0),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=True,
     )
@@ -86,6 +86,13 @@ def test_host_updates_that_were_rehearsed_say_what_step_to_expect(plan: Plan):
     assert (row.predicted, row.measured) == (plan.prediction.record.step_ns, measurement.record.step_ns)
     longer = [5000 if number in updates else 1000 for number in range(len(plan.graph.tasks))]
     assert expected_step_ns(plan, 5000 * len(updates)) == replay(plan.graph, longer)[0] > plan.prediction.record.step_ns
+    # A step that is a tenth longer than its tasks say, with updates that others slow to twice their time: both stay so.
+    slowed = [2000 if number in updates else 1000 for number in range(len(plan.graph.tasks))]
+    prediction = msgspec.structs.replace(prediction, record=record(plan.graph, slowed, scale=1.1))
+    slowed_plan = msgspec.structs.replace(plan, prediction=prediction)
+    longer = [3000 if number in updates else 1000 for number in range(len(plan.graph.tasks))]
+    expected_ns = 1.1 * replay(plan.graph, longer)[0]
+    assert expected_step_ns(slowed_plan, 1500 * len(updates)) == pytest.approx(expected_ns, rel=1e-3)
     with pytest.raises(ValueError, match="rehearsed_ns is 0, must be positive"):
         msgspec.structs.replace(measurement, rehearsed_ns=0).__post_init__()
 

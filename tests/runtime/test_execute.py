@@ -17,6 +17,7 @@ from checkpoints import random_state_dict, write_checkpoint
 from running import plan_for
 from slideplan.plan.codec import save
 from slideplan.plan.plan import Plan
+from slideplan.runtime import compute
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.cli import main
 
@@ -146,6 +147,17 @@ def test_norms_of_gradients_are_in_the_metrics(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [{"step", "loss", "grad_norm"}] * 3
     assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_norm_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss alone would not have shown it."""
+    save(tmp_path / "plan.json", plan_for(MODEL, tiny_policy(MODEL, gradient_norms=True), tiny_workload(), CpuBackend()))
+    monkeypatch.setattr(compute, "square_sum", lambda values, out: out.fill_(torch.inf))
+    done = runtime("execute", "plan.json", "--steps", 3, "--device", "cpu", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "runtime: step 0: the grad_norm is inf" in done.stderr
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert (row["grad_norm"], row["loss"] > 0) == (None, True)
 
 
 def changed(plan: Plan, **fields: object) -> bytes:

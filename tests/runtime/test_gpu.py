@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from running import masters, plain_training, plan_for, session_for, train
+from running import check_norms, masters, plain_training, plan_for, session_for, train
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.policy import Policy, Workload
 from slideplan.runtime.backend import STREAM_LANES, CudaBackend
@@ -116,20 +116,20 @@ def test_trains_as_in_memory(name: str, tied: bool) -> None:
     assert losses == expected_losses
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kernels", ["eager", "fused", "graphed"])
-def test_norms_of_gradients_are_those_of_training_in_memory(kernels: str) -> None:
-    model, workload = gpu_model(tied_embeddings=True), tiny_workload(seq_len=128)
-    policy = tiny_policy(model, resident_state=(0, 1), keep=(4,), kernels=kernels, gradient_norms=True)
-    expected: list[float] = []
-    plain_training(model, policy, workload, STEPS, CudaBackend().device, norms=expected)
+def test_norms_of_gradients_are_those_of_training_in_memory(kernels: str, tied: bool) -> None:
+    model, workload = gpu_model(tied_embeddings=tied), tiny_workload(seq_len=128)
+    knobs = {"resident_state": (0, 1), "stream_state": (2,), "keep": (4,), "kernels": kernels}
+    policy = tiny_policy(model, **knobs, gradient_norms=True)
+    expected: list[dict[str, float]] = []
     backend = CudaBackend()
+    plain_training(model, policy, workload, STEPS, backend.device, norms=expected)
     session = session_for(plan_for(model, policy, workload, backend), backend)
     losses, _ = train(session, STEPS)
-    norms = [session.compute.norms.pop(step).item() for step in range(STEPS)]
+    check_norms(session, expected, rel=1e-3 if kernels == "eager" else 1e-2)
     backend.close()
-    assert norms == pytest.approx(expected, rel=1e-3 if kernels == "eager" else 1e-2)
-    without = tiny_policy(model, resident_state=(0, 1), keep=(4,), kernels=kernels)
-    assert trained(model, without, workload)[0] == losses
+    assert trained(model, tiny_policy(model, **knobs), workload)[0] == losses
 
 
 def test_a_rehearsal_of_host_updates_changes_nothing_of_the_training() -> None:

@@ -17,7 +17,7 @@ from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.machine import identity
 from slideplan.runtime.probe_together import COMBINATIONS
 from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine
-from slideplan.runtime.probing import mean_rate_spread, rate_spread, timed_in_turns, together
+from slideplan.runtime.probing import mean_rate_spread, placed_rate_spread, rate_spread, timed_in_turns, together
 
 
 def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +105,14 @@ def test_a_sum_of_runs_is_not_the_median_run() -> None:
     durations = [10, 30, 10, 10] * 8
     assert rate_spread(1, durations).p50 == 100_000_000
     found = mean_rate_spread(1, durations)
-    assert (found.p10, found.p50, found.p90) == (33_333_333, 66_666_667, 100_000_000)
-    # Where nearly all runs are slow, the mean is no slower than they are.
-    assert mean_rate_spread(1, [10] + [20] * 31).p10 == 50_000_000
+    assert found.p10 == found.p50 == found.p90 == 66_666_667
+    # A rate that drifts: twice as fast in the second half of the time.
+    drifting = mean_rate_spread(1, [20] * 16 + [10] * 16)
+    assert (drifting.p10, drifting.p50, drifting.p90) == (50_000_000, 66_666_667, 100_000_000)
+    # In places of their own, runs are a process each.
+    placed = placed_rate_spread(1, durations)
+    assert (placed.p10, placed.p50, placed.p90) == (33_333_333, 66_666_667, 100_000_000)
+    assert placed_rate_spread(1, [10] + [20] * 31).p10 == 50_000_000
 
 
 def test_actions_in_turns_are_told_apart() -> None:

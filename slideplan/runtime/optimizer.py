@@ -184,9 +184,12 @@ class HostUpdate:
         if high.size <= ALONE_ELEMENTS:
             _chunk(*arrays, *scalars)
             return
+        of_torch = torch.get_num_threads()
         numba.set_num_threads(self.threads)  # numba keeps this per calling thread
         size = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, high.size // (self.threads * CHUNKS_PER_THREAD)))
         _adamw(self.threads, size, np.zeros(1, np.int64), *arrays, *scalars)
+        # Both count threads in the OpenMP library of the calling thread, and numba leaves all cores there.
+        torch.set_num_threads(of_torch)
 
     def compile(self) -> None:
         """Compile for both gradient dtypes now, so that no measured task pays for it."""

@@ -72,6 +72,17 @@ def test_host_update_is_elementary_fp32_adamw(elements: int, dtype: torch.dtype)
         assert np.array_equal(moments.numpy(), np.stack([m, v]))
 
 
+def test_an_update_leaves_torch_its_threads() -> None:
+    """Compute that is timed after it on the same thread would have other cores than in a run."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        HostUpdate(2).compile()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_rehearsal_changes_no_bit(dtype: torch.dtype) -> None:
     """Of state in the middle of training, tiny and huge values and infinite weights included."""

@@ -79,7 +79,7 @@ def left_errors(plan: Plan, measurement: Measurement) -> dict[str, float]:
 
 
 def _predicted_ns(plan: Plan) -> list[int]:
-    return [span.end_ns - span.start_ns for span in plan.prediction.record.spans]
+    return [span.duration_ns for span in plan.prediction.record.spans]
 
 
 def _replayed_ns(plan: Plan, durations_ns: Sequence[int], others_ns: Sequence[int], numbers: Iterable[int]) -> int:

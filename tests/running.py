@@ -102,8 +102,9 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
 
 
 def train(session: Session, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final master weights after some steps of the real executor."""
-    losses = [session.compute.losses.pop(step).item() for step in session.executor(steps)]
+    """Losses of the next steps of the real executor, and master weights after them."""
+    first = session._steps_done
+    losses = [session.compute.losses.pop(first + step).item() for step in session.executor(steps)]
     return losses, masters(session)
 
 

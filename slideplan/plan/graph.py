@@ -171,6 +171,10 @@ class Task(Spec, frozen=True):
     fifo: Lane | UnsetType = UNSET
     chunk: int | UnsetType = UNSET
 
+    def completes_gradient(self, micro_batches: int) -> bool:
+        """Whether its unit's gradient is summed over all of this many micro-batches when it ends."""
+        return self.kind in GRADIENT_KINDS and self.micro == micro_batches - 1
+
     @property
     def lane(self) -> Lane:
         return LANE_OF[self.kind] if self.fifo is UNSET else self.fifo

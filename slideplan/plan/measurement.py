@@ -91,7 +91,7 @@ def expected_step_ns(plan: Plan, rehearsed_ns: int) -> int:
     at 105 to 153 GB/s in processes that followed each other.
     """
     prediction, graph = plan.prediction, plan.graph
-    predicted_ns = [span.end_ns - span.start_ns for span in prediction.record.spans]
+    predicted_ns = [span.duration_ns for span in prediction.record.spans]
     scaled_ns = list(predicted_ns)
     for number in graph.lanes[Lane.HOST_UPDATE]:
         scaled_ns[number] = max(1, predicted_ns[number] * rehearsed_ns // prediction.host_updates_ns)
@@ -119,7 +119,7 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
     for number, task in enumerate(plan.graph.tasks):
         row = kinds.setdefault(task.kind, [0, 0, 0])
         for column, record in enumerate((predicted, replayed, measured)):
-            row[column] += record.spans[number].end_ns - record.spans[number].start_ns
+            row[column] += record.spans[number].duration_ns
     expected_ns = None if measurement.rehearsed_ns is None else expected_step_ns(plan, measurement.rehearsed_ns)
     steady = sorted(measurement.step_ns[step] for step in measurement.steady_steps)
     middle = median(steady)

@@ -18,6 +18,10 @@ class Span(Spec, frozen=True, array_like=True):
     start_ns: int
     end_ns: int
 
+    @property
+    def duration_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
 
 class LaneUse(Spec, frozen=True):
     """Share of a steady step in which a lane works."""
@@ -45,7 +49,7 @@ def step_record(
         raise ValueError(f"{len(spans)} spans for {len(graph.tasks)} tasks")
     lanes = {}
     for lane, queue in graph.lanes.items():
-        busy = sum(spans[number].end_ns - spans[number].start_ns for number in queue)
+        busy = sum(spans[number].duration_ns for number in queue)
         lanes[lane] = LaneUse(busy_ns=busy, idle_ns=max(0, step_ns - busy), tasks=len(queue))
     return StepRecord(
         step_ns=step_ns,

@@ -28,7 +28,7 @@ def trace_events(graph: TaskGraph, records: dict[str, StepRecord]) -> list[dict[
         for task, span in zip(graph.tasks, record.spans, strict=True):
             events.append({
                 "ph": "X", "name": task.name, "cat": task.kind, "pid": process, "tid": threads[task.lane],
-                "ts": (span.start_ns - origin) / 1e3, "dur": (span.end_ns - span.start_ns) / 1e3,
+                "ts": (span.start_ns - origin) / 1e3, "dur": span.duration_ns / 1e3,
                 "args": {"bytes_moved": task.bytes_moved, "flops": task.flops},
             })  # fmt: skip
     return events

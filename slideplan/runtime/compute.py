@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from slideplan.plan.graph import GRADIENT_KINDS, Lane, Role, Task, TaskGraph, TaskKind
+from slideplan.plan.graph import Lane, Role, Task, TaskGraph, TaskKind
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Kernels
 from slideplan.plan.pools import loss_chunk_tokens
@@ -95,7 +95,7 @@ class ComputeHandlers:
         self._labels = torch.zeros(micro_batches, tokens, dtype=torch.int64, device=device)
         self._loss_sum = torch.zeros(micro_batches, dtype=torch.float32, device=device)
         self._square_sums = torch.zeros(model.units, dtype=torch.float32, device=device) if gradient_norms else None
-        self._last_micro = micro_batches - 1
+        self._micro_batches = micro_batches
         self._replay: dict[str, Callable[[], None]] = {}
         self.losses: dict[int, torch.Tensor] = {}
         self.norms: dict[int, torch.Tensor] = {}  # of all gradients of a step; empty unless they are measured
@@ -122,17 +122,13 @@ class ComputeHandlers:
                 self.losses[step] = self.losses[step] + loss if step in self.losses else loss
                 # Here, where the device has work for longer than the host needs to deal out tokens.
                 self._uploads.send(step + 1, task.micro)
-            elif self._square_sums is not None and task.kind is TaskKind.BACKWARD and task.unit == 0 and self._completes(task):
+            elif self._square_sums is not None and task.unit == 0 and task.completes_gradient(self._micro_batches):
                 self.norms[step] = self._square_sums.sum().sqrt()  # the embedding's gradient is the last
 
     def _issue(self, task: Task, step: int) -> None:
         self._run[self._model.role(task.unit), task.kind](task, step)
-        if self._square_sums is not None and task.kind in GRADIENT_KINDS and self._completes(task):
+        if self._square_sums is not None and task.completes_gradient(self._micro_batches):
             square_sum(self._buffers[task.slot(Role.GRADIENT)], self._square_sums[task.unit])
-
-    def _completes(self, task: Task) -> bool:
-        """Whether a gradient is summed over all micro-batches after this task."""
-        return task.micro == self._last_micro
 
     def capture(self, backend: Backend, tasks: Iterable[Task]) -> None:
         """Capture the layers' and the head's tasks of one step, in this order; slots that they write lose what they held.

@@ -140,8 +140,7 @@ def _measurement(
     # The low median: a step that was made.
     middle = sorted(steady, key=lambda entry: step_ns[entry.step])[(len(steady) - 1) // 2]
     task_ns = tuple(
-        round(median(entry.spans[number].end_ns - entry.spans[number].start_ns for entry in steady))
-        for number in range(len(plan.graph.tasks))
+        round(median(entry.spans[number].duration_ns for entry in steady)) for number in range(len(plan.graph.tasks))
     )
     return Measurement(
         version=__version__,

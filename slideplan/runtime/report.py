@@ -88,10 +88,7 @@ def draw_lanes(path: Path, graph: TaskGraph, records: dict[str, StepRecord], tit
     for axis, (name, record) in zip(axes, records.items(), strict=True):
         for row, lane in enumerate(lanes):
             numbers = graph.lanes[lane]
-            bars = [
-                (record.spans[n].start_ns / TICK_NS, (record.spans[n].end_ns - record.spans[n].start_ns) / TICK_NS)
-                for n in numbers
-            ]
+            bars = [(record.spans[n].start_ns / TICK_NS, record.spans[n].duration_ns / TICK_NS) for n in numbers]
             axis.broken_barh(bars, (row - 0.4, 0.8), facecolors=[palette[graph.tasks[n].kind] for n in numbers])
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.axvline(record.step_ns / TICK_NS, color="grey", linewidth=0.8)

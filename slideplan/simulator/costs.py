@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from slideplan.plan.codec import Spec
-from slideplan.plan.graph import GRADIENT_KINDS, LANE_OF, Lane, Task, TaskGraph, TaskKind
+from slideplan.plan.graph import LANE_OF, Lane, Task, TaskGraph, TaskKind
 from slideplan.plan.machine import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import ComputePolicy, ComputeWork, Kernels
@@ -70,16 +70,12 @@ def price(
     costs = []
     for task in graph.tasks:
         role = model.role(task.unit)
-        key = task.kind, role, task.bytes_moved, task.accumulates, measures_gradient(task, work)
+        measured = work.gradient_norms and task.completes_gradient(work.micro_batches)
+        key = task.kind, role, task.bytes_moved, task.accumulates, measured
         if key not in known:
             known[key] = pricer.cost(task, role)
         costs.append(known[key])
     return tuple(costs)
-
-
-def measures_gradient(task: Task, work: ComputePolicy) -> bool:
-    """Whether the task ends with a pass over its unit's gradient, which it has completed."""
-    return work.gradient_norms and task.kind in GRADIENT_KINDS and task.micro == work.micro_batches - 1
 
 
 _LAYER_KINDS = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)
@@ -150,7 +146,7 @@ class _Pricer:
 
     def _compute(self, task: Task, role: UnitRole) -> TaskCost:
         duration_ns, source, percent = self.compute_ns(task.kind, role, task.accumulates)
-        if measures_gradient(task, self._work):
+        if self._work.gradient_norms and task.completes_gradient(self._work.micro_batches):
             source = "interpolated" if source == "measured" else source  # this part is derived
             duration_ns += formulas.square_sum_ns(self._model, role, self._work, self._machine.efficiency)
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.

@@ -245,8 +245,7 @@ def test_a_rehearsal_of_host_updates_changes_nothing_of_the_training() -> None:
     losses = []
     for _ in range(2):  # before the first step, and in the middle
         taken.append(session.rehearse())
-        first = session._steps_done
-        losses += [session.compute.losses.pop(first + step).item() for step in session.executor(2)]
+        losses += train(session, 2)[0]
     assert all(nanoseconds is not None and nanoseconds > 0 for nanoseconds in taken)
     assert losses == expected_losses
     assert all(torch.equal(expected[name], value) for name, value in masters(session).items())
@@ -262,7 +261,6 @@ def test_two_runs_of_a_session_go_on_where_the_first_ended() -> None:
     session = session_for(plan, backend)
     losses = []
     for _ in range(2):
-        first = session._steps_done
-        losses += [session.compute.losses.pop(first + step).item() for step in session.executor(2)]
+        losses += train(session, 2)[0]
     assert losses == whole_losses
     assert all(torch.equal(whole[name], value) for name, value in masters(session).items())

@@ -25,10 +25,19 @@ class Document(Spec, frozen=True, kw_only=True, tag_field="document"):
     format_version: int = FORMAT_VERSION
 
 
+class _Provenance(msgspec.Struct, frozen=True):
+    versions: dict[str, str] = {}
+
+
 class _Header(msgspec.Struct):
     document: str = ""
     format_version: int = 0
-    version: str = ""  # of the package that made it, where the document says
+    version: str = ""  # of the package that made it, where the document says; a profile says it in its provenance
+    provenance: _Provenance = _Provenance()
+
+    @property
+    def made_by(self) -> str:
+        return self.version or self.provenance.versions.get("slideplan", "")
 
 
 D = TypeVar("D", bound=Document)
@@ -70,7 +79,12 @@ def load(path: str | Path, kind: type[D]) -> D:
             )
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
-        made = f"; it was made by slideplan {header.version}, this is {__version__}" if header and header.version else ""
+        made_by = header.made_by if header else ""
+        made = (
+            f"; it was made by slideplan {made_by}, this is {__version__}: make it anew"
+            if made_by not in ("", __version__)
+            else ""
+        )
         raise ValueError(f"{path}: not a valid {tag}: {error}{made}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None

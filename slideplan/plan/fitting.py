@@ -1,15 +1,17 @@
 """Fits the fluid model of shared bandwidth to lanes measured alone and together.
 
 What is free: the capacity of each resource; what a byte of each lane takes of host DRAM, where a byte of
-the optimizer's traffic counts as one; what each lane takes of the GPU; and share weights, the host
-optimizer's being 1. A byte on PCIe or SSD counts as one in either direction: how much of the sum is lost
-when both run is in the capacity.
+the optimizer's traffic counts as one; what each lane takes of the GPU; and share weights on each resource,
+relative to one lane there. They differ from resource to resource: copies to the GPU wait for what they read and
+lose to everything on a busy host memory, and less to copies the other way on PCIe. A byte on PCIe or SSD counts
+as one in either direction: how much of the sum is lost when both run is in the capacity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,8 @@ _LINKS = {
     Lane.SSD_WRITE: Resource.SSD,
 }
 _ON_GPU = (Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
+# The lane whose share weight is 1 there. On the GPU all have 1 but compute, and who gives way to it.
+_REFERENCE = {Resource.PCIE: Lane.D2H, Resource.SSD: Lane.SSD_WRITE, Resource.HOST_DRAM: Lane.HOST_UPDATE}
 
 # What meets compute on a GPU takes a small part of it and hardly waits: compute starts with a low weight.
 _COMPUTE_WEIGHT = 1 / 16
@@ -46,7 +50,7 @@ _ROUNDS = 100
 class _Parameter:
     """One unknown: a capacity or weight as the logarithm of its ratio to `start`, a usage as itself."""
 
-    of: tuple[str, Resource | Lane]
+    of: tuple[Literal["capacity", "usage", "part", "weight"], Lane | None, Resource]
     start: float
     low: float
     high: float
@@ -90,26 +94,29 @@ def fit(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s
 
 def _unknowns(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> list[_Parameter]:
     found = []
-    for resource in (Resource.PCIE, Resource.HOST_DRAM, Resource.SSD):
+    weights: dict[tuple[Lane, Resource], float] = {}
+    for resource, reference in _REFERENCE.items():
         users = [lane for lane in alone if _LINKS.get(lane) is resource or (resource is Resource.HOST_DRAM and _on_dram(lane))]
         if users:
             loads = [sum(alone[lane] * speed for lane, speed in speeds.items() if lane in users) for speeds in together]
             largest = max(alone[lane] for lane in users)
             start = max([largest, *loads])
-            found.append(_Parameter(("capacity", resource), start, float(np.log(largest / start)), 1.0))
+            found.append(_Parameter(("capacity", None, resource), start, float(np.log(largest / start)), 1.0))
+        if reference in users:
+            weights |= {(lane, resource): 1.0 for lane in users if lane is not reference}
     if Lane.HOST_UPDATE in alone:
-        found += [_Parameter(("dram", lane), 1.0, 0.0, 4.0) for lane in _LINKS if lane in alone]
-    weights = {lane: 1.0 for lane in alone if lane is not Lane.HOST_UPDATE}
+        found += [_Parameter(("usage", lane, Resource.HOST_DRAM), 1.0, 0.0, 4.0) for lane in _LINKS if lane in alone]
     if Lane.COMPUTE in alone:
-        weights[Lane.COMPUTE] = _COMPUTE_WEIGHT
+        weights[Lane.COMPUTE, Resource.GPU] = _COMPUTE_WEIGHT
         for speeds in together:
             for lane in _ON_GPU:
                 if set(speeds) == {Lane.COMPUTE, lane}:
                     compute, other = speeds[Lane.COMPUTE], speeds[lane]
-                    found.append(_Parameter(("gpu", lane), min(1.0, max(0.0, 1.0 - compute) / other), 0.0, 1.0))
-                    if lane in weights and other < _FULL_SPEED:  # the two shared what there is
-                        weights[lane] = _COMPUTE_WEIGHT * other / compute
-    return found + [_Parameter(("weight", lane), weight, -3.0, 3.0) for lane, weight in weights.items()]
+                    part = min(1.0, max(0.0, 1.0 - compute) / other)
+                    found.append(_Parameter(("part", lane, Resource.GPU), part, 0.0, 1.0))
+                    if other < _FULL_SPEED:  # the two shared what there is
+                        weights[lane, Resource.GPU] = _COMPUTE_WEIGHT * other / compute
+    return found + [_Parameter(("weight", lane, resource), start, -3.0, 3.0) for (lane, resource), start in weights.items()]
 
 
 def _on_dram(lane: Lane) -> bool:
@@ -119,20 +126,23 @@ def _on_dram(lane: Lane) -> bool:
 def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[Lane, float], gpu_bytes_per_s: int) -> Sharing:
     """The model with these values. A part of the GPU is of the lane at its rate alone; usage is per byte."""
     value = {unknown.of: unknown.value(float(at)) for unknown, at in zip(unknowns, x, strict=True)}
-    capacities = {resource: round(value["capacity", resource]) for resource in Resource if ("capacity", resource) in value}
+    capacities = {of: round(value["capacity", None, of]) for of in Resource if ("capacity", None, of) in value}
     usage: dict[Lane, dict[Resource, float]] = {}
     for lane in alone:
         of: dict[Resource, float] = {_LINKS[lane]: 1.0} if lane in _LINKS else {}
         if _on_dram(lane):
-            of[Resource.HOST_DRAM] = value.get(("dram", lane), 1.0)
-        part = value.get(("gpu", lane), 0.0)
+            of[Resource.HOST_DRAM] = value.get(("usage", lane, Resource.HOST_DRAM), 1.0)
+        part = value.get(("part", lane, Resource.GPU), 0.0)
         if part >= _NEGLIGIBLE:
             of[Resource.GPU] = part * gpu_bytes_per_s / alone[lane]
         usage[lane] = of
     if any(Resource.GPU in of for of in usage.values()):
         capacities[Resource.GPU] = gpu_bytes_per_s
         usage[Lane.COMPUTE] = {Resource.GPU: 1.0}
-    weights = {lane: value["weight", lane] for lane in alone if ("weight", lane) in value}
+    weights: dict[Lane, dict[Resource, float]] = {}
+    for (what, shared_by, resource), found in value.items():
+        if what == "weight" and shared_by is not None and resource in usage[shared_by]:
+            weights.setdefault(shared_by, {})[resource] = found
     return Sharing(capacities=capacities, usage={lane: of for lane, of in usage.items() if of}, weights=weights)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from math import inf
 
 import msgspec
 
@@ -11,14 +12,15 @@ from slideplan.plan.codec import Spec
 from slideplan.plan.graph import Lane
 
 Demand = Mapping["Resource", int]
+Weights = Mapping["Resource", float]
 
 
 class Resource(StrEnum):
-    """Bandwidth that several lanes draw on at once."""
+    """Bandwidth that several lanes draw on at once, from what few pass to what many do (see `fair_speeds`)."""
 
     PCIE = "pcie"  # both directions together
-    HOST_DRAM = "host_dram"  # the CPU optimizer, copies and SSD I/O
     SSD = "ssd"  # reads and writes together
+    HOST_DRAM = "host_dram"  # the CPU optimizer, copies and SSD I/O
     GPU = "gpu"  # compute, and what copies and updates take from it; counted in device memory bandwidth
 
 
@@ -28,18 +30,21 @@ class Sharing(Spec, frozen=True):
     capacities: bytes/s of each resource
     usage:      bytes of a resource that one byte of a lane's traffic takes. A lane without an entry takes
                 nothing. Compute has no bytes of its own: at full speed its traffic is the GPU's capacity.
-    weights:    share weight of each lane, 1 where none is given (see `fair_speeds`)
+    weights:    share weight of each lane where a resource is full, 1 where none is given (see `fair_speeds`)
     """
 
     capacities: dict[Resource, int]
     usage: dict[Lane, dict[Resource, float]]
-    weights: dict[Lane, float] = msgspec.field(default_factory=dict)
+    weights: dict[Lane, dict[Resource, float]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, values in (("capacities", self.capacities), ("weights", self.weights)):
-            for key, value in values.items():
-                if not value > 0:
-                    raise ValueError(f"{name}.{key} is {value}, must be positive")
+        for resource, capacity in self.capacities.items():
+            if not capacity > 0:
+                raise ValueError(f"capacities.{resource} is {capacity}, must be positive")
+        for lane, weights in self.weights.items():
+            for resource, weight in weights.items():
+                if not 0 < weight < inf:
+                    raise ValueError(f"weights.{lane}.{resource} is {weight}, must be positive")
         for lane, usage in self.usage.items():
             for resource, taken in usage.items():
                 if not taken >= 0:
@@ -52,14 +57,14 @@ class Sharing(Spec, frozen=True):
         usage = self.usage.get(lane, {})
         return {resource: taken for resource, each in usage.items() if (taken := round(bytes_per_s * each))}
 
-    def weight(self, lane: Lane) -> float:
-        """Share weight of the lane's tasks."""
-        return self.weights.get(lane, 1.0)
+    def weights_of(self, lane: Lane) -> dict[Resource, float]:
+        """Share weights of the lane's tasks, where they are not 1."""
+        return self.weights.get(lane, {})
 
     def speeds(self, alone: Mapping[Lane, float]) -> dict[Lane, float]:
         """Relative speed of each lane while all of these run at once. `alone`: bytes/s of each by itself."""
         demands = [within(self.demand(lane, rate), self.capacities) for lane, rate in alone.items()]
-        weights = [self.weight(lane) for lane in alone]
+        weights = [self.weights_of(lane) for lane in alone]
         return dict(zip(alone, fair_speeds(demands, self.capacities, weights), strict=True))
 
 
@@ -69,33 +74,41 @@ def within(demand: Demand, capacities: Mapping[Resource, int]) -> dict[Resource,
 
 
 def fair_speeds(
-    demands: Sequence[Demand], capacities: Mapping[Resource, int], weights: Sequence[float] | None = None
+    demands: Sequence[Demand], capacities: Mapping[Resource, int], weights: Sequence[Weights] | None = None
 ) -> list[float]:
-    """Speed of each flow in (0, 1], relative to the flow alone, by progressive filling.
+    """Speed of each flow in (0, 1], relative to the flow alone.
 
-    `demands`: bytes/s that each flow takes at full speed; `capacities`: bytes/s of each resource;
-    `weights`: positive, 1 for every flow unless given. A level rises from zero, and each flow's speed is
-    weight x level until it runs at full speed or one of its resources is full; the others rise on. So
-    the smallest speed / weight is as large as can be, then the next.
+    `demands`: bytes/s that each flow takes at full speed; `capacities`: bytes/s of each resource; `weights`:
+    positive, of each flow on each resource, 1 where none is given. A resource that is asked for more than
+    it has gives each flow weight x level, at one level for all, and no flow more than it can use elsewhere: the
+    smallest speed / weight there is as large as can be, then the next. Resources are divided in their order:
+    who passes a narrow one, PCIe or SSD, passes the wide ones as well, so what he does not get there is
+    free for others here.
     """
-    weights = [1.0] * len(demands) if weights is None else weights
+    weights = [{}] * len(demands) if weights is None else weights
     speeds = [1.0] * len(demands)
-    rising = {flow for flow, demand in enumerate(demands) if any(demand.values())}
-    spare = {resource: float(capacities[resource]) for demand in demands for resource in demand}
-    while rising:
-        # What each resource gives per level while all of these rise, and the level at which it is full.
-        slopes = {resource: sum(demands[flow].get(resource, 0) * weights[flow] for flow in rising) for resource in spare}
-        levels = {resource: spare[resource] / slope for resource, slope in slopes.items() if slope}
-        level = min(levels.values())
-        fastest = max(weights[flow] for flow in rising)
-        if fastest * level >= 1.0:  # the fastest reach full speed before anything is full
-            settled = {flow: 1.0 for flow in rising if weights[flow] == fastest}
-        else:
-            full = [resource for resource, reached in levels.items() if reached == level]
-            settled = {flow: weights[flow] * level for flow in rising if any(demands[flow].get(resource) for resource in full)}
-        for flow in sorted(settled):
-            speeds[flow] = settled[flow]
-            rising.remove(flow)
-            for resource, rate in demands[flow].items():
-                spare[resource] -= rate * settled[flow]
+    for resource in Resource:
+        flows = [flow for flow, demand in enumerate(demands) if demand.get(resource)]
+        if flows:
+            rates = [demands[flow][resource] for flow in flows]
+            shares = [weights[flow].get(resource, 1.0) for flow in flows]
+            divided = _divide([speeds[flow] for flow in flows], rates, shares, capacities[resource])
+            for flow, speed in zip(flows, divided, strict=True):
+                speeds[flow] = speed
+    return speeds
+
+
+def _divide(limits: Sequence[float], rates: Sequence[int], weights: Sequence[float], capacity: float) -> list[float]:
+    """Speeds of flows on one resource by progressive filling: weight x level of each, up to its limit."""
+    speeds = list(limits)
+    # Those that come to their limits first, first: once one of them is held back by the level, all after it are.
+    order = sorted(range(len(limits)), key=lambda flow: limits[flow] / weights[flow])
+    spare = capacity
+    for place, flow in enumerate(order):
+        level = spare / sum(rates[other] * weights[other] for other in order[place:])
+        if limits[flow] > weights[flow] * level:
+            for other in order[place:]:
+                speeds[other] = weights[other] * level
+            break
+        spare -= rates[flow] * limits[flow]
     return speeds

@@ -41,14 +41,14 @@ class TaskCost(Spec, frozen=True):
     demand:      bytes/s that it takes from shared resources while it runs at full speed
     source:      "measured" at this very size; "interpolated" from measurements at other sizes; "derived"
                  from measured rates; or "datasheet", derived from rates that nobody measured
-    weight:      share weight where a resource is full (see `plan.sharing.fair_speeds`)
+    weights:     share weights where a resource is full, 1 where none is given (see `plan.sharing.fair_speeds`)
     uncertainty_percent: by which the duration may be off, either way
     """
 
     duration_ns: int
     demand: dict[Resource, int]
     source: Source
-    weight: float = 1.0
+    weights: dict[Resource, float] = msgspec.field(default_factory=dict)
     uncertainty_percent: float = 0.0
 
 
@@ -134,7 +134,7 @@ class _Pricer:
             duration_ns=max(1, duration_ns),
             demand=self._sharing.demand(lane, bytes_per_s),
             source="datasheet" if self._from_datasheet else source,
-            weight=self._sharing.weight(lane),
+            weights=self._sharing.weights_of(lane),
             uncertainty_percent=DATASHEET_PERCENT if self._from_datasheet else percent,
         )
 

@@ -55,20 +55,21 @@ def entries(graph: TaskGraph, costs: Sequence[TaskCost], handoffs: Handoffs) -> 
     """Each lane's queue, and the draws that its entries name. Raises ValueError where costs and tasks differ in number."""
     if len(costs) != len(graph.tasks):
         raise ValueError(f"{len(costs)} costs for {len(graph.tasks)} tasks")
-    numbers: dict[tuple[tuple[tuple[Resource, int], ...], float], int] = {}
+    numbers: dict[tuple[tuple[tuple[Resource, int], ...], tuple[tuple[Resource, float], ...]], int] = {}
     draw_of: dict[int, int | None] = {}  # by the cost's id: few costs serve thousands of tasks
     for cost in costs:
         if id(cost) not in draw_of:
             drawn = tuple(sorted((resource, rate) for resource, rate in cost.demand.items() if rate))
             flows = drawn and cost.duration_ns
-            draw_of[id(cost)] = numbers.setdefault((drawn, cost.weight), len(numbers)) if flows else None
+            shares = tuple(sorted(cost.weights.items()))
+            draw_of[id(cost)] = numbers.setdefault((drawn, shares), len(numbers)) if flows else None
     queues: dict[Lane, list[Entry]] = {lane: [] for lane in graph.lanes}
     later_on = handoffs.table(graph.lanes)
     for number, (task, cost) in enumerate(zip(graph.tasks, costs, strict=True)):
         later = later_on[task.lane]
         dependencies = tuple([(each.task, each.distance, later[graph.tasks[each.task].lane]) for each in task.dependencies])
         queues[task.lane].append(Entry(number, cost.duration_ns, draw_of[id(cost)], dependencies))
-    return queues, [Draw(dict(drawn), weight) for drawn, weight in numbers]
+    return queues, [Draw(dict(drawn), dict(shares)) for drawn, shares in numbers]
 
 
 def deadlock(graph: TaskGraph, now_ns: int, waits: Mapping[Lane, tuple[int, int, int]]) -> DeadlockError:

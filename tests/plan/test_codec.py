@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from builders import tiny_machine
+from slideplan import __version__
 from slideplan.plan import codec
 from slideplan.plan.machine import MachineProfile
 
@@ -122,3 +123,11 @@ def test_specs_are_immutable():
     with pytest.raises(AttributeError):
         tiny_machine().name = "other"
     assert msgspec.structs.replace(tiny_machine(), name="other").name == "other"
+
+
+def test_a_document_of_another_version_says_which(file: Path):
+    provenance = json.loads(file.read_text())["provenance"] | {"versions": {"slideplan": "0.5.0"}}
+    rewrite(file, provenance=provenance, name=3)
+    assert f"it was made by slideplan 0.5.0, this is {__version__}: make it anew" in refusal(file)
+    rewrite(file, provenance=provenance | {"versions": {"slideplan": __version__}})
+    assert "made by" not in refusal(file)

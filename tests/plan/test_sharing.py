@@ -5,7 +5,11 @@ import pytest
 from slideplan.plan.graph import Lane
 from slideplan.plan.sharing import Resource, Sharing
 
-GOOD = {"capacities": {Resource.PCIE: 100}, "usage": {Lane.H2D: {Resource.PCIE: 1.0}}, "weights": {Lane.H2D: 1.0}}
+GOOD = {
+    "capacities": {Resource.PCIE: 100},
+    "usage": {Lane.H2D: {Resource.PCIE: 1.0}},
+    "weights": {Lane.H2D: {Resource.PCIE: 1.0}},
+}
 
 
 @pytest.mark.parametrize(
@@ -13,7 +17,8 @@ GOOD = {"capacities": {Resource.PCIE: 100}, "usage": {Lane.H2D: {Resource.PCIE: 
     [
         ({"capacities": {Resource.PCIE: 0}}, "capacities.pcie is 0, must be positive"),
         ({"capacities": {}}, "usage.h2d names pcie, which has no entry in capacities"),
-        ({"weights": {Lane.H2D: 0.0}}, "weights.h2d is 0.0, must be positive"),
+        ({"weights": {Lane.H2D: {Resource.PCIE: 0.0}}}, "weights.h2d.pcie is 0.0, must be positive"),
+        ({"weights": {Lane.H2D: {Resource.PCIE: float("inf")}}}, "weights.h2d.pcie is inf, must be positive"),
         ({"usage": {Lane.H2D: {Resource.PCIE: -1.0}}}, "usage.h2d.pcie is -1.0, must be zero or more"),
         ({"usage": {Lane.H2D: {Resource.PCIE: float("nan")}}}, "usage.h2d.pcie is nan"),
     ],

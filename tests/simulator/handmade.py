@@ -40,8 +40,10 @@ def graph(*tasks: tuple[Lane, Sequence[int], Sequence[int]]) -> TaskGraph:
     )
 
 
-def cost(duration_ns: int, demand: Mapping[Resource, int] | None = None, weight: float = 1.0) -> TaskCost:
-    return TaskCost(duration_ns=duration_ns, demand=dict(demand or {}), source="measured", weight=weight)
+def cost(
+    duration_ns: int, demand: Mapping[Resource, int] | None = None, weights: Mapping[Resource, float] | None = None
+) -> TaskCost:
+    return TaskCost(duration_ns=duration_ns, demand=dict(demand or {}), source="measured", weights=dict(weights or {}))
 
 
 def times(spans: Sequence[Span]) -> list[tuple[int, int]]:

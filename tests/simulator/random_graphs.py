@@ -12,7 +12,7 @@ from slideplan.simulator import Resource, TaskCost
 CAPACITIES = {Resource.PCIE: 80, Resource.HOST_DRAM: 100, Resource.SSD: 30, Resource.GPU: 50}
 
 demands = st.dictionaries(st.sampled_from(list(Resource)), st.integers(1, 120), max_size=3)
-weights = st.sampled_from([0.1, 0.5, 1.0, 1.0, 1.4, 8.0])
+weights = st.dictionaries(st.sampled_from(list(Resource)), st.sampled_from([0.1, 0.5, 1.0, 1.4, 8.0]), max_size=2)
 
 handoffs = st.builds(
     Handoffs,

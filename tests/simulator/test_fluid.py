@@ -7,15 +7,23 @@ from hypothesis import strategies as st
 from random_graphs import CAPACITIES, demands, weights
 from slideplan.simulator import Resource, fair_speeds
 
-PCIE, DRAM, GPU = Resource.PCIE, Resource.HOST_DRAM, Resource.GPU
+PCIE, SSD, DRAM, GPU = Resource.PCIE, Resource.SSD, Resource.HOST_DRAM, Resource.GPU
 
 flows = st.lists(st.tuples(demands, weights), max_size=6)
+# What passes a narrow resource passes the wide one, as on a machine.
+nested = st.lists(
+    st.one_of(
+        st.builds(lambda one, wide: {one: min(wide, 60), DRAM: wide}, st.sampled_from([PCIE, SSD]), st.integers(1, 120)),
+        st.builds(lambda wide: {DRAM: wide}, st.integers(1, 120)),
+    ),
+    max_size=6,
+)
 
 
 def test_alone_and_idle_flows_run_at_full_speed() -> None:
     assert fair_speeds([], {}) == []
     assert fair_speeds([{}], {}) == [1.0]
-    assert fair_speeds([{PCIE: 60}, {}, {DRAM: 100}], {PCIE: 60, DRAM: 100}, [0.1, 7, 3]) == [1.0, 1.0, 1.0]
+    assert fair_speeds([{PCIE: 60}, {}, {DRAM: 100}], {PCIE: 60, DRAM: 100}, [{PCIE: 0.1}, {}, {DRAM: 3}]) == [1.0, 1.0, 1.0]
 
 
 def test_three_flows_on_two_resources() -> None:
@@ -30,12 +38,24 @@ def test_three_flows_on_two_resources() -> None:
 
 def test_a_weight_buys_speed() -> None:
     # 100 wanted of 60 by each: 1 to 3 is 15 and 45; With 1 to 19 the second has all it wants, and the first the rest.
-    assert fair_speeds([{DRAM: 100}, {DRAM: 100}], {DRAM: 60}, [1, 3]) == pytest.approx([0.15, 0.45])
-    assert fair_speeds([{DRAM: 100}, {DRAM: 50}], {DRAM: 60}, [1, 19]) == pytest.approx([0.10, 1.0])
+    assert fair_speeds([{DRAM: 100}, {DRAM: 100}], {DRAM: 60}, [{}, {DRAM: 3}]) == pytest.approx([0.15, 0.45])
+    assert fair_speeds([{DRAM: 100}, {DRAM: 50}], {DRAM: 60}, [{}, {DRAM: 19}]) == pytest.approx([0.10, 1.0])
+    # It counts where it is given: here nothing is short of PCIe.
+    assert fair_speeds([{DRAM: 100}, {DRAM: 100}], {DRAM: 60}, [{}, {PCIE: 3}]) == pytest.approx([0.3, 0.3])
+
+
+def test_weights_differ_from_resource_to_resource() -> None:
+    """Copies both ways share PCIe evenly; beside the optimizer, the one that reads host memory loses most."""
+    h2d, d2h, update = {PCIE: 50, DRAM: 50}, {PCIE: 50, DRAM: 50}, {DRAM: 150}
+    weights = [{DRAM: 0.5}, {DRAM: 1.5}, {}]
+    assert fair_speeds([h2d, d2h], {PCIE: 80, DRAM: 170}, weights[:2]) == pytest.approx([0.8, 0.8])
+    # 50 x 0.5 + 150 = 175 per level; then d2h, too, held by PCIe at 0.8 of its 50: (170 - 40) / 175.
+    level = 130 / 175
+    assert fair_speeds([h2d, d2h, update], {PCIE: 80, DRAM: 170}, weights) == pytest.approx([0.5 * level, 0.8, level])
 
 
 def test_compute_gives_way_to_copies_that_take_a_part_of_the_gpu() -> None:
-    compute, copy = fair_speeds([{GPU: 1000}, {GPU: 40, PCIE: 54}], {GPU: 1000, PCIE: 88}, [0.1, 1])
+    compute, copy = fair_speeds([{GPU: 1000}, {GPU: 40, PCIE: 54}], {GPU: 1000, PCIE: 88}, [{GPU: 0.1}, {}])
     assert (compute, copy) == (pytest.approx(0.96), 1.0)
 
 
@@ -45,37 +65,60 @@ def test_optimizer_and_one_copy_share_dram_as_measured() -> None:
     assert 54 * copy == pytest.approx(43, abs=1)
 
 
+def used(wanted: list[dict[Resource, int]], speeds: list[float]) -> dict[Resource, float]:
+    return {r: sum(demand.get(r, 0) * speed for demand, speed in zip(wanted, speeds, strict=True)) for r in Resource}
+
+
 @given(flows)
-def test_max_min_fairness(drawn: list[tuple[dict[Resource, int], float]]) -> None:
-    """Feasible; and each flow is at full speed or on a full resource where no flow has more speed for its weight."""
-    wanted, shares = [demand for demand, _ in drawn], [weight for _, weight in drawn]
-    speeds = fair_speeds(wanted, CAPACITIES, shares)
-    used = {r: sum(demand.get(r, 0) * speed for demand, speed in zip(wanted, speeds, strict=True)) for r in Resource}
-    for resource, capacity in CAPACITIES.items():
-        assert used[resource] <= capacity * (1 + 1e-9)
-    for demand, speed, share in zip(wanted, speeds, shares, strict=True):
-        assert 0 < speed <= 1
+def test_no_resource_gives_more_than_it_has(drawn: list[tuple[dict[Resource, int], dict[Resource, float]]]) -> None:
+    wanted = [demand for demand, _ in drawn]
+    speeds = fair_speeds(wanted, CAPACITIES, [weights for _, weights in drawn])
+    assert all(0 < speed <= 1 for speed in speeds)
+    assert all(taken <= CAPACITIES[resource] * (1 + 1e-9) for resource, taken in used(wanted, speeds).items())
+    for demand, speed in zip(wanted, speeds, strict=True):
+        if speed < 1:  # then something that it passes was short
+            assert any(sum(other.get(r, 0) for other in wanted) > CAPACITIES[r] for r in demand)
+
+
+@given(st.lists(st.tuples(st.integers(1, 120), st.sampled_from([0.1, 0.5, 1.0, 1.4, 8.0])), max_size=6))
+def test_max_min_fairness_on_one_resource(drawn: list[tuple[int, float]]) -> None:
+    """Each flow is at full speed, or the resource is full and no flow has more speed for its weight."""
+    wanted = [{DRAM: rate} for rate, _ in drawn]
+    speeds = fair_speeds(wanted, CAPACITIES, [{DRAM: weight} for _, weight in drawn])
+    level = max((speed / weight for speed, (_, weight) in zip(speeds, drawn, strict=True)), default=0.0)
+    for speed, (_, weight) in zip(speeds, drawn, strict=True):
         if speed < 1:
-            assert any(
-                used[resource] >= CAPACITIES[resource] * (1 - 1e-9)
-                and speed / share
-                >= max(s / w for d, s, w in zip(wanted, speeds, shares, strict=True) if resource in d) * (1 - 1e-9)
-                for resource in demand
-            )
+            assert used(wanted, speeds)[DRAM] >= CAPACITIES[DRAM] * (1 - 1e-9)
+            assert speed / weight >= level * (1 - 1e-9)
+
+
+@given(nested, st.randoms(use_true_random=False))
+def test_nothing_lies_idle_that_a_slowed_flow_wants(wanted: list[dict[Resource, int]], random) -> None:
+    """Where all pass the wide resource, who is slowed is on a full one, whatever the weights."""
+    weights = [{r: random.choice([0.1, 0.5, 1.0, 1.4, 8.0]) for r in demand} for demand in wanted]
+    speeds = fair_speeds(wanted, CAPACITIES, weights)
+    taken = used(wanted, speeds)
+    for demand, speed in zip(wanted, speeds, strict=True):
+        if speed < 1:
+            assert any(taken[resource] >= CAPACITIES[resource] * (1 - 1e-9) for resource in demand)
 
 
 @given(flows, st.floats(0.01, 100))
-def test_only_the_ratios_of_weights_count(drawn: list[tuple[dict[Resource, int], float]], factor: float) -> None:
-    wanted, shares = [demand for demand, _ in drawn], [weight for _, weight in drawn]
-    scaled = fair_speeds(wanted, CAPACITIES, [factor * share for share in shares])
+def test_only_the_ratios_of_weights_count(
+    drawn: list[tuple[dict[Resource, int], dict[Resource, float]]], factor: float
+) -> None:
+    wanted = [demand for demand, _ in drawn]
+    shares = [{resource: weights.get(resource, 1.0) for resource in Resource} for _, weights in drawn]
+    scaled = fair_speeds(wanted, CAPACITIES, [{r: factor * share for r, share in weights.items()} for weights in shares])
     assert scaled == pytest.approx(fair_speeds(wanted, CAPACITIES, shares))
-    assert fair_speeds(wanted, CAPACITIES, [factor] * len(wanted)) == pytest.approx(fair_speeds(wanted, CAPACITIES))
+    even = [dict.fromkeys(Resource, factor) for _ in wanted]
+    assert fair_speeds(wanted, CAPACITIES, even) == pytest.approx(fair_speeds(wanted, CAPACITIES))
 
 
 @given(flows, st.randoms(use_true_random=False))
-def test_order_of_flows_does_not_matter(drawn: list[tuple[dict[Resource, int], float]], random) -> None:
+def test_order_of_flows_does_not_matter(drawn: list[tuple[dict[Resource, int], dict[Resource, float]]], random) -> None:
     order = list(range(len(drawn)))
     random.shuffle(order)
-    speeds = fair_speeds([demand for demand, _ in drawn], CAPACITIES, [weight for _, weight in drawn])
+    speeds = fair_speeds([demand for demand, _ in drawn], CAPACITIES, [weights for _, weights in drawn])
     shuffled = fair_speeds([drawn[flow][0] for flow in order], CAPACITIES, [drawn[flow][1] for flow in order])
     assert shuffled == pytest.approx([speeds[flow] for flow in order])

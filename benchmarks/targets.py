@@ -42,7 +42,10 @@ from slideplan.planner.search import search
 from slideplan.planner.space import SearchOptions
 
 SEQ_LEN = 1024
-MECHANISMS = ("fused kernels", "kept activations", "residency", "state passing through", "updates across the step")
+MECHANISMS = (
+    "activations on the host", "captured graphs", "fused kernels", "kept activations", "residency", "state passing through",
+    "updates across the step",
+)  # fmt: skip
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -100,7 +103,16 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
     """The plan with one mechanism switched off and all else as it is; without residency, the best that is left."""
     policy, model = plan.policy, plan.model
     units = policy.units
-    if mechanism == "kept activations":
+    if mechanism == "activations on the host":
+        if all(unit.inner != "offload" for unit in units):
+            raise ValueError(
+                f"{model.name} at {plan.workload.global_batch}: no inner activations wait on the host in this plan"
+            )
+        units = tuple(msgspec.structs.replace(unit, inner="recompute") if unit.inner == "offload" else unit for unit in units)
+        policy = msgspec.structs.replace(policy, units=units, inner_slots=0)
+    elif mechanism == "captured graphs":
+        policy = msgspec.structs.replace(policy, kernels="fused")
+    elif mechanism == "kept activations":
         units = tuple(msgspec.structs.replace(unit, inner="recompute") for unit in units)
         policy = msgspec.structs.replace(policy, units=units, inner_slots=0)
     elif mechanism == "updates across the step":

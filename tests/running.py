@@ -31,6 +31,19 @@ from slideplan.runtime.weights import RandomWeights, WeightSource
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
 
+# Every mechanism at once, for four layers.
+EVERYTHING = {
+    "resident_state": (0,),
+    "stream_state": (1,),
+    "resident_weights": (4,),
+    "keep": (4,),
+    "offload_inner": (3,),
+    "offload_boundaries": True,
+    "window": 2,
+    "update_order": (2, 3, 4, 5),
+    "gradient_norms": True,
+}
+
 
 def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Backend) -> Plan:
     """A plan of this policy for this machine; its prediction gives every task a microsecond."""
@@ -172,6 +185,18 @@ def plain_training(
             p, first[name], second[name] = elementary_adamw(p, first[name], second[name], g, settings, step)
             master[name] = torch.from_numpy(p).to(device)
     return losses, {name: value.cpu() for name, value in master.items()}
+
+
+def check_near(start: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], eager: dict[str, torch.Tensor]) -> None:
+    """Weights that other kernels have trained from the same start. Raises AssertionError.
+
+    AdamW's first steps are of one size whatever the gradient's, so rounding shows where gradients are near zero.
+    """
+    apart, moved = (
+        sum((each[parameter] - other[parameter]).square().sum().item() for parameter in start)
+        for each, other in ((weights, eager), (eager, start))
+    )
+    assert apart < 0.06**2 * moved
 
 
 def check_norms(session: Session, expected: list[dict[str, float]], rel: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slideplan import __version__
 from slideplan.plan.codec import Document, Spec, digest
 from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import TaskGraph
+from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.handoffs import IMMEDIATE, Handoffs
 from slideplan.plan.ledger import Ledger, ledger_items
 from slideplan.plan.lowering import lower
@@ -146,3 +146,11 @@ class Plan(Document, frozen=True, tag="plan"):
             set(self.ledger.tiers),
         ):
             raise ValueError(f"{where}: `prediction` is not of `graph`: tasks, lanes or tiers differ; plan again")
+        if (
+            record.step_ns < 1
+            or self.prediction.host_updates_ns < len(self.graph.lanes.get(Lane.HOST_UPDATE, ()))
+            or any(span.duration_ns < 0 for span in record.spans)
+        ):
+            raise ValueError(f"{where}: `prediction` has a step, a task or host updates that take no time; plan again")
+        if not self.ledger.fits:
+            raise ValueError(f"{where}: `ledger` {'; '.join(self.ledger.lacking())}; plan again")

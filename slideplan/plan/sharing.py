@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from math import inf
 
 import msgspec
 
@@ -13,6 +12,9 @@ from slideplan.plan.graph import Lane
 
 Demand = Mapping["Resource", int]
 Weights = Mapping["Resource", float]
+
+# Of share weights, and of bytes that a byte takes: what no machine has, and sums of floats still bear.
+LARGEST_RATIO = 1e4
 
 
 class Resource(StrEnum):
@@ -43,12 +45,14 @@ class Sharing(Spec, frozen=True):
                 raise ValueError(f"capacities.{resource} is {capacity}, must be positive")
         for lane, weights in self.weights.items():
             for resource, weight in weights.items():
-                if not 0 < weight < inf:
-                    raise ValueError(f"weights.{lane}.{resource} is {weight}, must be positive")
+                if not 1 / LARGEST_RATIO <= weight <= LARGEST_RATIO:
+                    raise ValueError(
+                        f"weights.{lane}.{resource} is {weight}, must be in {1 / LARGEST_RATIO:g}..{LARGEST_RATIO:g}"
+                    )
         for lane, usage in self.usage.items():
             for resource, taken in usage.items():
-                if not taken >= 0:
-                    raise ValueError(f"usage.{lane}.{resource} is {taken}, must be zero or more")
+                if not 0 <= taken <= LARGEST_RATIO:
+                    raise ValueError(f"usage.{lane}.{resource} is {taken}, must be in 0..{LARGEST_RATIO:g}")
                 if taken and resource not in self.capacities:
                     raise ValueError(f"usage.{lane} names {resource}, which has no entry in capacities")
 
@@ -80,10 +84,10 @@ def fair_speeds(
 
     `demands`: bytes/s that each flow takes at full speed; `capacities`: bytes/s of each resource; `weights`:
     positive, of each flow on each resource, 1 where none is given. A resource that is asked for more than
-    it has gives each flow weight x level, at one level for all, and no flow more than it can use elsewhere: the
-    smallest speed / weight there is as large as can be, then the next. Resources are divided in their order:
-    who passes a narrow one, PCIe or SSD, passes the wide ones as well, so what he does not get there is
-    free for others here.
+    it has gives each flow weight x level, at one level for all, and no flow more than the resources before it left
+    it: max-min fair on each resource. Resources are divided once, in their order: who passes a narrow one, PCIe
+    or SSD, passes the wide ones as well, and what he does not get there is free for others here. Not the other
+    way round: what a flow must give up on a wide resource is not handed out again on the narrow one.
     """
     weights = [{}] * len(demands) if weights is None else weights
     speeds = [1.0] * len(demands)

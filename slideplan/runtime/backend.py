@@ -246,8 +246,11 @@ class CudaBackend:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     action()
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # of a capture that failed; why it did is what matters
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
                 replays.append(graph.replay)
         return replays
 

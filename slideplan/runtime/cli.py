@@ -123,7 +123,8 @@ def execute(
         with ProgressBars(document.workload.tokens) as bars:
             measurement = run.execute(request, bars.show)
     except KeyboardInterrupt:
-        print(f"runtime: interrupted; losses so far are in {folder / 'metrics.jsonl'}", file=sys.stderr)
+        metrics = folder / "metrics.jsonl"
+        print("runtime: interrupted" + (f"; losses so far are in {metrics}" if metrics.exists() else ""), file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     comparison = report.write_comparison(folder)
     _print(comparison, as_json)

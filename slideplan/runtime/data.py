@@ -108,7 +108,8 @@ def tokenize(path: Path, weights: Path | None, vocabulary: int, byte_tokens: boo
     count = 0
     for file in files:
         try:
-            raw = file.read_bytes()[: 16 * MAX_TOKENS] + DOCUMENT_SEPARATOR
+            with file.open("rb") as text:
+                raw = text.read(16 * MAX_TOKENS) + DOCUMENT_SEPARATOR
         except OSError as error:
             raise ValueError(f"--data {file}: cannot be read: {error.strerror}") from None
         if tokenizer is None:

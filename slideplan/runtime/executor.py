@@ -6,8 +6,9 @@ task, then holds its resource. The schedule itself stands in the graph and nowhe
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from slideplan.plan.graph import Lane, Task, TaskGraph
 from slideplan.plan.timeline import Span, first_compute
@@ -22,7 +23,8 @@ class Executor:
     """Runs `steps` steps of a graph; to be iterated once.
 
     Yields the number of each step when its last compute task is over, though updates of the step may
-    still run. The first failure of any lane stops all lanes and is raised as LaneError.
+    still run. The first failure of any lane, and a fault of the device wherever it shows, stops all lanes and is
+    raised as LaneError. Lanes have ended when the iterator is exhausted or closed.
     """
 
     def __init__(self, graph: TaskGraph, backend: Backend, handler: Handler, steps: int, first_step: int = 0) -> None:
@@ -38,42 +40,40 @@ class Executor:
             threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True) for lane in graph.lanes
         ]
 
-    def __iter__(self) -> Iterator[int]:
-        for thread in self._threads:
-            thread.start()
+    def __iter__(self) -> Generator[int, None, None]:
         try:
+            for thread in self._threads:
+                thread.start()
             for step in range(self.steps):
-                self._anchors[step] = self.backend.anchor()
-                last = len(self.graph.lanes[Lane.COMPUTE]) - 1
-                self.backend.wait(self._wait(Lane.COMPUTE, step, last)[1])
+                with self._failures(f"step {step}"):
+                    self._anchors[step] = self.backend.anchor()
+                    self._over(Lane.COMPUTE, step, len(self.graph.lanes[Lane.COMPUTE]) - 1)
                 yield step
             for lane, queue in self.graph.lanes.items():
-                self.backend.wait(self._wait(lane, self.steps - 1, len(queue) - 1)[1])
-        except Stopped:
-            pass
-        except BaseException as error:  # the caller gave up: an interrupt, or its own failure between steps
+                with self._failures(f"step {self.steps - 1}"):
+                    self._over(lane, self.steps - 1, len(queue) - 1)
+        except BaseException as error:  # a failure, an interrupt, or the caller gave up between steps
             self._signal.stop(error)
             raise
         finally:
             for thread in self._threads:
-                thread.join()
-        if self._signal.error is not None:
-            raise self._signal.error
+                if thread.ident is not None:
+                    thread.join()
 
     def spans(self, step: int) -> tuple[int, list[Span]]:
         """Origin (host nanoseconds) and spans of a step, relative to the start of its first compute task.
 
         Waits until every lane has finished the step and issued the next, if there is one; then nothing
-        can wait for the step's markers any more, and they are dropped.
+        can wait for the step's markers any more, and they are dropped. Raises LaneError.
         """
-        for lane, queue in self.graph.lanes.items():
-            self._wait(lane, min(step + 1, self.steps - 1), len(queue) - 1)
-        graph, anchor = self.graph, self._anchors.pop(step)
-        absolute = []
-        for number, task in enumerate(graph.tasks):
-            start, end = self._wait(task.lane, step, graph.lane_position[number])
-            self.backend.wait(end)
-            absolute.append((self.backend.elapsed_ns(anchor, start), self.backend.elapsed_ns(anchor, end)))
+        graph, absolute = self.graph, []
+        with self._failures(f"step {step}"):
+            for lane, queue in graph.lanes.items():
+                self._wait(lane, min(step + 1, self.steps - 1), len(queue) - 1)
+            anchor = self._anchors.pop(step)
+            for number, task in enumerate(graph.tasks):
+                start, end = self._over(task.lane, step, graph.lane_position[number])
+                absolute.append((self.backend.elapsed_ns(anchor, start), self.backend.elapsed_ns(anchor, end)))
         for lane, queue in graph.lanes.items():
             self._clocks[lane].forget((step + 1) * len(queue))
         origin = absolute[first_compute(graph)][0]
@@ -81,6 +81,28 @@ class Executor:
 
     def _wait(self, lane: Lane, step: int, place: int) -> tuple[Marker, Marker]:
         return self._clocks[lane].wait(step * len(self.graph.lanes[lane]) + place)
+
+    def _over(self, lane: Lane, step: int, place: int) -> tuple[Marker, Marker]:
+        """Markers of the lane's task at this place, once the device is through with it."""
+        start, end = self._wait(lane, step, place)
+        try:
+            self.backend.wait(end)
+        except Exception as error:
+            task = self.graph.tasks[self.graph.lanes[lane][place]]
+            # Kernels fail after they were issued, so it may as well be one that was to run before.
+            raise _failure(f"{_where(lane, step, task)}, or before it", error) from error
+        return start, end
+
+    @contextlib.contextmanager
+    def _failures(self, where: str) -> Iterator[None]:
+        """For those who wait from outside: whatever failed first is raised, as LaneError, and stops all lanes."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, Stopped):
+                self._signal.stop(error if isinstance(error, LaneError) else _failure(where, error))
+            assert self._signal.error is not None, "lanes stop for a reason"
+            raise self._signal.error from self._signal.error.__cause__
 
     def _run_lane(self, lane: Lane) -> None:
         task: Task | None = None
@@ -94,10 +116,7 @@ class Executor:
         except Stopped:
             pass
         except BaseException as error:
-            where = f"lane {lane}, step {step}" + (f", task {task.name}, unit {task.unit}" if task else "")
-            failure = LaneError(f"{where}: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._signal.stop(failure)
+            self._signal.stop(_failure(_where(lane, step, task), error))
 
     def _run_task(self, task: Task, step: int) -> None:
         for dependency in task.dependencies:
@@ -114,3 +133,13 @@ class Executor:
         start = self.backend.mark(task.lane)
         self._handler(task, self._first_step + step)
         self._clocks[task.lane].advance(start, self.backend.mark(task.lane))
+
+
+def _where(lane: Lane, step: int, task: Task | None) -> str:
+    return f"lane {lane}, step {step}" + (f", task {task.name}, unit {task.unit}" if task else "")
+
+
+def _failure(where: str, error: BaseException) -> LaneError:
+    failure = LaneError(f"{where}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

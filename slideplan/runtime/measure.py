@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
@@ -60,7 +61,7 @@ def measure(
 ) -> Measurement:
     """Run `steps` steps, writing metrics.jsonl into `out` as they end, and judge the steady ones.
 
-    Raises LaneError if a lane fails, RunError if the loss is not finite.
+    Raises LaneError if a lane or the device fails, RunError if the loss is not finite.
     """
     gc.collect()
     reset_peak_resident()
@@ -68,8 +69,9 @@ def measure(
     rehearsed_ns = _rehearse(session, progress)
     executor = session.executor(steps)
     recorder = Recorder()
-    with (out / "metrics.jsonl").open("w") as metrics:
-        for step in executor:
+    # Closed, the executor has ended its lanes, whatever happens here: memory that they copy is given back next.
+    with (out / "metrics.jsonl").open("w") as metrics, contextlib.closing(iter(executor)) as running:
+        for step in running:
             found = {"loss": session.compute.losses.pop(step).item()}
             if session.plan.policy.gradient_norms:
                 found["grad_norm"] = session.compute.norms.pop(step).item()

@@ -34,8 +34,8 @@ class AdamW:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be in [0, 1)")
-        if not self.eps > 0:
-            raise ValueError(f"eps is {self.eps}, must be positive")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps is {self.eps}, must be positive and finite")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay is {self.weight_decay}, must be zero or more")
 
@@ -192,10 +192,18 @@ class HostUpdate:
         torch.set_num_threads(of_torch)
 
     def compile(self) -> None:
-        """Compile for both gradient dtypes now, so that no measured task pays for it."""
+        """Compile for both gradient dtypes now, so that no measured task pays for it.
+
+        Raises ValueError where numba's threads must not be used from two lanes at once.
+        """
         for dtype, n in product((torch.bfloat16, torch.float32), (64, ALONE_ELEMENTS + 1)):
             weights, remainder = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int16)
             self(weights, remainder, torch.zeros(2, n), torch.zeros(n, dtype=dtype), AdamW(), step=0)
+        if numba.threading_layer() == "workqueue":  # type: ignore[attr-defined]  # it would end the process
+            raise ValueError(
+                'numba runs its threads by "workqueue", which two lanes cannot use at once; unset NUMBA_THREADING_LAYER, and '
+                "install an OpenMP library (libgomp) or tbb where there is none"
+            )
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

@@ -113,6 +113,10 @@ class _Pricer:
         self._launch_ns = {
             (launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches if launch.kernels == work.kernels
         }
+        # On an idle stream nothing is faster than it is issued: a norm is all launch. Copies have theirs in their curves.
+        self._gpu_update_launch_ns = max(
+            (launch.duration_ns.p50 for launch in machine.launches if launch.kind is TaskKind.UPDATE_GPU), default=0
+        )
 
     def cost(self, task: Task, role: UnitRole) -> TaskCost:
         optimizer, link = self._machine.optimizer, self._machine.link
@@ -126,7 +130,7 @@ class _Pricer:
             case Lane.HOST_UPDATE | Lane.HOST_CAST:  # every pass over host memory runs at the rate of the fused update
                 return self._moved(Lane.HOST_UPDATE, task, optimizer.host_by_bytes or _flat(optimizer.host_bytes_per_s))
             case Lane.GPU_UPDATE:
-                return self._moved(Lane.GPU_UPDATE, task, _flat(optimizer.gpu_bytes_per_s))
+                return self._moved(Lane.GPU_UPDATE, task, _flat(optimizer.gpu_bytes_per_s), self._gpu_update_launch_ns)
         raise ValueError(f"task {task.name}: lane {task.lane} has no price")
 
     def _cost(self, lane: Lane, duration_ns: int, bytes_per_s: int, source: Source, percent: float) -> TaskCost:
@@ -138,8 +142,8 @@ class _Pricer:
             uncertainty_percent=DATASHEET_PERCENT if self._from_datasheet else percent,
         )
 
-    def _moved(self, lane: Lane, task: Task, curve: Curve) -> TaskCost:
-        duration_ns = max(1, curve.duration_ns(task.bytes_moved))
+    def _moved(self, lane: Lane, task: Task, curve: Curve, least_ns: int = 0) -> TaskCost:
+        duration_ns = max(1, least_ns, curve.duration_ns(task.bytes_moved))
         rate = task.bytes_moved * 1_000_000_000 // duration_ns
         point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
         return self._cost(lane, duration_ns, rate, "measured", measured_percent(point.rate))

@@ -74,7 +74,11 @@ def test_noise_moves_it_no_further_than_itself(seed: int) -> None:
 
 
 def test_figures_of_an_h100() -> None:
-    """GB/s: optimizer 158, copies 54 alone. The optimizer yields to d2h, shares evenly with h2d, and the copies evenly."""
+    """GB/s: optimizer 158, copies 54 alone. Worst and mean residual of the relative speeds are 6.5 and 3.2 %.
+
+    Not even weights of each resource explain them all: the optimizer yields to d2h and shares evenly with h2d, yet
+    both copies beside it are as fast.
+    """
     alone = {UPDATE: 158 * G, H2D: 54 * G, D2H: 54 * G}
     gb_per_s = [{H2D: 44, D2H: 44}, {UPDATE: 127, H2D: 43}, {UPDATE: 107, D2H: 50}, {UPDATE: 104, H2D: 35, D2H: 35}]
     together = [{lane: rate * G / alone[lane] for lane, rate in rates.items()} for rates in gb_per_s]
@@ -84,8 +88,8 @@ def test_figures_of_an_h100() -> None:
 
     found = fit(alone, together, GPU_BYTES_PER_S)
     off = residuals(found)
-    assert max(map(abs, off)) < 0.075
-    assert sum(map(abs, off)) / len(off) < 0.04
+    assert max(map(abs, off)) < 0.07
+    assert sum(map(abs, off)) / len(off) < 0.035
     even = Sharing(
         capacities={PCIE: 88 * G, DRAM: 174 * G}, usage={UPDATE: {DRAM: 1.0}, **{c: {PCIE: 1.0, DRAM: 1.0} for c in (H2D, D2H)}}
     )

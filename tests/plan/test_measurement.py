@@ -42,7 +42,13 @@ def plan() -> Plan:
         footprint=FOOTPRINT,
         graph=graph,
         ledger=ledger(graph, machine),
-        prediction=Prediction(record=predicted, lower_bound_ns=1, critical_ns={}, cost_sources={}, host_updates_ns=0),
+        prediction=Prediction(
+            record=predicted,
+            lower_bound_ns=1,
+            critical_ns={},
+            cost_sources={},
+            host_updates_ns=1000 * len(graph.lanes[Lane.HOST_UPDATE]),
+        ),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=True,
     )

@@ -99,3 +99,10 @@ def test_folder_below_installed_packages_is_data_too(tmp_path: Path) -> None:
     assert text_files(folder) == [folder / "a.txt"]
     (tmp_path / "b.txt").write_text("abc")
     assert text_files(tmp_path) == [tmp_path / "b.txt"]
+
+
+def test_no_more_of_a_large_file_is_read_than_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slideplan.runtime.data.MAX_TOKENS", 100)
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate(1 << 40)  # sparse: nothing of it lies anywhere
+    assert len(tokenize(tmp_path / "large.txt", None, 256)) == 100

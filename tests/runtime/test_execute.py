@@ -200,6 +200,20 @@ BAD = {
         lambda plan: changed(plan, ledger=msgspec.structs.replace(plan.ledger, tiers={})),
         "`ledger` does not sum up",
     ),
+    "a prediction of no time": (
+        lambda plan: changed(plan, prediction=msgspec.structs.replace(plan.prediction, host_updates_ns=0)),
+        "`prediction` has a step, a task or host updates that take no time",
+    ),
+    "no room for its ledger": (
+        lambda plan: changed(
+            plan,
+            ledger=msgspec.structs.replace(
+                plan.ledger,
+                tiers={tier: msgspec.structs.replace(part, capacity_bytes=1) for tier, part in plan.ledger.tiers.items()},
+            ),
+        ),
+        "`ledger` lacks",
+    ),
     "another system's knob": (
         lambda plan: changed(plan, policy=msgspec.structs.replace(plan.policy, copy_lanes="shared")),
         "policy.copy_lanes is 'shared'",
@@ -235,6 +249,7 @@ def test_bad_plans_are_refused_in_one_line(name: str, plan: Plan, tmp_path: Path
         (["--weights", "nothing"], "nothing"),
         (["--steps", "0"], "--steps is 0"),
         (["--lr", "-1"], "lr is -1"),
+        (["--eps", "inf"], "eps is inf"),
         pytest.param(
             ["--device", "cuda"],
             "torch finds no GPU",
@@ -319,12 +334,15 @@ def test_run_folder_that_cannot_be_made_is_refused_before_anything_else(plan: Pl
     assert runtime("execute", "plan.json", "--seed", "-1", "--device", "cpu", cwd=tmp_path).returncode == 2
 
 
-def test_interrupt_says_where_the_losses_are(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+@pytest.mark.parametrize("losses", [False, True])
+def test_interrupt_says_where_the_losses_are(losses: bool, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(session: object, steps: int, warmup_steps: int, out: Path, *_: object) -> None:
+        if losses:
+            (tmp_path / out / "metrics.jsonl").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("slideplan.runtime.run.measure", interrupt)
     save(tmp_path / "plan.json", plan)
     done = runtime("execute", "plan.json", "--device", "cpu", "-o", "run", cwd=tmp_path)
     assert done.returncode == 130
-    assert "interrupted; losses so far are in run/metrics.jsonl" in done.stderr
+    assert ("interrupted; losses so far are in run/metrics.jsonl" in done.stderr) == losses

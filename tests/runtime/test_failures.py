@@ -1,25 +1,44 @@
-"""A failure in any lane stops all of them and says where it was."""
+"""A failure in any lane, or of the device, stops all lanes and says where it was."""
 
 import threading
+import time
+from contextlib import closing
 
 import pytest
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from running import plan_for, session_for
-from slideplan.plan.graph import TaskKind
-from slideplan.runtime.backend import CpuBackend
+from running import EVERYTHING, plan_for, session_for
+from slideplan.plan.graph import Lane, TaskKind
+from slideplan.runtime.backend import CpuBackend, Marker
 from slideplan.runtime.executor import Executor
 from slideplan.runtime.lanes import LaneError
+from slideplan.runtime.session import Session
+
+STEPS = 4
 
 
-@pytest.mark.parametrize(
-    "kind", [TaskKind.LOAD_WEIGHTS, TaskKind.LOSS, TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST, TaskKind.BACKWARD_RECOMPUTE]
-)
+def everything(backend: CpuBackend) -> Session:
+    model = tiny_model()
+    return session_for(plan_for(model, tiny_policy(model, **EVERYTHING, kernels="fused"), tiny_workload(), backend), backend)
+
+
+def no_lanes_left() -> bool:
+    return not [thread.name for thread in threading.enumerate() if thread.name.startswith("lane-")]
+
+
+KINDS = sorted({task.kind for task in everything(CpuBackend()).plan.graph.tasks})
+
+
+def test_the_plan_here_has_tasks_of_every_kind_that_is_executed() -> None:
+    of_other_systems = {TaskKind.CAST_WEIGHTS, TaskKind.CLIP_GRADIENT, TaskKind.REFRESH_WEIGHTS}
+    assert set(KINDS) == set(TaskKind) - of_other_systems
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [0, 2])
 def test_failing_task_stops_all_lanes(kind: TaskKind, step: int) -> None:
-    model = tiny_model()
     backend = CpuBackend()
-    session = session_for(plan_for(model, tiny_policy(model), tiny_workload(), backend), backend)
+    session = everything(backend)
 
     def failing(task, at) -> None:
         if task.kind is kind and at == step:
@@ -27,8 +46,90 @@ def test_failing_task_stops_all_lanes(kind: TaskKind, step: int) -> None:
         session.handlers(task, at)
 
     with pytest.raises(LaneError, match=rf"step {step}, task {kind}/\w+.*, unit \d+: RuntimeError: device is on fire"):
-        list(Executor(session.plan.graph, backend, failing, 4))
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lane-")]
+        list(Executor(session.plan.graph, backend, failing, STEPS))
+    assert no_lanes_left()
+
+
+def test_a_failure_that_shows_while_spans_are_read_is_named() -> None:
+    """The caller waits for markers between steps, too: lanes that stop meanwhile must not leave it with a bare signal."""
+    backend = CpuBackend()
+    session = everything(backend)
+    last = [task for task in session.plan.graph.tasks if task.kind is TaskKind.OFFLOAD_STATE][-1]
+
+    def failing(task, at) -> None:
+        if task is last and at == 1:
+            time.sleep(0.3)
+            raise RuntimeError("late")
+        session.handlers(task, at)
+
+    executor = Executor(session.plan.graph, backend, failing, STEPS)
+    with (
+        pytest.raises(LaneError, match=r"lane d2h, step 1, task offload_state/.*: RuntimeError: late"),
+        closing(iter(executor)) as run,
+    ):
+        next(run)
+        executor.spans(0)
+        executor.spans(1)
+    assert no_lanes_left()
+
+
+class FaultyBackend(CpuBackend):
+    """Its device fails after some waits: as kernels do, long after they were issued, where somebody waits."""
+
+    def __init__(self, waits: int) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def wait(self, marker: Marker) -> None:
+        self.waits -= 1
+        if self.waits < 0:
+            raise RuntimeError("an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("waits", [0, 2])
+def test_a_fault_of_the_device_names_what_was_waited_for(waits: int) -> None:
+    backend = FaultyBackend(1 << 30)
+    session = everything(backend)
+    backend.waits = waits
+    expected = rf"lane compute, step {waits}, task backward.*/embedding.*, or before it: RuntimeError: an illegal memory access"
+    with pytest.raises(LaneError, match=expected):
+        list(Executor(session.plan.graph, backend, session.handlers, STEPS))
+    assert no_lanes_left()
+
+
+def test_spans_of_a_step_are_kept_while_the_next_may_wait_for_them() -> None:
+    """A lane that has not issued its next step may still ask for markers of this one."""
+    backend = CpuBackend()
+    session = everything(backend)
+    held = threading.Event()
+
+    def holding(task, at) -> None:
+        if task.lane is Lane.H2D and at == 1:
+            held.wait(10)
+        session.handlers(task, at)
+
+    executor = Executor(session.plan.graph, backend, holding, 2)
+    with closing(iter(executor)) as run:
+        next(run)
+        reading = threading.Thread(target=executor.spans, args=(0,))
+        reading.start()
+        reading.join(0.3)
+        waited = reading.is_alive()
+        held.set()
+        reading.join(10)
+        assert waited
+        assert list(run) == [1]
+
+
+def test_markers_of_steps_that_are_over_are_dropped() -> None:
+    backend = CpuBackend()
+    session = everything(backend)
+    executor = Executor(session.plan.graph, backend, session.handlers, 6)
+    for step in executor:
+        if step > 0:
+            executor.spans(step - 1)
+    kept = sum(len(clock._markers) for clock in executor._clocks.values())
+    assert kept == len(session.plan.graph.tasks)  # the last step's
 
 
 def test_caller_that_gives_up_stops_the_lanes() -> None:
@@ -38,4 +139,4 @@ def test_caller_that_gives_up_stops_the_lanes() -> None:
     steps = iter(session.executor(1000))
     next(steps)
     steps.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lane-")]
+    assert no_lanes_left()

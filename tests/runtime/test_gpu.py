@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from running import check_norms, masters, plain_training, plan_for, session_for, train
+from running import EVERYTHING, check_near, check_norms, masters, plain_training, plan_for, session_for, state_dict, train
 from slideplan.plan.model import ModelSpec
 from slideplan.plan.policy import Policy, Workload
 from slideplan.runtime.backend import STREAM_LANES, CudaBackend
@@ -17,6 +17,7 @@ from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.executor import Executor
 from slideplan.runtime.lanes import LaneError
 from slideplan.runtime.uploads import TokenUploads
+from slideplan.runtime.weights import RandomWeights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,10 +37,12 @@ POLICIES = {
     "updates in order of need": {"update_order": (0, 1, 2, 3, 4, 5)},
     "state passing through": {"resident_state": (0, 1), "stream_state": (2, 3)},
     "all of it through one slot": {"stream_state": (1, 2, 3, 4), "state_slots": 1, "gradient_slots": 1},
+    "everything that eager kernels can": EVERYTHING | {"offload_inner": ()},
 }
 OFFLOADED = {
     "inner activations on the host": {"offload_inner": (2, 3), "keep": (4,)},
     "all of them through one slot": {"offload_inner": (1, 2, 3, 4), "inner_slots": 1, "window": 3},
+    "everything": EVERYTHING,
 }
 
 
@@ -69,9 +72,10 @@ def deterministic():
 
 @pytest.mark.parametrize("name", [*POLICIES, *OFFLOADED])
 @pytest.mark.parametrize("kernels", ["fused", "graphed"])
-def test_kernels_train_alike_by_every_policy(name: str, kernels: str) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_kernels_train_alike_by_every_policy(name: str, kernels: str, tied: bool) -> None:
     """Bit for bit what fused kernels do with everything resident, and nearly what Hugging Face modules do in memory."""
-    model, workload = gpu_model(qk_norm=True, architecture="qwen3", tied_embeddings=True), tiny_workload(seq_len=128)
+    model, workload = gpu_model(qk_norm=True, architecture="qwen3", tied_embeddings=tied), tiny_workload(seq_len=128)
     policy = tiny_policy(model, **(POLICIES | OFFLOADED)[name], kernels=kernels)
     same = {"micro_batch": policy.micro_batch, "micro_batches": policy.micro_batches, "gradient_dtype": policy.gradient_dtype}
     layers = tuple(range(1, model.head_unit))
@@ -80,8 +84,13 @@ def test_kernels_train_alike_by_every_policy(name: str, kernels: str) -> None:
     unequal = [parameter for parameter, value in expected.items() if not torch.equal(weights[parameter], value)]
     assert not unequal
     assert losses == expected_losses
-    eager_losses, _ = plain_training(model, policy, workload, STEPS, CudaBackend().device)
+    device = CudaBackend().device
+    eager_losses, eager = plain_training(model, policy, workload, STEPS, device)
     assert losses == pytest.approx(eager_losses, rel=2e-3)
+    start = {
+        name: value.float().cpu() for name, value in state_dict(RandomWeights(model, seed=1, device=device), model).items()
+    }
+    check_near(start, weights, eager)
 
 
 def test_moments_of_8_bits_train_alike_however_activations_lie() -> None:

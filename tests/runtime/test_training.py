@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from running import check_norms, masters, plain_training, plan_for, session_for, train
+from running import EVERYTHING, check_near, check_norms, masters, plain_training, plan_for, session_for, train
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import Policy
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.buffers import parameter_views
 from slideplan.runtime.gradients import GradientSlot
 from slideplan.runtime.head import FusedHead
-from slideplan.runtime.operators import rms_norm
+from slideplan.runtime.operators import rms_norm, square_sum
 from slideplan.runtime.units import EagerHead, skeleton
 
 STEPS = 5
@@ -59,12 +59,14 @@ POLICIES = {
         "offload_boundaries": True,
         "window": 2,
     },
+    "everything that eager kernels can": EVERYTHING | {"offload_inner": ()},
 }
 # What eager kernels cannot.
 FUSED_POLICIES = POLICIES | {
     "inner activations on the host": {"offload_inner": (2, 3), "keep": (4,)},
     "all of them through one slot": {"offload_inner": (1, 2, 3, 4), "inner_slots": 1, "gradient_dtype": "bf16"},
     "many slots": {"offload_inner": (1, 3), "inner_slots": 7, "offload_boundaries": True},
+    "everything": EVERYTHING,
 }
 
 
@@ -115,12 +117,7 @@ def test_fused_kernels_train_alike_by_every_policy(model: str, name: str) -> Non
     assert all(torch.equal(weights[parameter], value) for parameter, value in expected.items())
     eager_losses, eager = plain_training(spec, policy, workload, STEPS, backend.device)
     assert losses == pytest.approx(eager_losses, rel=1e-3)
-    # AdamW's first steps are of one size whatever the gradient's, so rounding shows where gradients are near zero.
-    apart, moved = (
-        sum((each[parameter] - start_or[parameter]).square().sum().item() for parameter in start)
-        for each, start_or in ((weights, eager), (eager, start))
-    )
-    assert apart < 0.06**2 * moved
+    check_near(start, weights, eager)
 
 
 def test_moments_of_8_bits_train_nearly_as_exact_ones() -> None:
@@ -221,6 +218,21 @@ def test_norms_of_gradients_are_those_of_training_in_memory(knobs: dict[str, Any
     without = session_for(plan_for(model, tiny_policy(model, **knobs), workload, backend), backend)
     assert train(without, 3)[0] == losses
     assert not without.compute.norms
+
+
+def test_every_gradient_is_passed_over_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is priced: when it is complete, not with every micro-batch."""
+    model, backend = tiny_model(), CpuBackend()
+    passed: list[int] = []
+
+    def counting(values: torch.Tensor, out: torch.Tensor) -> None:
+        passed.append(values.numel())
+        square_sum(values, out)
+
+    monkeypatch.setattr("slideplan.runtime.compute.square_sum", counting)
+    policy = tiny_policy(model, micro_batch=1, micro_batches=4, gradient_norms=True)
+    train(session_for(plan_for(model, policy, tiny_workload(), backend), backend), 2)
+    assert sorted(passed) == sorted(2 * [model.unit_parameter_count(model.role(unit)) for unit in range(model.units)])
 
 
 def test_settings_reach_the_update() -> None:

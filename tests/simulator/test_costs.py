@@ -108,6 +108,16 @@ class TestCopiesAndUpdates:
         machine = msgspec.structs.replace(machine, provenance=msgspec.structs.replace(machine.provenance, source="datasheet"))
         assert {cost.source for cost in price(lowered(model), model, work(2), 32, machine)} == {"datasheet"}
 
+    def test_a_small_update_on_the_gpu_takes_its_launch(self) -> None:
+        model = tiny_model()
+        graph = lowered(model, resident_state=(4,))
+        launch = LaunchCost(kind=TaskKind.UPDATE_GPU, role=None, duration_ns=Spread.exact(10**6))
+        for launches, least_ns in (((), 1), ((launch,), 10**6)):
+            machine = tiny_machine(launches=launches)
+            for task, cost in zip(graph.tasks, price(graph, model, work(2, kernels="fused"), 32, machine), strict=True):
+                if task.kind is TaskKind.UPDATE_GPU:
+                    assert cost.duration_ns == max(least_ns, -(-task.bytes_moved // 800))
+
     def test_capacities(self) -> None:
         assert capacities(tiny_machine()) == {Resource.PCIE: 16 * GB_PER_S, Resource.HOST_DRAM: 40 * GB_PER_S}
 

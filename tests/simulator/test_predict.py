@@ -12,10 +12,22 @@ from random_graphs import CAPACITIES, priced_graphs, tied
 from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.ledger import ledger
 from slideplan.plan.lowering import lower
-from slideplan.plan.machine import ComputeCost, LayerShape, Spread
+from slideplan.plan.machine import ComputeCost, Interference, LayerShape, Spread
 from slideplan.plan.model import UnitRole
 from slideplan.plan.policy import Tier
-from slideplan.simulator import Resource, carried_cycle, critical_path, footprint, lower_bound, predict, simulate, trace
+from slideplan.plan.sharing import Sharing
+from slideplan.simulator import (
+    Resource,
+    carried_cycle,
+    critical_path,
+    footprint,
+    lower_bound,
+    predict,
+    price,
+    sharing,
+    simulate,
+    trace,
+)
 
 COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
 
@@ -133,6 +145,30 @@ class TestPredict:
             "offload_gradient": "measured",
             "update_host": "measured",
         }
+
+    def test_share_weights_of_the_profile_reach_the_simulation(self) -> None:
+        """Where lanes meet in host memory, who has the larger weight there has the shorter tasks."""
+        model, workload, policy = tiny_model(), tiny_workload(), tiny_policy(tiny_model())
+        even = sharing(tiny_machine())
+        usage = {lane: {Resource.HOST_DRAM: 1.0} for lane in (Lane.H2D, Lane.D2H, Lane.HOST_UPDATE)}
+        found = {}
+        for weight in (0.1, 1.0, 10.0):
+            fitted = Sharing(
+                capacities=even.capacities | {Resource.HOST_DRAM: 12 * 10**9},
+                usage=usage,
+                weights={Lane.H2D: {Resource.HOST_DRAM: weight}},
+            )
+            machine = tiny_machine(interference=Interference(alone={}, together=(), fitted=fitted))
+            lowered = lower(model, policy, workload, footprint(model, policy, 32, machine))
+            costs = price(lowered, model, policy, 32, machine)
+            assert all(
+                task.weights == ({Resource.HOST_DRAM: weight} if lane.lane is Lane.H2D else {})
+                for lane, task in zip(lowered.tasks, costs, strict=True)
+            )
+            spans = predict(lowered, model, policy, workload, machine, ledger(lowered, machine)).record.spans
+            found[weight] = {lane: sum(spans[number].duration_ns for number in lowered.lanes[lane]) for lane in usage}
+        assert found[0.1][Lane.H2D] > found[1.0][Lane.H2D] > found[10.0][Lane.H2D]
+        assert found[0.1][Lane.HOST_UPDATE] < found[10.0][Lane.HOST_UPDATE]
 
     def test_the_same_input_gives_the_same_prediction(self) -> None:
         model, workload, machine = tiny_model(), tiny_workload(), tiny_machine()

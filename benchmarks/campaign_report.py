@@ -8,13 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import msgspec
+
 import campaign_plots
 from campaign_draw import sketch
 from campaign_explain import Explanation, explain, left_errors
 from campaign_records import CampaignFolder, Choice, Configuration, Entry, Manifest
 from campaign_table import table
 from slideplan.plan.codec import Document, Spec, save, write_atomic
-from slideplan.plan.machine import MachineIdentity
+from slideplan.plan.machine import MachineIdentity, MachineProfile
 from slideplan.plan.measurement import ComparisonRow
 from slideplan.plan.policy import Tier
 from slideplan.plan.trace import write_trace
@@ -51,6 +53,7 @@ class RunResult(Spec, frozen=True):
     step: Row
     cost_model_error: float
     structure_error: float
+    rehearsed_ns: int | None  # a step's host updates in this process's memory, before the first step
     rehearsed_error: float | None  # of what was expected once host updates had been rehearsed, before the first step
     left_errors: dict[str, float]  # lane -> what is left where its tasks take their measured time
     step_spread: float  # (p90 - p10) / p50 of the steady steps
@@ -178,7 +181,8 @@ class Validation(Document, frozen=True, tag="validation"):
 def write(folder: CampaignFolder, reports: Path) -> Path:
     """Write the report into `reports`/validation-MACHINE-DATE and return that folder.
 
-    Raises ValueError where no run has finished.
+    With the profile and the runs' policies in it, `reprice.py` can price them again. Raises ValueError where no run
+    has finished.
     """
     manifest = folder.manifest()
     finished = [entry for entry in manifest.entries if _status(folder, entry) == "done"]
@@ -197,6 +201,8 @@ def write(folder: CampaignFolder, reports: Path) -> Path:
     )
     out = reports / f"validation-{validation.provenance.machine}-{validation.provenance.last_run[:10]}"
     save(out / "campaign.json", validation)
+    for name, document in (("profile", _published(folder.profile())), ("manifest", manifest)):
+        write_atomic(out / f"{name}.json.gz", gzip.compress(msgspec.json.encode(document, order="deterministic"), mtime=0))
     write_atomic(out / "table.md", table(validation).encode())
     campaign_plots.draw(out, validation)
     records = {"predicted": plan.prediction.record, "measured": measurement.record}
@@ -208,6 +214,13 @@ def write(folder: CampaignFolder, reports: Path) -> Path:
         write_atomic(out / "trace.json.gz", gzip.compress(trace.read_bytes(), mtime=0))
         trace.unlink()
     return out
+
+
+def _published(machine: MachineProfile) -> MachineProfile:
+    """The profile without the path of the disk that was measured, which concerns nobody else."""
+    return (
+        machine if machine.ssd is None else msgspec.structs.replace(machine, ssd=msgspec.structs.replace(machine.ssd, path="."))
+    )
 
 
 def _status(folder: CampaignFolder, entry: Entry) -> str | None:
@@ -230,6 +243,7 @@ def _result(folder: CampaignFolder, entry: Entry) -> RunResult:
         step=Row.of(comparison.step),
         cost_model_error=comparison.cost_model_error,
         structure_error=comparison.structure_error,
+        rehearsed_ns=measurement.rehearsed_ns,
         rehearsed_error=None if comparison.rehearsed is None else comparison.rehearsed.error,
         left_errors=left_errors(plan, measurement),
         step_spread=comparison.step_spread,

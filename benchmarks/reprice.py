@@ -1,100 +1,111 @@
-"""What the present simulator predicts for the runs of a campaign that was made with an earlier one.
+"""What the present simulator predicts for the runs of a campaign, from the campaign's report alone.
 
-    python benchmarks/reprice.py runs/validation -o refit.json      # the folder of `campaign.py -o`; nothing is run
+    python benchmarks/reprice.py reports/validation-h100-80gb-125gib-2026-11-22-third -o refit.json    # nothing is run
 
 Prices come from the campaign's own profile, with its contention fitted again to what that profile measured of lanes
 alone and together. The runs were seen when the simulator was changed: a campaign says what it predicts, this says what a
-change is worth.
+change is worth. Reports before slideplan 0.5.0 lack policies that this version can read.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import msgspec
 
-from campaign_records import CampaignFolder
+from campaign_draw import fixed_plan
+from campaign_records import Manifest
 from slideplan import __version__
 from slideplan.plan.codec import Document, Spec, save
-from slideplan.plan.fitting import fit
+from slideplan.plan.fitting import interference
 from slideplan.plan.graph import Lane
-from slideplan.plan.machine import MachineProfile
+from slideplan.plan.machine import MachineProfile, Spread
 from slideplan.plan.measurement import expected_step_ns
-from slideplan.simulator import predict
+from slideplan.planner.catalogue import find_model
+
+COLUMNS = ("then", "now", "then_rehearsed", "now_rehearsed")
 
 
 class Repriced(Spec, frozen=True):
-    """One run. Errors: of the step as it was predicted then and is now, by the profile alone and once rehearsed."""
+    """One run. Errors of the step as it was predicted then and is now, by the profile alone and once rehearsed.
+
+    The last two are None where the host updates nothing: there is nothing to rehearse.
+    """
 
     run: str
     measured_ns: int
     then: float
     now: float
-    then_rehearsed: float
-    now_rehearsed: float
+    then_rehearsed: float | None
+    now_rehearsed: float | None
 
 
 class Reprice(Document, frozen=True, tag="reprice"):
-    """`means`, `worst`: of the sizes of those errors, in their order. A run without host updates has nothing to rehearse."""
+    """`means`, `worst`: of the sizes of those errors, over the runs that have them.
+
+    fit_errors: of the relative speeds of lanes together, root mean square: then and now; `ssd`: where the disk is one of them
+    """
 
     version: str
     means: dict[str, float]
     worst: dict[str, float]
-    fit_errors: tuple[float, float]  # root mean square over lanes on PCIe, host memory and GPU: then, now
+    fit_errors: dict[str, tuple[float, float]]
     runs: tuple[Repriced, ...]
 
 
-def refitted(file: Path) -> tuple[MachineProfile, tuple[float, float]]:
+def refitted(profile: dict[str, Any]) -> tuple[MachineProfile, dict[str, tuple[float, float]]]:
     """The profile with its contention fitted again, however an earlier version described it, and how well both fit."""
-    profile = json.loads(file.read_bytes())
     met = profile["interference"]
-    gpu_bytes_per_s = profile["gpu"]["memory_bytes_per_s"]
-    rates = {Lane(lane): float(rate["p50"]) for lane, rate in met["alone"].items()} | {Lane.COMPUTE: float(gpu_bytes_per_s)}
-    measured = [{Lane(lane["lane"]): min(1.0, lane["speed"]) for lane in lanes} for lanes in met["together"]]
-    fitted = fit({Lane(lane): rates[Lane(lane)] for lane in met["alone"]}, measured, gpu_bytes_per_s)
-    off: list[tuple[float, float]] = []
-    for lanes in met["together"]:
-        speeds = fitted.speeds({Lane(lane["lane"]): rates[Lane(lane["lane"])] for lane in lanes})
-        for lane in lanes:
-            now = speeds[Lane(lane["lane"])]
-            if not any(other["lane"].startswith("ssd") for other in lanes):
-                off.append((lane["predicted"] - lane["speed"], now - lane["speed"]))
-            lane["predicted"] = round(now, 4)
-    met["fitted"] = msgspec.to_builtins(fitted)
-    return msgspec.json.decode(json.dumps(profile), type=MachineProfile), (_root_mean_square(off, 0), _root_mean_square(off, 1))
+    alone = {Lane(lane): msgspec.convert(rate, Spread) for lane, rate in met["alone"].items()}
+    together = [{Lane(each["lane"]): msgspec.convert(each["rate"], Spread) for each in lanes} for lanes in met["together"]]
+    found = interference(alone, together, profile["gpu"]["memory_bytes_per_s"])
+    off: dict[str, list[tuple[float, float]]] = {"memory": [], "ssd": []}
+    for then, now in zip(met["together"], found.together, strict=True):
+        on_disk = any(each.lane in (Lane.SSD_READ, Lane.SSD_WRITE) for each in now)
+        off["ssd" if on_disk else "memory"] += [
+            (before["predicted"] - each.speed, each.predicted - each.speed) for before, each in zip(then, now, strict=True)
+        ]
+    machine = msgspec.convert(profile | {"interference": msgspec.to_builtins(found)}, MachineProfile)
+    return machine, {what: (_root_mean_square(pairs, 0), _root_mean_square(pairs, 1)) for what, pairs in off.items() if pairs}
 
 
-def reprice(folder: CampaignFolder) -> Reprice:
-    """All finished runs. Raises ValueError where there are none."""
-    machine, fit_errors = refitted(folder.profile_file)
+def reprice(report: Path) -> Reprice:
+    """All runs of a report. Raises ValueError, OSError or KeyError where it is none, or of too early a version."""
+    machine, fit_errors = refitted(json.loads(gzip.decompress((report / "profile.json.gz").read_bytes())))
+    manifest = msgspec.json.decode(gzip.decompress((report / "manifest.json.gz").read_bytes()), type=Manifest)
+    results = {result["name"]: result for result in json.loads((report / "campaign.json").read_bytes())["runs"]}
     runs = []
-    for entry in folder.manifest().entries:
-        outcome = folder.outcome(entry)
-        if outcome is None or outcome.status != "done":
+    print(f"{'':44s} {'measured':>12s}  {'  '.join(f'{name:>14s}' for name in COLUMNS)}")
+    for entry in manifest.entries:
+        if entry.name not in results:
             continue
-        plan, measurement = folder.plan(entry), folder.measurement(entry)
-        measured_ns, rehearsed_ns = measurement.record.step_ns, measurement.rehearsed_ns
-        again = msgspec.structs.replace(
-            plan, prediction=predict(plan.graph, plan.model, plan.policy, plan.workload, machine, plan.ledger)
+        result, of = results[entry.name], entry.configuration
+        plan = fixed_plan(find_model(of.model), entry.policy, of.workload, machine)
+        measured_ns, rehearsed_ns = result["step"]["measured"], result["rehearsed_ns"]
+        expected_ns = None if rehearsed_ns is None else expected_step_ns(plan, rehearsed_ns)
+        found = Repriced(
+            run=entry.name,
+            measured_ns=measured_ns,
+            then=entry.predicted_ns / measured_ns - 1,
+            now=plan.prediction.record.step_ns / measured_ns - 1,
+            then_rehearsed=result["rehearsed_error"],
+            now_rehearsed=None if expected_ns is None else expected_ns / measured_ns - 1,
         )
-        errors = [each.prediction.record.step_ns / measured_ns - 1 for each in (plan, again)]
-        if rehearsed_ns is not None:
-            errors += [expected_step_ns(each, rehearsed_ns) / measured_ns - 1 for each in (plan, again)]
-        else:
-            errors += errors
-        runs.append(Repriced(entry.name, measured_ns, *errors))
-        print(f"{entry.name:44s} {measured_ns / 1e6:9.1f} ms  " + "  ".join(f"{error:+6.1%}" for error in errors), flush=True)
-    if not runs:
-        raise ValueError(f"{folder.path}: has no finished run")
-    of = {name: [abs(getattr(run, name)) for run in runs] for name in ("then", "now", "then_rehearsed", "now_rehearsed")}
+        runs.append(found)
+        errors = [getattr(found, name) for name in COLUMNS]
+        shown = "  ".join(f"{'':>14s}" if error is None else f"{error:>+14.1%}" for error in errors)
+        print(f"{entry.name:44s} {measured_ns / 1e6:>9.1f} ms  {shown}", flush=True)
+    sizes = {name: [abs(error) for run in runs if (error := getattr(run, name)) is not None] for name in COLUMNS}
     return Reprice(
         version=__version__,
-        means={name: fmean(sizes) for name, sizes in of.items()},
-        worst={name: max(sizes) for name, sizes in of.items()},
+        means={name: fmean(each) for name, each in sizes.items() if each},
+        worst={name: max(each) for name, each in sizes.items() if each},
         fit_errors=fit_errors,
         runs=tuple(runs),
     )
@@ -109,15 +120,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=lines[0], epilog="\n".join(lines[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="folder of a campaign")
+    parser.add_argument("report", type=Path, help="report of a campaign")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the figures as JSON")
     options = parser.parse_args()
     try:
-        found = reprice(CampaignFolder(options.folder))
+        found = reprice(options.report)
         if options.output:
             save(options.output, found)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"reprice: {error}\n")
+    except (ValueError, OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        parser.exit(
+            2, f"reprice: {options.report}: {type(error).__name__}: {error}; this reads reports of slideplan 0.5.0 and later\n"
+        )
     for name, mean in found.means.items():
         print(f"{name}: mean {mean:.1%}, worst {found.worst[name]:.1%}")
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slideplan.plan.graph import Lane
+from slideplan.plan.machine import Interference, LaneSpeed, Spread
 from slideplan.plan.sharing import Resource, Sharing
 
 Speeds = Mapping[Lane, float]  # relative to each lane alone
@@ -65,6 +66,32 @@ class _Parameter:
 
     def value(self, x: float) -> float:
         return self.start * float(np.exp(x)) if self._is_ratio else x
+
+
+def interference(alone: Mapping[Lane, Spread], together: Sequence[Mapping[Lane, Spread]], gpu_bytes_per_s: int) -> Interference:
+    """Rates measured alone and together, with the model fitted to their middles and what it says of each.
+
+    Arguments and errors as of `fit`, but for rates in bytes/s throughout.
+    """
+    middle = {lane: float(rate.p50) for lane, rate in alone.items()}
+    speeds = [
+        # A lane that stood still is told from one that was not measured, and has a logarithm.
+        {lane: max(1e-3, rate.p50 / middle[lane]) for lane, rate in rates.items() if lane in middle}
+        for rates in together
+    ]
+    # No lane gains by company: what is above 1 is noise in the rate alone.
+    fitted = fit(middle, [{lane: min(1.0, speed) for lane, speed in each.items()} for each in speeds], gpu_bytes_per_s)
+    demands = middle | {Lane.COMPUTE: float(gpu_bytes_per_s)}
+    combinations = []
+    for measured, rates in zip(speeds, together, strict=True):
+        predicted = fitted.speeds({lane: demands[lane] for lane in measured})
+        combinations.append(
+            tuple(
+                LaneSpeed(lane=lane, rate=rates[lane], speed=round(measured[lane], 4), predicted=round(predicted[lane], 4))
+                for lane in measured
+            )
+        )
+    return Interference(alone=dict(alone), together=tuple(combinations), fitted=fitted)
 
 
 def fit(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> Sharing:

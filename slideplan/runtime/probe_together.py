@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from slideplan.plan.fitting import fit
+from slideplan.plan.fitting import interference
 from slideplan.plan.graph import Lane
-from slideplan.plan.machine import Interference, LaneSpeed, Spread
+from slideplan.plan.machine import Interference, Spread
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.probing import Work, spread, together
 
@@ -75,23 +75,4 @@ class TogetherProbe:
 
     def interference(self, gpu_bytes_per_s: int) -> Interference:
         """What was measured, with the model fitted to it and its residuals."""
-        measured_alone, combined = self.alone, self.combined
-        alone = {lane: float(rate.p50) for lane, rate in measured_alone.items()}
-        speeds = [
-            # A lane that stood still is told from one that was not measured, and has a logarithm.
-            {lane: max(1e-3, rate.p50 / alone[lane]) for lane, rate in rates.items()}
-            for rates in combined.values()
-        ]
-        # No lane gains by company: what is above 1 is noise in the rate alone.
-        fitted = fit(alone, [{lane: min(1.0, speed) for lane, speed in each.items()} for each in speeds], gpu_bytes_per_s)
-        demands = alone | {Lane.COMPUTE: float(gpu_bytes_per_s)}
-        combinations = []
-        for measured, rates in zip(speeds, combined.values(), strict=True):
-            predicted = fitted.speeds({lane: demands[lane] for lane in measured})
-            combinations.append(
-                tuple(
-                    LaneSpeed(lane=lane, rate=rates[lane], speed=round(measured[lane], 4), predicted=round(predicted[lane], 4))
-                    for lane in measured
-                )
-            )
-        return Interference(alone=measured_alone, together=tuple(combinations), fitted=fitted)
+        return interference(self.alone, [*self.combined.values()], gpu_bytes_per_s)

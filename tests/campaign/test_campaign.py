@@ -16,6 +16,7 @@ import pytest
 
 import campaign
 import campaign_report
+import reprice
 from campaign import Ended
 from campaign_explain import left_errors
 from campaign_records import CampaignFolder, Manifest, Outcome
@@ -33,7 +34,9 @@ SMALL = (
     "--device", "cpu", "--models", "demo", "tiny-qwen3", "--seq-len", "64", "--global-batch", "2", "4",
     "--gpu-memory", "4MiB", "32MiB", "--configurations", "2",
 )  # fmt: skip
-NAMES = ["campaign.json", "errors.png", "kinds.png", "scatter.png", "table.md", "trace.json"]
+NAMES = [
+    "campaign.json", "errors.png", "kinds.png", "manifest.json.gz", "profile.json.gz", "scatter.png", "table.md", "trace.json",
+]  # fmt: skip
 
 
 def launch_here(arguments: list[str], _: float) -> Ended:
@@ -118,6 +121,21 @@ def test_report_is_a_function_of_the_folder(finished: CampaignFolder, report: Pa
     assert {file.name: file.read_bytes() for file in again.iterdir()} == {
         file.name: file.read_bytes() for file in report.iterdir()
     }
+
+
+def test_a_report_can_be_priced_again(finished: CampaignFolder, report: Path) -> None:
+    """By the same version, to the same errors: nothing but the report is needed."""
+    found = reprice.reprice(report)
+    entries = finished.manifest().entries
+    assert [run.run for run in found.runs] == [entry.name for entry in entries]
+    for run, entry in zip(found.runs, entries, strict=True):
+        comparison = finished.comparison(entry)
+        assert run.then == run.now == pytest.approx(comparison.step.error)
+        rehearsed = None if comparison.rehearsed is None else comparison.rehearsed.error
+        assert (run.then_rehearsed, run.now_rehearsed) == (pytest.approx(rehearsed), pytest.approx(rehearsed))
+    assert any(run.now_rehearsed is not None for run in found.runs)
+    then, now = found.fit_errors["memory"]
+    assert then == pytest.approx(now, abs=1e-3)
 
 
 def test_a_large_trace_is_compressed(finished: CampaignFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,20 +207,22 @@ def run_reference(name: str) -> dict[str, Any]:
     return {"step_s": statistics.median(took[2:]), "kernels": kernels, "steps_s": [round(each, 4) for each in took]}
 
 
-def compute_gaps(folder: Path) -> dict[str, float]:
-    """Shares of the measured step in which the compute lane waits: the longest wait within it, and all of them."""
-    plan, measurement = load(folder / "plan.json", Plan), load(folder / "measurement.json", Measurement)
-    record = measurement.record
-    spans = sorted(
-        (span.start_ns, span.end_ns)
-        for task, span in zip(plan.graph.tasks, record.spans, strict=True)
-        if task.lane is Lane.COMPUTE
-    )
-    waits = [max(0, start - end) for (_, end), (start, _) in pairwise(spans)]
-    outside = max(0, record.step_ns - spans[-1][1])
-    return {
-        "longest": max(waits) / record.step_ns, "within": sum(waits) / record.step_ns, "at_the_start": outside / record.step_ns
-    }  # fmt: skip
+def compute_gaps(plan: Plan, measurement: Measurement) -> dict[str, float]:
+    """Shares of the measured step in which the compute lane waits.
+
+    longest, within: the longest wait between two tasks, and all of them; at_the_start: before the first.
+    idle: what of `within` no other task accounts for: all that a task depends on is over, but it has not begun
+    """
+    record, tasks = measurement.record, plan.graph.tasks
+    waits, idle = [], 0
+    for before, number in pairwise(plan.graph.lanes[Lane.COMPUTE]):
+        ended, begun = record.spans[before].end_ns, record.spans[number].start_ns
+        ready = max([ended, *(record.spans[d.task].end_ns - d.distance * record.step_ns for d in tasks[number].dependencies)])
+        waits.append(max(0, begun - ended))
+        idle += min(waits[-1], max(0, begun - ready))
+    outside = max(0, record.step_ns - record.spans[plan.graph.lanes[Lane.COMPUTE][-1]].end_ns)
+    shares = {"longest": max(waits), "within": sum(waits), "idle": idle, "at_the_start": outside}
+    return {name: wait_ns / record.step_ns for name, wait_ns in shares.items()}
 
 
 def table(folder: Path) -> None:
@@ -229,7 +231,7 @@ def table(folder: Path) -> None:
         if not (folder / name / "comparison.json").exists():
             continue
         comparison = json.loads((folder / name / "comparison.json").read_text())
-        plan = json.loads((folder / name / "plan.json").read_text())
+        plan, measurement = load(folder / name / "plan.json", Plan), load(folder / name / "measurement.json", Measurement)
         found = folder / f"{name}-reference.json"
         beside = json.loads(found.read_text()) if found.exists() else None
         step = comparison["step"]
@@ -240,12 +242,13 @@ def table(folder: Path) -> None:
             "rehearsed_s": comparison["rehearsed"]["predicted"] / 1e9 if comparison.get("rehearsed") else None,
             "tokens_per_s": row.batch * SEQ_LEN / measured_s, "goal_s": row.goal_s, "peer_s": row.peer_s,
             "reference": beside, "of_reference": beside["step_s"] / measured_s if beside else None,
-            "bound_s": plan["prediction"]["lower_bound_ns"] / 1e9, "search_bound_s": plan["search"].get("bound_ns", 0) / 1e9,
+            "bound_s": plan.prediction.lower_bound_ns / 1e9, "search_bound_s": plan.search.bound_ns / 1e9,
             "lanes": {each["name"]: each["predicted"] / 1e9 for each in comparison["lanes"]},
-            "memory": comparison["memory"], "compute_waits": compute_gaps(folder / name),
+            "memory": comparison["memory"], "compute_waits": compute_gaps(plan, measurement),
+            "date": measurement.date, "slideplan": measurement.version, "profile": plan.machine.digest,
         })  # fmt: skip
     result = {
-        "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
+        "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "last_command": " ".join(sys.argv),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "rows": rows,
     }  # fmt: skip

@@ -168,7 +168,7 @@ def moments_8bit(elements: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("elements", [64, 256, 1024, 3008])
+@pytest.mark.parametrize("elements", [2, 64, 130, 256, 1024, 3010])
 def test_gpu_update_of_8_bits_equals_torchs_bit_for_bit(elements: int, dtype: torch.dtype) -> None:
     from slideplan.runtime.kernels.adamw8 import update_gpu_8bit
 

@@ -4,7 +4,7 @@
 
 Prices come from the campaign's own profile, with its contention fitted again to what that profile measured of lanes
 alone and together. The runs were seen when the simulator was changed: a campaign says what it predicts, this says what a
-change is worth. Reports before slideplan 0.5.0 lack policies that this version can read.
+change is worth. Policies of slideplan 0.3.0 and before cannot be read; nothing was rehearsed before 0.5.0.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def reprice(report: Path) -> Reprice:
             continue
         result, of = results[entry.name], entry.configuration
         plan = fixed_plan(find_model(of.model), entry.policy, of.workload, machine)
-        measured_ns, rehearsed_ns = result["step"]["measured"], result["rehearsed_ns"]
+        measured_ns, rehearsed_ns = result["step"]["measured"], result.get("rehearsed_ns")
         expected_ns = None if rehearsed_ns is None else expected_step_ns(plan, rehearsed_ns)
         found = Repriced(
             run=entry.name,
             measured_ns=measured_ns,
             then=entry.predicted_ns / measured_ns - 1,
             now=plan.prediction.record.step_ns / measured_ns - 1,
-            then_rehearsed=result["rehearsed_error"],
+            then_rehearsed=result.get("rehearsed_error"),
             now_rehearsed=None if expected_ns is None else expected_ns / measured_ns - 1,
         )
         runs.append(found)
@@ -129,7 +129,7 @@ def main() -> None:
             save(options.output, found)
     except (ValueError, OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
         parser.exit(
-            2, f"reprice: {options.report}: {type(error).__name__}: {error}; this reads reports of slideplan 0.5.0 and later\n"
+            2, f"reprice: {options.report}: {type(error).__name__}: {error}; this reads reports of slideplan 0.4.0 and later\n"
         )
     for name, mean in found.means.items():
         print(f"{name}: mean {mean:.1%}, worst {found.worst[name]:.1%}")

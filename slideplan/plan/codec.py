@@ -81,7 +81,7 @@ def load(path: str | Path, kind: type[D]) -> D:
     except msgspec.ValidationError as error:
         made_by = header.made_by if header else ""
         made = (
-            f"; it was made by slideplan {made_by}, this is {__version__}: make it anew"
+            f"; it was made by slideplan {made_by}, this is {__version__}: if it was not edited, make it anew"
             if made_by not in ("", __version__)
             else ""
         )

@@ -124,7 +124,7 @@ class Plan(Document, frozen=True, tag="plan"):
         """Raise ValueError where the plan is of another version or its parts contradict each other.
 
         `where`: the file's name. The graph must be the one that its policy lowers to: a graph that is
-        merely free of races may still leave out an update.
+        merely free of races may still leave out an update. Of what was predicted, only what a run needs is checked.
         """
         if self.version != __version__:
             raise ValueError(f"{where}: was made by slideplan {self.version}, this is {__version__}; plan again")

@@ -13,8 +13,10 @@ from slideplan.plan.graph import Lane
 Demand = Mapping["Resource", int]
 Weights = Mapping["Resource", float]
 
-# Of share weights, and of bytes that a byte takes: what no machine has, and sums of floats still bear.
+# Of share weights, and of bytes that a byte takes: no machine has larger ones.
 LARGEST_RATIO = 1e4
+# Where floats leave a flow nothing beside one 2^40 times as heavy, it creeps: what stands still would never end.
+SLOWEST = 2.0**-40
 
 
 class Resource(StrEnum):
@@ -112,7 +114,7 @@ def _divide(limits: Sequence[float], rates: Sequence[int], weights: Sequence[flo
         level = spare / sum(rates[other] * weights[other] for other in order[place:])
         if limits[flow] > weights[flow] * level:
             for other in order[place:]:
-                speeds[other] = weights[other] * level
+                speeds[other] = max(SLOWEST, weights[other] * level)
             break
         spare -= rates[flow] * limits[flow]
     return speeds

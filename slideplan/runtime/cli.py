@@ -63,6 +63,9 @@ def main() -> None:
     except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"runtime: out of memory: {error}; plan with a smaller --gpu-memory or --host-memory", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+    except RuntimeError as error:  # of torch, outside of any task: while kernels are captured, say
+        print(f"runtime: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
 
 
 @app.command()

@@ -23,7 +23,7 @@ class Executor:
     """Runs `steps` steps of a graph; to be iterated once.
 
     Yields the number of each step when its last compute task is over, though updates of the step may
-    still run. The first failure of any lane, and a fault of the device wherever it shows, stops all lanes and is
+    still run. The first failure of any lane, and a fault of the device that shows here, stops all lanes and is
     raised as LaneError. Lanes have ended when the iterator is exhausted or closed.
     """
 
@@ -58,7 +58,9 @@ class Executor:
         finally:
             for thread in self._threads:
                 if thread.ident is not None:
-                    thread.join()
+                    _join(thread)
+        if self._signal.error is not None:  # of a lane that had issued all its tasks
+            raise self._signal.error
 
     def spans(self, step: int) -> tuple[int, list[Span]]:
         """Origin (host nanoseconds) and spans of a step, relative to the start of its first compute task.
@@ -67,6 +69,8 @@ class Executor:
         can wait for the step's markers any more, and they are dropped. Raises LaneError.
         """
         graph, absolute = self.graph, []
+        if step not in self._anchors:
+            raise ValueError(f"step {step} has not run yet, or its spans were taken before")
         with self._failures(f"step {step}"):
             for lane, queue in graph.lanes.items():
                 self._wait(lane, min(step + 1, self.steps - 1), len(queue) - 1)
@@ -99,10 +103,11 @@ class Executor:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, Stopped):
-                self._signal.stop(error if isinstance(error, LaneError) else _failure(where, error))
-            assert self._signal.error is not None, "lanes stop for a reason"
-            raise self._signal.error from self._signal.error.__cause__
+            failure = error if isinstance(error, LaneError | Stopped) else _failure(where, error)
+            if not isinstance(failure, Stopped):
+                self._signal.stop(failure)
+            first = self._signal.error or failure
+            raise first from first.__cause__
 
     def _run_lane(self, lane: Lane) -> None:
         task: Task | None = None
@@ -133,6 +138,13 @@ class Executor:
         start = self.backend.mark(task.lane)
         self._handler(task, self._first_step + step)
         self._clocks[task.lane].advance(start, self.backend.mark(task.lane))
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for a lane to end, and for no less: an impatient interrupt must not give back memory that it still copies."""
+    while thread.is_alive():
+        with contextlib.suppress(KeyboardInterrupt):
+            thread.join()
 
 
 def _where(lane: Lane, step: int, task: Task | None) -> str:

@@ -61,7 +61,7 @@ def measure(
 ) -> Measurement:
     """Run `steps` steps, writing metrics.jsonl into `out` as they end, and judge the steady ones.
 
-    Raises LaneError if a lane or the device fails, RunError if the loss is not finite.
+    Raises LaneError if a lane fails, RunError if the device does where no lane waits for it, or if the loss is not finite.
     """
     gc.collect()
     reset_peak_resident()
@@ -72,9 +72,7 @@ def measure(
     # Closed, the executor has ended its lanes, whatever happens here: memory that they copy is given back next.
     with (out / "metrics.jsonl").open("w") as metrics, contextlib.closing(iter(executor)) as running:
         for step in running:
-            found = {"loss": session.compute.losses.pop(step).item()}
-            if session.plan.policy.gradient_norms:
-                found["grad_norm"] = session.compute.norms.pop(step).item()
+            found = _outcome(session, step)
             metrics.write(json.dumps({"step": step} | {name: _finite(value) for name, value in found.items()}) + "\n")
             metrics.flush()
             for name, value in found.items():
@@ -86,6 +84,17 @@ def measure(
             recorder.harvest(executor, step - 1)
     recorder.harvest(executor, steps)
     return _measurement(session, recorder, warmup_steps, command, _peak_bytes(session, before_bytes), rehearsed_ns)
+
+
+def _outcome(session: Session, step: int) -> dict[str, float]:
+    """Loss and, where the plan has it, norm of the gradients."""
+    kept = {"loss": session.compute.losses}
+    if session.plan.policy.gradient_norms:
+        kept["grad_norm"] = session.compute.norms
+    try:
+        return {name: values.pop(step).item() for name, values in kept.items()}
+    except RuntimeError as error:  # whatever has gone wrong on the device shows where something is read from it
+        raise RunError(f"step {step}: its loss could not be read: {error}") from error
 
 
 def _finite(value: float) -> float | None:

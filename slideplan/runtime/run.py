@@ -22,7 +22,7 @@ from slideplan.runtime.backend import Backend, make_backend
 from slideplan.runtime.data import TokenWindows, default_text, tokenize
 from slideplan.runtime.machine import available_host_bytes, identity
 from slideplan.runtime.measure import measure
-from slideplan.runtime.optimizer import AdamW
+from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.session import Progress, Session
 from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, SafetensorsWeights, WeightSource
@@ -141,6 +141,7 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
     windows = TokenWindows(tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
     threads = ThreadBudget.of(backend)
     threads.apply()
+    HostUpdate(threads.optimizer).compile()  # may refuse, and before anything is written; compiled, it is found again
     save(request.out / "plan.json", plan)
     on_gpu = plan.ledger.tiers[Tier.GPU]
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)

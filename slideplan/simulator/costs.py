@@ -114,6 +114,7 @@ class _Pricer:
             (launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches if launch.kernels == work.kernels
         }
         # On an idle stream nothing is faster than it is issued: a norm is all launch. Copies have theirs in their curves.
+        # One kernel updates, whichever compute.
         self._gpu_update_launch_ns = max(
             (launch.duration_ns.p50 for launch in machine.launches if launch.kind is TaskKind.UPDATE_GPU), default=0
         )

@@ -128,6 +128,6 @@ def test_specs_are_immutable():
 def test_a_document_of_another_version_says_which(file: Path):
     provenance = json.loads(file.read_text())["provenance"] | {"versions": {"slideplan": "0.5.0"}}
     rewrite(file, provenance=provenance, name=3)
-    assert f"it was made by slideplan 0.5.0, this is {__version__}: make it anew" in refusal(file)
+    assert f"it was made by slideplan 0.5.0, this is {__version__}: if it was not edited, make it anew" in refusal(file)
     rewrite(file, provenance=provenance | {"versions": {"slideplan": __version__}})
     assert "made by" not in refusal(file)

@@ -1,10 +1,14 @@
 """A failure in any lane, or of the device, stops all lanes and says where it was."""
 
+import _thread
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, plan_for, session_for
@@ -12,9 +16,10 @@ from slideplan.plan.footprint import Footprint
 from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.lowering import lower
 from slideplan.runtime.backend import CpuBackend, Marker
-from slideplan.runtime.executor import Executor
-from slideplan.runtime.lanes import LaneError
-from slideplan.runtime.session import Session
+from slideplan.runtime.executor import Executor, _join
+from slideplan.runtime.lanes import LaneError, RunError
+from slideplan.runtime.measure import measure
+from slideplan.runtime.session import Progress, Session
 
 STEPS = 4
 
@@ -44,7 +49,7 @@ def test_the_plan_here_has_tasks_of_every_kind_that_is_executed() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [0, STEPS - 1])
 def test_failing_task_stops_all_lanes(kind: TaskKind, step: int) -> None:
     backend = CpuBackend()
     session = everything(backend)
@@ -106,6 +111,87 @@ def test_a_fault_of_the_device_names_what_was_waited_for(waits: int) -> None:
     assert no_lanes_left()
 
 
+def test_a_fault_that_shows_where_spans_are_read_is_named() -> None:
+    backend = FaultyBackend(1 << 30)
+    session = everything(backend)
+    expected = r"lane \w+, step 0, task .*, or before it: RuntimeError: an illegal memory access"
+    executor = session.executor(STEPS)
+    with closing(iter(executor)) as run:
+        next(run)
+        backend.waits = 0
+        with pytest.raises(LaneError, match=expected):
+            executor.spans(0)
+    assert no_lanes_left()
+
+
+class LeavingBackend(CpuBackend):
+    """Fails where a lane is left, all its work issued."""
+
+    @contextmanager
+    def lane(self, lane: Lane) -> Iterator[None]:
+        yield
+        if lane is Lane.HOST_UPDATE:
+            raise RuntimeError("too late")
+
+
+def test_a_lane_that_fails_after_its_last_task_fails_the_run() -> None:
+    backend = LeavingBackend()
+    session = everything(backend)
+    with pytest.raises(LaneError, match=r"lane host_update, step 3, task update_host/.*: RuntimeError: too late"):
+        list(Executor(session.plan.graph, backend, session.handlers, STEPS))
+
+
+def test_a_lane_that_cannot_start_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CpuBackend()
+    session = everything(backend)
+    executor = session.executor(STEPS)
+
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(executor._threads[2], "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        list(executor)
+    assert no_lanes_left()
+
+
+def test_no_lane_outlives_an_impatient_interrupt() -> None:
+    lane = threading.Thread(target=time.sleep, args=(0.5,))
+    lane.start()
+    for delay in (0.1, 0.2):
+        threading.Timer(delay, _thread.interrupt_main).start()
+    _join(lane)
+    assert not lane.is_alive()
+
+
+def test_lanes_have_ended_when_measuring_fails(tmp_path: Path) -> None:
+    """Not when somebody collects the garbage: what failed still refers to the run."""
+    session = everything(CpuBackend())
+
+    def failing(progress: Progress) -> None:
+        if progress.phase == "training":
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        measure(session, STEPS, 1, tmp_path, "", failing)
+    assert no_lanes_left()
+
+
+def test_a_loss_that_cannot_be_read_names_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = everything(CpuBackend())
+    read = torch.Tensor.item
+
+    def failing(value: torch.Tensor) -> object:
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError("an illegal memory access was encountered")
+        return read(value)
+
+    monkeypatch.setattr(torch.Tensor, "item", failing)
+    with pytest.raises(RunError, match="step 0: its loss could not be read: an illegal memory access"):
+        measure(session, STEPS, 1, tmp_path, "", lambda _: None)
+    assert no_lanes_left()
+
+
 def test_spans_of_a_step_are_kept_while_the_next_may_wait_for_them() -> None:
     """A lane that has not issued its next step may still ask for markers of this one."""
     backend = CpuBackend()
@@ -137,6 +223,8 @@ def test_markers_of_steps_that_are_over_are_dropped() -> None:
     for step in executor:
         if step > 0:
             executor.spans(step - 1)
+    with pytest.raises(ValueError, match="step 0 has not run yet, or its spans were taken before"):
+        executor.spans(0)
     kept = sum(len(clock._markers) for clock in executor._clocks.values())
     assert kept == len(session.plan.graph.tasks)  # the last step's
 

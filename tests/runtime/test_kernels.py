@@ -245,3 +245,9 @@ def test_updates_on_the_device_are_compiled_for_both_gradient_types(moments: str
     compile_gpu_update(watched, device, moments)
     of_state = torch.float32 if moments == "fp32" else torch.uint8
     assert seen == [(of_state, torch.bfloat16), (of_state, torch.float32)]
+
+
+def test_threads_that_two_lanes_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slideplan.runtime.optimizer.numba.threading_layer", lambda: "workqueue")
+    with pytest.raises(ValueError, match="unset NUMBA_THREADING_LAYER"):
+        HostUpdate(2).compile()

@@ -54,6 +54,12 @@ def test_weights_differ_from_resource_to_resource() -> None:
     assert fair_speeds([h2d, d2h, update], {PCIE: 80, DRAM: 170}, weights) == pytest.approx([0.5 * level, 0.8, level])
 
 
+def test_no_flow_stands_still_however_small_it_is() -> None:
+    small, large = fair_speeds([{DRAM: 1}, {DRAM: 10**12}], {DRAM: 10**12}, [{DRAM: 1e-4}, {DRAM: 1e4}])
+    assert 0 < small < 1e-6
+    assert large == pytest.approx(1.0)
+
+
 def test_compute_gives_way_to_copies_that_take_a_part_of_the_gpu() -> None:
     compute, copy = fair_speeds([{GPU: 1000}, {GPU: 40, PCIE: 54}], {GPU: 1000, PCIE: 88}, [{GPU: 0.1}, {}])
     assert (compute, copy) == (pytest.approx(0.96), 1.0)

@@ -3,8 +3,8 @@
     python benchmarks/element_kernels.py -o element_kernels.json                # on a GPU: a minute
     python benchmarks/element_kernels.py --device cpu --tokens 64               # a smoke test: torch and numba alone
 
-Bytes are what has to be read and written at least, so rates of one row compare; torch's AdamW has a row of its own. Baselines are torch's own operators,
-and liger-kernel's where that is installed and has one that does the same.
+Bytes are what has to be read and written at least, so rates of one row compare; torch's AdamW has a row of its own.
+Baselines are torch's own operators, and liger-kernel's where that is installed and has one that does the same.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
             who: round(rate, 1) for who, rate in rates.items()
         }
         others = "".join(f", {who} {rate:.0f}" for who, rate in rates.items() if who != "GB/s")
-        print(f"{name:40s} {rates['ours']:8.0f} GB/s, {rates['ours'] / copy_gb_per_s:4.0%} of a copy{others}", flush=True)
+        print(f"{name:40s} {rates['GB/s']:8.0f} GB/s, {rates['GB/s'] / copy_gb_per_s:4.0%} of a copy{others}", flush=True)
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
         "python": platform.python_version(), "torch": torch.__version__, "slideplan": __version__,

@@ -13,8 +13,8 @@ from slideplan.plan.graph import Lane
 Demand = Mapping["Resource", int]
 Weights = Mapping["Resource", float]
 
-# Of share weights, and of bytes that a byte takes: no machine has larger ones.
-LARGEST_RATIO = 1e4
+# Of share weights, and of bytes that a byte takes: what is beyond is a mistake.
+LARGEST_RATIO = 1e9
 # Where floats leave a flow nothing beside one 2^40 times as heavy, it creeps: what stands still would never end.
 SLOWEST = 2.0**-40
 

@@ -131,3 +131,10 @@ def test_any_figures_give_a_model(seed: int) -> None:
 def test_combinations_are_of_lanes_measured_alone(together: dict[Lane, float]) -> None:
     with pytest.raises(ValueError, match="two or more of the lanes measured alone"):
         fit({H2D: 1.0 * G, D2H: 1.0 * G}, [together], GPU_BYTES_PER_S)
+
+
+def test_a_lane_that_nearly_stands_still_beside_compute_gives_a_model() -> None:
+    """And so does one that is slow alone: a profile must not fail for what a machine is like."""
+    for copies, update in ((1.0, 1e-3), (1e-3, 1.0), (1e-3, 1e-3)):
+        together = [{COMPUTE: 1e-3, H2D: copies}, {COMPUTE: 0.5, GPU_UPDATE: update}]
+        assert fit({COMPUTE: 1.0 * G, H2D: 1e6, GPU_UPDATE: 1e6}, together, GPU_BYTES_PER_S).usage

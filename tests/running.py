@@ -24,7 +24,7 @@ from slideplan.plan.timeline import step_record
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.machine import identity
-from slideplan.runtime.optimizer import AdamW
+from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.session import Session
 from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, WeightSource
@@ -84,7 +84,14 @@ def token_windows(model: ModelSpec, workload: Workload, seed: int = 0) -> TokenW
 
 def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Session:
     source = RandomWeights(plan.model, seed=1, device=backend.device)
-    return Session(plan, backend, source, token_windows(plan.model, plan.workload), settings, ThreadBudget.of(backend))
+    return Session(
+        plan,
+        backend,
+        source,
+        token_windows(plan.model, plan.workload),
+        settings,
+        HostUpdate(ThreadBudget.of(backend).optimizer),
+    )
 
 
 def unit_tensors(source: WeightSource, unit: int) -> dict[str, torch.Tensor]:

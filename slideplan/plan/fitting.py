@@ -71,12 +71,12 @@ class _Parameter:
 def interference(alone: Mapping[Lane, Spread], together: Sequence[Mapping[Lane, Spread]], gpu_bytes_per_s: int) -> Interference:
     """Rates measured alone and together, with the model fitted to their middles and what it says of each.
 
-    Arguments and errors as of `fit`, but for rates in bytes/s throughout.
+    As for `fit`, but rates in bytes/s throughout; every lane of `together` must be in `alone`.
     """
     middle = {lane: float(rate.p50) for lane, rate in alone.items()}
     speeds = [
         # A lane that stood still is told from one that was not measured, and has a logarithm.
-        {lane: max(1e-3, rate.p50 / middle[lane]) for lane, rate in rates.items() if lane in middle}
+        {lane: max(1e-3, rate.p50 / middle[lane]) for lane, rate in rates.items()}
         for rates in together
     ]
     # No lane gains by company: what is above 1 is noise in the rate alone.

@@ -141,12 +141,13 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
     windows = TokenWindows(tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
     threads = ThreadBudget.of(backend)
     threads.apply()
-    HostUpdate(threads.optimizer).compile()  # may refuse, and before anything is written; compiled, it is found again
+    host_update = HostUpdate(threads.optimizer)
+    host_update.compile()  # before anything is written: it may refuse
     save(request.out / "plan.json", plan)
     on_gpu = plan.ledger.tiers[Tier.GPU]
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     try:
-        session = Session(plan, backend, source, windows, request.settings, threads, progress)
+        session = Session(plan, backend, source, windows, request.settings, host_update, progress)
         measurement = measure(session, request.steps, request.warmup_steps, request.out, request.command, progress)
     except BaseException:
         # After a fault of the device closing may fail too; the fault is what the user must see.

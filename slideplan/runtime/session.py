@@ -20,7 +20,6 @@ from slideplan.runtime.handlers import UPDATES, Handlers, compile_gpu_update, gp
 from slideplan.runtime.lanes import RunError
 from slideplan.runtime.optimizer import AdamW, HostUpdate, Rehearsal
 from slideplan.runtime.split_master import join, split
-from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import WeightSource
 
 LEAST_REHEARSAL_NS = 1_000_000_000  # where passes over a small state take less
@@ -40,7 +39,10 @@ class Progress:
 
 
 class Session:
-    """A plan with its memory reserved and its weights in place, ready to run steps."""
+    """A plan with its memory reserved and its weights in place, ready to run steps.
+
+    `host_update` should be compiled, or the first updates pay for it.
+    """
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class Session:
         source: WeightSource,
         windows: TokenWindows,
         settings: AdamW,
-        threads: ThreadBudget,
+        host_update: HostUpdate,
         progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.plan = plan
@@ -79,7 +81,6 @@ class Session:
             policy.kernels,
             policy.gradient_norms,
         )
-        host_update = HostUpdate(threads.optimizer)
         self.handlers = Handlers(self.buffers, self.compute, settings, host_update)
         self._warm_up(host_update)
         self._steps_done = 0
@@ -116,8 +117,7 @@ class Session:
         return {name: join(high[name], remainder[name]).view(high[name].shape) for name in high}
 
     def _warm_up(self, host_update: HostUpdate) -> None:
-        """Compile the updates before the clock starts; no slot is touched. Units compile theirs in the first, warm-up, step."""
-        host_update.compile()
+        """Compile the GPU's updates before the clock starts; no slot is touched. Units compile in the first, warm-up, step."""
         if Lane.GPU_UPDATE in self.plan.graph.lanes and self.backend.name == "cuda":
             device = self.backend.device
             compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)

@@ -70,8 +70,7 @@ def price(
     costs = []
     for task in graph.tasks:
         role = model.role(task.unit)
-        measured = work.gradient_norms and task.completes_gradient(work.micro_batches)
-        key = task.kind, role, task.bytes_moved, task.accumulates, measured
+        key = task.kind, role, task.bytes_moved, task.accumulates, pricer.takes_norm(task)
         if key not in known:
             known[key] = pricer.cost(task, role)
         costs.append(known[key])
@@ -149,9 +148,13 @@ class _Pricer:
         point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
         return self._cost(lane, duration_ns, rate, "measured", measured_percent(point.rate))
 
+    def takes_norm(self, task: Task) -> bool:
+        """Whether the task ends with a pass over its unit's gradient."""
+        return self._work.gradient_norms and task.completes_gradient(self._work.micro_batches)
+
     def _compute(self, task: Task, role: UnitRole) -> TaskCost:
         duration_ns, source, percent = self.compute_ns(task.kind, role, task.accumulates)
-        if self._work.gradient_norms and task.completes_gradient(self._work.micro_batches):
+        if self.takes_norm(task):
             source = "interpolated" if source == "measured" else source  # this part is derived
             duration_ns += formulas.square_sum_ns(self._model, role, self._work, self._machine.efficiency)
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.

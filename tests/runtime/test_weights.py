@@ -12,7 +12,7 @@ from checkpoints import random_state_dict, write_checkpoint
 from running import masters, plan_for, token_windows, unit_tensors
 from slideplan.runtime import weights
 from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.optimizer import AdamW
+from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.session import Session
 from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, SafetensorsWeights
@@ -31,7 +31,7 @@ def test_weights_arrive_in_the_master_exactly(
     backend = CpuBackend()
     plan = plan_for(MODEL, tiny_policy(MODEL, resident_state=(1,)), tiny_workload(), backend)
     windows = token_windows(MODEL, plan.workload)
-    session = Session(plan, backend, source, windows, AdamW(), ThreadBudget.of(backend))
+    session = Session(plan, backend, source, windows, AdamW(), HostUpdate(ThreadBudget.of(backend).optimizer))
     assert all(torch.equal(tensors[name].float(), value) for name, value in masters(session).items())
 
 

@@ -3,13 +3,16 @@
     python benchmarks/host_update.py --elements 200000000 -o host_update.json
 
 Both read split master, both moments and a bf16 gradient and write all but the gradient back, 26 bytes an element
-on the same threads, in turns in the same run.
+on the same threads, in turns in the same run. Where threads run is the system's choice; pinned ones, to compare:
+
+    OMP_PROC_BIND=close OMP_PLACES=cores python benchmarks/host_update.py
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 
 from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
-from slideplan.runtime.backend import host_buffer
+from slideplan.runtime.host_memory import host_buffer, placement
 from slideplan.runtime.machine import usable_cores
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 
@@ -74,6 +77,7 @@ def main() -> None:
         "device": platform.processor() or platform.machine(), "cores": usable_cores(), "threads": update.threads,
         "versions": {"python": platform.python_version(), "numba": numba.__version__, "torch": torch.__version__},
         "command": " ".join(sys.argv), "elements": n,
+        "omp_proc_bind": os.environ.get("OMP_PROC_BIND", ""), "memory": placement(),
         "gb_per_s": {name: round(rate / 1e9, 1) for name, rate in median.items()},
         "first_and_last_gb_per_s": {name: [round(rates[name][i] / 1e9, 1) for i in (2, -1)] for name in rates},
         "adamw_of_triad": round(median["adamw"] / median["triad"], 3),

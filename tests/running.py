@@ -26,7 +26,6 @@ from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.machine import identity
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.session import Session
-from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, WeightSource
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
@@ -57,7 +56,7 @@ def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Back
         version=__version__,
         model=model,
         model_digest=digest(model),
-        machine=MachineReference(name="test", digest=digest(machine), identity=identity(backend), source="measured"),
+        machine=msgspec.structs.replace(MachineReference.of(machine), identity=identity(backend)),
         workload=workload,
         policy=policy,
         footprint=footprint,
@@ -90,7 +89,7 @@ def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Ses
         source,
         token_windows(plan.model, plan.workload),
         settings,
-        HostUpdate(ThreadBudget.of(backend).optimizer),
+        HostUpdate(plan.machine.optimizer_threads),
     )
 
 

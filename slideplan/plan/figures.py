@@ -71,6 +71,11 @@ def figures(machine: MachineProfile) -> dict[str, Figure]:
         curve("AdamW on the host", machine.optimizer.host_by_bytes)
     for at in machine.optimizer.by_threads:
         rates[f"AdamW on the host, {at.threads} threads"] = at.host_bytes_per_s
+        if (beside := at.beside_copies) is not None:
+            name = f"{at.threads} threads of AdamW on the host"
+            rates[f"AdamW on the host, {at.threads} threads, beside copies"] = beside.host_bytes_per_s
+            rates[f"h2d copy beside {name}"] = beside.h2d_bytes_per_s
+            rates[f"d2h copy beside {name}"] = beside.d2h_bytes_per_s
     if machine.ssd is not None:
         curve("SSD read", machine.ssd.read)
         curve("SSD write", machine.ssd.write)

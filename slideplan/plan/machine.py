@@ -101,16 +101,26 @@ class LinkProfile(Spec, frozen=True):
     duplex_bytes_per_s: int  # sum of both directions at once
 
 
+class BesideCopies(Spec, frozen=True):
+    """Rates of the host's optimizer and of copies both ways while all three run, copies in large pieces."""
+
+    host_bytes_per_s: Spread
+    h2d_bytes_per_s: Spread
+    d2h_bytes_per_s: Spread
+
+
 class ThreadPoint(Spec, frozen=True):
-    """Rate of the host's optimizer on this many threads."""
+    """Rate of the host's optimizer on this many threads: alone, and beside copies where that was measured."""
 
     threads: int
     host_bytes_per_s: Spread
+    beside_copies: BesideCopies | None = None
 
 
 class OptimizerProfile(Spec, frozen=True):
     """AdamW on split master with fp32 moments: memory traffic per second when nothing else runs.
 
+    threads: of the host's optimizer, for which all other figures hold and with which plans run
     by_threads: the host's rate over thread counts, ascending; empty where it was not measured
     host_by_bytes: the host's rate over the traffic of one update; None where one size stands for all
     """

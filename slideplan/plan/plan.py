@@ -91,17 +91,31 @@ class SearchRecord(Spec, frozen=True):
 
 
 class MachineReference(Spec, frozen=True):
-    """The machine that a plan was made for, with the digest of the whole profile."""
+    """The machine that a plan was made for, with the digest of the whole profile.
+
+    optimizer_threads: of the host's optimizer, for which the profile's figures hold
+    """
 
     name: str
     digest: str
     identity: MachineIdentity
     source: str  # "measured" or "datasheet"
+    optimizer_threads: int
+
+    def __post_init__(self) -> None:
+        if self.optimizer_threads < 1:
+            raise ValueError(f"machine {self.name}: optimizer_threads is {self.optimizer_threads}, must be at least 1")
 
     @classmethod
     def of(cls, machine: MachineProfile) -> MachineReference:
         """Reference to this profile as it stands."""
-        return cls(name=machine.name, digest=digest(machine), identity=machine.identity(), source=machine.provenance.source)
+        return cls(
+            name=machine.name,
+            digest=digest(machine),
+            identity=machine.identity(),
+            source=machine.provenance.source,
+            optimizer_threads=machine.optimizer.threads,
+        )
 
 
 class Plan(Document, frozen=True, tag="plan"):

@@ -56,6 +56,8 @@ def profile_table(machine: MachineProfile) -> RenderableType:
     row("AdamW on the host", machine.optimizer.host_bytes_per_s, 1e9, "GB/s")
     for at in machine.optimizer.by_threads:
         row(f"AdamW on the host, {at.threads} threads", at.host_bytes_per_s, 1e9, "GB/s")
+        if at.beside_copies:
+            row(f"AdamW on the host, {at.threads} threads, beside copies", at.beside_copies.host_bytes_per_s, 1e9, "GB/s")
     row("AdamW on the device", machine.optimizer.gpu_bytes_per_s, 1e9, "GB/s")
     if machine.ssd is not None:
         row("SSD read", machine.ssd.read.points[-1].rate, 1e9, "GB/s")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 
 from slideplan.plan.graph import Lane
 from slideplan.plan.policy import Tier
 from slideplan.plan.quantities import format_bytes
+from slideplan.runtime.host_memory import host_buffer
 
 STREAM_LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.GPU_UPDATE)
 
@@ -83,19 +82,6 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release page locks. Everything issued must be over."""
-
-
-def host_buffer(size_bytes: int) -> torch.Tensor:
-    """Zeroed anonymous memory of exactly this size, touched once, in huge pages where the system has them."""
-    try:
-        # Private: anonymous memory that is shared, Python's default, is never in huge pages unless the system says so.
-        region = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{format_bytes(size_bytes)} of host memory could not be mapped: {error.strerror}") from None
-    with contextlib.suppress(AttributeError, OSError):
-        region.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the array alive, and the array the mapping.
-    return torch.from_numpy(np.frombuffer(region, dtype=np.uint8)).zero_()
 
 
 class CpuBackend:

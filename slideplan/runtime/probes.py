@@ -36,14 +36,17 @@ from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.policy import GradientDtype, Kernels
 from slideplan.plan.quantities import format_bytes
 from slideplan.runtime.backend import Backend, make_backend
+from slideplan.runtime.host_memory import placement
 from slideplan.runtime.machine import identity, resident_bytes, total_host_bytes, usable_cores
 from slideplan.runtime.optimizer import HostUpdate
+from slideplan.runtime.probe_buffers import MemoryBuffers
 from slideplan.runtime.probe_compute import UnitProbe, efficiency
 from slideplan.runtime.probe_handoffs import handoffs
 from slideplan.runtime.probe_memory import MemoryProbes, SsdProbe
+from slideplan.runtime.probe_threads import chosen_threads, thread_points
 from slideplan.runtime.probe_together import COMBINATIONS, TogetherProbe
 from slideplan.runtime.probing import Effort, Work, mean_rate_spread, spread, timed, together
-from slideplan.runtime.threads import ThreadBudget
+from slideplan.runtime.threads import set_compute_threads
 
 TURNS = 2  # of samples of host memory between units
 ProgressCallback = Callable[[str, int, int], None]
@@ -79,32 +82,34 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     backend = make_backend(request.device)
     effort = Effort.of(request.quick, backend.name)
     lane_probes = len(TogetherProbe.runs(set().union(*COMBINATIONS)))
-    kernels = [each for each in request.kernels if each != "graphed" or backend.name == "cuda"]
-    if not kernels:
-        raise ValueError("--kernels graphed alone leaves nothing to measure on a CPU, which captures nothing; add fused")
-    steps = _Steps(progress, 5 + lane_probes + len(request.models) * len(request.shapes) * len(kernels))
+    kernels = _measurable(request.kernels, backend)
+    steps = _Steps(progress, 6 + lane_probes + len(request.models) * len(request.shapes) * len(kernels))
     try:
         steps.next("threads and kernels")
-        threads = _warm_up(backend, request.models[0])
+        _warm_up(backend, request.models[0])
         process_bytes = resident_bytes()
         capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
         steps.next("matrix products and attention")
         rates, spreads = efficiency(backend, effort)
-        probes = MemoryProbes(backend, effort, threads.optimizer)
+        steps.next("threads of the optimizer")
+        buffers = MemoryBuffers(backend, effort)
+        by_threads = thread_points(backend, effort, buffers)
+        threads = chosen_threads(backend, by_threads)
+        probes = MemoryProbes(backend, effort, buffers, threads)
         costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort, steps, probes)
-        gc.collect()
-        backend.release_unused()
+        notes += [placed] if (placed := placement()) else []
+        _release(backend)
         # By now libraries have loaded what units of full size call: 150 MiB more than small ones do.
         context_bytes = backend.outside_bytes()
         steps.next("links")
         probes.complete()
         h2d, d2h = probes.link_curves()
-        memory_work = probes.work()
+        memory_work = buffers.work(threads)
         steps.next("optimizer")
-        optimizer = probes.optimizer(usable_cores(), memory_work[Lane.GPU_UPDATE])
+        optimizer = probes.optimizer(threads, by_threads, memory_work[Lane.GPU_UPDATE])
         launches = probes.launches(memory_work)
-        told = handoffs(backend, threads.optimizer)
-        device_rate = probes.device_bytes_per_s()
+        told = handoffs(backend, threads)
+        device_rate = buffers.device_bytes_per_s()
         with SsdProbe.open(backend, Path.cwd(), effort) as disk:
             work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
             lanes = TogetherProbe()
@@ -113,7 +118,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             steps.next("disk")
             disk_duplex = lanes.total(Lane.SSD_READ, Lane.SSD_WRITE)
             ssd = disk.profile(disk_duplex.p50) if disk and disk_duplex else None
-        del probes, work, memory_work
+        del probes, buffers, work, memory_work
         steps.finish()
     finally:
         backend.close()
@@ -121,11 +126,12 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     dram = _host_dram(backend, lanes)
     assert duplex is not None, "every backend has both copy lanes"
     spreads |= {
-        "gpu.memory_bytes_per_s": device_rate, "link.duplex_bytes_per_s": duplex, "host.dram_bytes_per_s": dram
-    }  # fmt: skip
-    spreads |= {f"handoffs.{field}": found for field, found in told.items()}
-    if disk_duplex is not None:
-        spreads["ssd.duplex_bytes_per_s"] = disk_duplex
+        "gpu.memory_bytes_per_s": device_rate,
+        "link.duplex_bytes_per_s": duplex,
+        "host.dram_bytes_per_s": dram,
+        **{f"handoffs.{field}": found for field, found in told.items()},
+        **({"ssd.duplex_bytes_per_s": disk_duplex} if disk_duplex else {}),
+    }
     found = identity(backend)
     gpu_memory = request.gpu_memory_bytes or _device_memory_bytes(backend)
     return MachineProfile(
@@ -191,8 +197,7 @@ def _unit_costs(
             steps.next(shape)
             probes.sample(TURNS)
             for dtype in get_args(GradientDtype):
-                gc.collect()
-                backend.release_unused()
+                _release(backend)
                 wants_launches = all(launch.kernels != written for launch in launches)
                 try:
                     found = _probe(backend, model, micro_batch, seq_len, written, dtype, effort, wants_launches)
@@ -237,9 +242,8 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
     try:
         cost = _largest_layer(profile)
         steps.next("threads and kernels")
-        threads = _warm_up(backend, _layer_model(cost.shape) if cost else None)
-        probes = MemoryProbes(backend, effort, threads.optimizer)
-        work = probes.work()
+        _warm_up(backend, _layer_model(cost.shape) if cost else None)
+        work = MemoryBuffers(backend, effort).work(profile.optimizer.threads)
         for lane, name in names.items():
             steps.next(name)
             size, action = work[lane]
@@ -248,9 +252,8 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
             steps.next(" with ".join(lanes))
             for lane, rates in together(backend, {lane: work[lane] for lane in lanes}, effort.window_ns).items():
                 found[figure_name(lane, lanes)] = spread(rates)
-        del probes, work
-        gc.collect()
-        backend.release_unused()
+        del work
+        _release(backend)
         if cost is not None:
             steps.next("a layer")
             probe = UnitProbe(
@@ -281,14 +284,12 @@ class _Steps:
         self._progress("done", self._total, self._total)
 
 
-def _warm_up(backend: Backend, model: ModelSpec | None) -> ThreadBudget:
+def _warm_up(backend: Backend, model: ModelSpec | None) -> None:
     """Divide the cores, compile the optimizer, and run one small step: libraries load what they need at first use."""
-    threads = ThreadBudget.of(backend)
-    threads.apply()
-    HostUpdate(threads.optimizer).compile()
+    set_compute_threads(backend)
+    HostUpdate(usable_cores()).compile()
     if model is not None:
         UnitProbe(backend, _small(model), 1, 128).costs(1)
-    return threads
 
 
 def _layer_work(backend: Backend, request: ProfileRequest) -> dict[Lane, Work]:
@@ -297,9 +298,21 @@ def _layer_work(backend: Backend, request: ProfileRequest) -> dict[Lane, Work]:
         try:
             return {Lane.COMPUTE: UnitProbe(backend, request.models[0], micro_batch, seq_len).work()}
         except torch.OutOfMemoryError:
-            gc.collect()
-            backend.release_unused()
+            _release(backend)
     return {}
+
+
+def _measurable(kernels: Sequence[Kernels], backend: Backend) -> list[Kernels]:
+    found = [each for each in kernels if each != "graphed" or backend.name == "cuda"]
+    if not found:
+        raise ValueError("--kernels graphed alone leaves nothing to measure on a CPU, which captures nothing; add fused")
+    return found
+
+
+def _release(backend: Backend) -> None:
+    """Give device memory back that nothing uses any more."""
+    gc.collect()
+    backend.release_unused()
 
 
 def _host_dram(backend: Backend, lanes: TogetherProbe) -> Spread:

@@ -24,7 +24,7 @@ from slideplan.runtime.machine import available_host_bytes, identity
 from slideplan.runtime.measure import measure
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.session import Progress, Session
-from slideplan.runtime.threads import ThreadBudget
+from slideplan.runtime.threads import set_compute_threads
 from slideplan.runtime.weights import RandomWeights, SafetensorsWeights, WeightSource
 
 # Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
@@ -139,9 +139,8 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
     )
     tokens = tokenize(request.data or default_text(), request.weights, plan.model.vocabulary, request.byte_tokens)
     windows = TokenWindows(tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
-    threads = ThreadBudget.of(backend)
-    threads.apply()
-    host_update = HostUpdate(threads.optimizer)
+    set_compute_threads(backend)
+    host_update = HostUpdate(plan.machine.optimizer_threads)
     host_update.compile()  # before anything is written: it may refuse
     save(request.out / "plan.json", plan)
     on_gpu = plan.ledger.tiers[Tier.GPU]

@@ -14,7 +14,6 @@ from slideplan.runtime import weights
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.session import Session
-from slideplan.runtime.threads import ThreadBudget
 from slideplan.runtime.weights import RandomWeights, SafetensorsWeights
 
 MODEL = tiny_model()
@@ -31,7 +30,7 @@ def test_weights_arrive_in_the_master_exactly(
     backend = CpuBackend()
     plan = plan_for(MODEL, tiny_policy(MODEL, resident_state=(1,)), tiny_workload(), backend)
     windows = token_windows(MODEL, plan.workload)
-    session = Session(plan, backend, source, windows, AdamW(), HostUpdate(ThreadBudget.of(backend).optimizer))
+    session = Session(plan, backend, source, windows, AdamW(), HostUpdate(plan.machine.optimizer_threads))
     assert all(torch.equal(tensors[name].float(), value) for name, value in masters(session).items())
 
 

@@ -5,7 +5,7 @@
 Both read split master, both moments and a bf16 gradient and write all but the gradient back, 26 bytes an element
 on the same threads, in turns in the same run. Where threads run is the system's choice; pinned ones, to compare:
 
-    OMP_PROC_BIND=close OMP_PLACES=cores python benchmarks/host_update.py
+    OMP_PROC_BIND=close OMP_PLACES=cores python benchmarks/host_update.py --threads 15
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
         units = tuple(msgspec.structs.replace(unit, inner="recompute") if unit.inner == "offload" else unit for unit in units)
         policy = msgspec.structs.replace(policy, units=units, inner_slots=0)
     elif mechanism == "captured graphs":
+        if policy.kernels != "graphed":
+            raise ValueError(f"{model.name} at {plan.workload.global_batch}: nothing is captured in this plan")
         policy = msgspec.structs.replace(policy, kernels="fused")
     elif mechanism == "kept activations":
         units = tuple(msgspec.structs.replace(unit, inner="recompute") for unit in units)

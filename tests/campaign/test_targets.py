@@ -28,6 +28,8 @@ def test_mechanisms_are_switched_off_one_at_a_time() -> None:
     assert here.policy.inner_slots == 0
     with pytest.raises(ValueError, match="no inner activations wait on the host"):
         targets.without("activations on the host", here, tiny_machine())
+    with pytest.raises(ValueError, match="nothing is captured in this plan"):
+        targets.without("captured graphs", fused, tiny_machine())
 
 
 def test_waits_of_compute_and_what_of_them_nothing_accounts_for() -> None:

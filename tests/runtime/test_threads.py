@@ -1,5 +1,9 @@
 """How many threads the host's optimizer gets."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -58,3 +62,11 @@ def test_on_a_cpu_backend_cores_are_shared_with_compute(
         assert torch.get_num_threads() == cores
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for the cores as Linux has it")
+def test_openmp_does_not_bind_the_lanes_to_one_core() -> None:
+    """What binds its threads by the environment leaves the importing thread, and whatever it starts, a single core."""
+    show = "import slideplan.runtime.machine, os, sys; sys.exit(len(os.sched_getaffinity(0)))"
+    told = os.environ | {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+    assert subprocess.run([sys.executable, "-c", show], env=told, check=False).returncode == len(os.sched_getaffinity(0))

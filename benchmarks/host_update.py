@@ -1,44 +1,61 @@
 """The host's AdamW against what its memory allows: a pass over the same arrays with next to no arithmetic.
 
     python benchmarks/host_update.py --elements 200000000 -o host_update.json
+    python benchmarks/host_update.py --processes 4      # in turns with processes whose threads are pinned to cores
 
 Both read split master, both moments and a bf16 gradient and write all but the gradient back, 26 bytes an element
-on the same threads, in turns in the same run. Where threads run is the system's choice; pinned ones, to compare:
-
-    OMP_PROC_BIND=close OMP_PLACES=cores python benchmarks/host_update.py --threads 15
+on the same threads, which take chunks of the same size as they come free; in turns in the same process. "adamw,
+colliding" is the same update with both moments of an element a multiple of 256 MiB apart, which no unit has: see
+COLLIDING_ELEMENTS in slideplan/plan/model.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 
+from slideplan import __version__
+from slideplan.plan.model import ALIGN_ELEMENTS, COLLIDING_ELEMENTS
 from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.host_memory import host_buffer, placement
-from slideplan.runtime.machine import usable_cores
-from slideplan.runtime.optimizer import AdamW, HostUpdate
+from slideplan.runtime.machine import cpu_name, usable_cores
+from slideplan.runtime.optimizer import CHUNK_ELEMENTS, AdamW, HostUpdate, take
 
 TRAFFIC_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2
+PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
 
 
-@numba.njit(parallel=True, nogil=True)
-def triad(high, remainder, m, v, gradient):  # type: ignore[no-untyped-def]
-    for i in numba.prange(high.size):
+@numba.njit(nogil=True)
+def triad_chunk(high, remainder, m, v, gradient):  # type: ignore[no-untyped-def]
+    for i in range(high.size):
         high[i] = high[i] + gradient[i]
         remainder[i] = remainder[i] + np.int16(1)
         m[i] = m[i] + np.float32(1)
         v[i] = v[i] + np.float32(1)
+
+
+@numba.njit(parallel=True, nogil=True)
+def triad(threads, size, taken, high, remainder, m, v, gradient):  # type: ignore[no-untyped-def]
+    for _ in numba.prange(threads):
+        start = take(taken) * size
+        while start < high.size:
+            c = slice(start, min(start + size, high.size))
+            triad_chunk(high[c], remainder[c], m[c], v[c], gradient[c])
+            start = take(taken) * size
 
 
 def bytes_per_s(action: Callable[[], object], elements: int) -> float:
@@ -47,41 +64,71 @@ def bytes_per_s(action: Callable[[], object], elements: int) -> float:
     return TRAFFIC_BYTES * elements / (time.perf_counter() - started)
 
 
+def measured(n: int, threads: int, rounds: int) -> dict[str, Any]:
+    weights, gradient = (host_buffer(2 * n).view(torch.bfloat16).normal_() for _ in range(2))
+    remainder = host_buffer(2 * n).view(torch.int16)
+    apart = -(-n // COLLIDING_ELEMENTS) * COLLIDING_ELEMENTS
+    both = host_buffer(4 * (apart + ALIGN_ELEMENTS + n)).view(torch.float32)
+    moments, colliding = (both.as_strided((2, n), (distance, 1)) for distance in (apart + ALIGN_ELEMENTS, apart))
+    update, settings = HostUpdate(threads), AdamW()
+    raw = [each.view(torch.int16).numpy() for each in (weights, gradient)]
+    arrays = raw[0], remainder.numpy(), moments[0].numpy(), moments[1].numpy(), raw[1]
+    actions = {
+        "triad": lambda: triad(update.threads, CHUNK_ELEMENTS, np.zeros(1, np.int64), *arrays),
+        "adamw": lambda: update(weights, remainder, moments, gradient, settings, 1),
+        "adamw, colliding": lambda: update(weights, remainder, colliding, gradient, settings, 1),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds + 2):
+        for name, action in actions.items():
+            numba.set_num_threads(update.threads)
+            # What the triad leaves would be subnormal or huge, which is slow or endless.
+            for each, value in ((gradient, 0.5), (weights, 0.25), (both, 1e-3)):
+                each.fill_(value)
+            rates[name].append(bytes_per_s(action, n) / 1e9)
+    gb_per_s = {name: np.percentile(values[2:], (10, 50, 90)).round(1).tolist() for name, values in rates.items()}
+    return {
+        "threads": update.threads, "gb_per_s_p10_p50_p90": gb_per_s,
+        "adamw_of_triad": round(gb_per_s["adamw"][1] / gb_per_s["triad"][1], 3),
+    }  # fmt: skip
+
+
+def in_turns(command: list[str], processes: int) -> dict[str, list[dict[str, Any]]]:
+    """What processes of their own found, with threads where the system puts them and pinned, by turns."""
+    found: dict[str, list[dict[str, Any]]] = {"not pinned": [], "pinned": []}
+    for _ in range(processes):
+        for name, told in (("not pinned", {}), ("pinned", PINNED)):
+            done = subprocess.run(command, env=os.environ | told, check=True, capture_output=True, text=True)
+            found[name].append(json.loads(done.stdout)["here"])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=200_000_000)
     parser.add_argument("--threads", type=int, default=max(1, usable_cores() - 1))
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--processes", type=int, default=0, help="of each sort; default: this one alone")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    n = options.elements
-    weights, gradient = (host_buffer(2 * n).view(torch.bfloat16).normal_() for _ in range(2))
-    remainder = host_buffer(2 * n).view(torch.int16)
-    moments = host_buffer(8 * n).view(torch.float32).view(2, n)
-    update, settings = HostUpdate(options.threads), AdamW()
-    raw = [each.view(torch.int16).numpy() for each in (weights, gradient)]
-    actions = {
-        "triad": lambda: triad(raw[0], remainder.numpy(), moments[0].numpy(), moments[1].numpy(), raw[1]),
-        "adamw": lambda: update(weights, remainder, moments, gradient, settings, 1),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(options.rounds + 2):
-        for name, action in actions.items():
-            numba.set_num_threads(update.threads)
-            # What the triad leaves would be subnormal or huge, which is slow or endless.
-            for each, value in ((gradient, 0.5), (weights, 0.25), (moments, 1e-3)):
-                each.fill_(value)
-            rates[name].append(bytes_per_s(action, n))
-    median = {name: statistics.median(values[2:]) for name, values in rates.items()}
-    result = {
-        "device": platform.processor() or platform.machine(), "cores": usable_cores(), "threads": update.threads,
+    for name in ("elements", "threads", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, must be at least 1")
+    result: dict[str, Any] = {
+        "device": cpu_name(), "cores": usable_cores(), "memory": placement(), "slideplan": __version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "numba": numba.__version__, "torch": torch.__version__},
-        "command": " ".join(sys.argv), "elements": n,
-        "omp_proc_bind": os.environ.get("OMP_PROC_BIND", ""), "memory": placement(),
-        "gb_per_s": {name: round(rate / 1e9, 1) for name, rate in median.items()},
-        "first_and_last_gb_per_s": {name: [round(rates[name][i] / 1e9, 1) for i in (2, -1)] for name in rates},
-        "adamw_of_triad": round(median["adamw"] / median["triad"], 3),
+        "command": " ".join(sys.argv), "elements": options.elements,
     }  # fmt: skip
+    if options.processes:
+        same = [f"--{name}={getattr(options, name)}" for name in ("elements", "threads", "rounds")]
+        result |= in_turns([sys.executable, __file__, *same], options.processes)
+        result["adamw_gb_per_s"] = {
+            name: statistics.median(each["gb_per_s_p10_p50_p90"]["adamw"][1] for each in result[name])
+            for name in ("not pinned", "pinned")
+        }
+    else:
+        result["here"] = measured(options.elements, options.threads, options.rounds)
     print(json.dumps(result, indent=1))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -4,13 +4,14 @@
 
 Baselines are the Hugging Face layer run by autograd, the same with liger-kernel's operators where that is installed,
 and the same through torch.compile; for the loss, torch's cross-entropy a chunk at a time and liger's fused linear
-cross-entropy. `issue_us` is the host's time to issue the work; `bound` is what the products alone would take at the
-rate of a large product measured in the same run.
+cross-entropy. `issue_us` is the host's time to issue the work; TFLOP/s count the products and attention of forward and
+backward, and stand beside those of a large product measured in the same run. What is recomputed is no work.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import statistics
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from slideplan import __version__
 from slideplan.plan.model import ModelSpec, UnitRole
 from slideplan.plan.pools import loss_chunk_tokens
 from slideplan.planner.catalogue import find_model
@@ -97,11 +99,15 @@ class LayerCase:
             found[f"recompute {name}"] = partial(recompute, into)
         return found
 
+    def rated(self, name: str, times: dict[str, float]) -> dict[str, float]:
+        flops = self.model.matmul_flops(UnitRole.LAYER, self.tokens) + self.model.attention_flops(self.tokens, self.seq_len)
+        return times | {"tflops": round(flops * (1 if name == "forward" else 3) / times["ms"] / 1e9, 1)}
+
     def results(self, layer: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
         with torch.no_grad():
             for name, action in self.actions(layer).items():
-                found[name] = measured(action)
+                found[name] = self.rated(name, measured(action))
             before = torch.cuda.memory_allocated()
             kept = layer.forward_keep(self.entered, self.left)
             found["saved_bytes_per_token"] = (torch.cuda.memory_allocated() - before) / self.tokens
@@ -118,7 +124,7 @@ class LayerCase:
                 with torch.cuda.graph(graph):
                     action()
                 capture_ms = (time.perf_counter() - before) * 1e3
-                found[name] = measured(graph.replay) | {"capture_ms": round(capture_ms, 2)}
+                found[name] = self.rated(name, measured(graph.replay)) | {"capture_ms": round(capture_ms, 2)}
                 del graph
         return found
 
@@ -175,13 +181,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     model = find_model(options.model)
-    batch, seq_len = map(int, options.shape.split("x"))
+    try:
+        batch, seq_len = map(int, options.shape.split("x"))
+    except ValueError:
+        parser.error(f"--shape is {options.shape!r}, must be like 16x1024")
     case = LayerCase(model, batch, seq_len)
-    forward = model.matmul_flops(UnitRole.LAYER, case.tokens) + model.attention_flops(case.tokens, seq_len)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "python": platform.python_version(), "torch": torch.__version__,
+        "slideplan": __version__, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv), "product_tflops": round(product_flops_per_s() / 1e12, 1),
-        "forward_gflop": forward / 1e9,
     }  # fmt: skip
     result["eager"] = case.results(case.eager)
     result["fused"] = case.results(case.fused)

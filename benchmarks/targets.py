@@ -7,8 +7,9 @@
 A row is a model shape and a global batch at a sequence length of 1024, with random weights and exact fp32 state.
 The reference is the Hugging Face model with all bf16 weights and gradients resident, gradient checkpointing,
 liger-kernel's operators where that is installed, forward and backward without any optimizer: a ceiling that a run
-with an optimizer is not expected to pass. `peer` is SlideFormer's step time on the same kind of machine, as published
-with `tests/reference`. The folder gets profile.json, ROW/ with plan, measurement and comparison, table.json, table.md.
+with an optimizer is not expected to pass. `peer` is SlideFormer's step time on the same kind of machine; that of batch 16
+stands with its memory in `tests/reference`, the others are figures without details. The folder gets profile.json,
+ROW/ with plan, measurement and comparison, table.json, table.md.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from slideplan.runtime.data import TokenWindows
 from slideplan.runtime.machine import identity
 from slideplan.runtime.optimizer import AdamW, HostUpdate
 from slideplan.runtime.session import Session
+from slideplan.runtime.threads import optimizer_share
 from slideplan.runtime.weights import RandomWeights, WeightSource
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
@@ -46,7 +47,7 @@ EVERYTHING = {
 
 def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Backend) -> Plan:
     """A plan of this policy for this machine; its prediction gives every task a microsecond."""
-    machine = tiny_machine()
+    machine, here = tiny_machine(), identity(backend)
     footprint = Footprint(inner_bytes=1 << 16, workspace_bytes=1 << 20)
     graph = lower(model, policy, workload, footprint)
     memory = ledger(graph, machine)
@@ -56,7 +57,9 @@ def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Back
         version=__version__,
         model=model,
         model_digest=digest(model),
-        machine=msgspec.structs.replace(MachineReference.of(machine), identity=identity(backend)),
+        machine=msgspec.structs.replace(
+            MachineReference.of(machine), identity=here, optimizer_threads=optimizer_share(here.cores)
+        ),
         workload=workload,
         policy=policy,
         footprint=footprint,

@@ -116,6 +116,10 @@ class ThreadPoint(Spec, frozen=True):
     host_bytes_per_s: Spread
     beside_copies: BesideCopies | None = None
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"optimizer.by_threads: threads is {self.threads}, must be at least 1")
+
 
 class OptimizerProfile(Spec, frozen=True):
     """AdamW on split master with fp32 moments: memory traffic per second when nothing else runs.
@@ -325,6 +329,7 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
             "host.memory_bytes": self.host.memory_bytes,
             "host.dram_bytes_per_s": self.host.dram_bytes_per_s,
             "link.duplex_bytes_per_s": self.link.duplex_bytes_per_s,
+            "optimizer.threads": self.optimizer.threads,
             "optimizer.host_bytes_per_s.p50": self.optimizer.host_bytes_per_s.p50,
             "optimizer.gpu_bytes_per_s.p50": self.optimizer.gpu_bytes_per_s.p50,
             "efficiency.attention_flops_per_s": self.efficiency.attention_flops_per_s,
@@ -336,6 +341,10 @@ class MachineProfile(Document, frozen=True, dict=True, tag="machine_profile"):
         for field, value in (("gpu.context_bytes", self.gpu.context_bytes), ("host.process_bytes", self.host.process_bytes)):
             if value < 0:
                 raise ValueError(f"machine {self.name}: {field} is {value}, must be zero or more")
+
+        if self.optimizer.threads > self.host.cores:
+            threads, cores = self.optimizer.threads, self.host.cores
+            raise ValueError(f"machine {self.name}: optimizer.threads is {threads}, must be at most host.cores, {cores}")
 
     @cached_property
     def cost_index(self) -> dict[CostKey, tuple[ComputeCost, ...]]:

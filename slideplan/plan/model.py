@@ -12,6 +12,9 @@ from slideplan.plan.codec import Spec
 # Every parameter starts at a multiple of this many elements in its unit's flat buffer, so that
 # views are aligned to 128 bytes in bf16 and vector loads never straddle two parameters.
 ALIGN_ELEMENTS = 64
+# fp32 moments of an element that lie a multiple of 256 MiB apart are slow to stream on some machines, as if they met in
+# one bank of memory: on an AMD EPYC the host's AdamW takes 15 to 27 % longer over them (benchmarks/host_update.py).
+COLLIDING_ELEMENTS = (256 << 20) // 4
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 RopeValue = str | float | int | bool | list[float] | None
@@ -146,7 +149,8 @@ class ModelSpec(Spec, frozen=True, dict=True):
     def flat_elements(self, role: UnitRole) -> int:
         """Elements of a unit's flat buffer, alignment included: what is moved and updated."""
         last = self._layouts[role][-1]
-        return _aligned(last.offset + last.elements)
+        elements = _aligned(last.offset + last.elements)
+        return elements if elements % COLLIDING_ELEMENTS else elements + ALIGN_ELEMENTS
 
     def unit_parameter_count(self, role: UnitRole) -> int:
         """Trainable elements of a unit, alignment excluded."""

@@ -103,8 +103,9 @@ class MachineReference(Spec, frozen=True):
     optimizer_threads: int
 
     def __post_init__(self) -> None:
-        if self.optimizer_threads < 1:
-            raise ValueError(f"machine {self.name}: optimizer_threads is {self.optimizer_threads}, must be at least 1")
+        if not 1 <= self.optimizer_threads <= self.identity.cores:
+            threads, cores = self.optimizer_threads, self.identity.cores
+            raise ValueError(f"machine {self.name}: optimizer_threads is {threads}, must be in 1..{cores}; plan again")
 
     @classmethod
     def of(cls, machine: MachineProfile) -> MachineReference:

@@ -17,16 +17,18 @@ from slideplan.plan.quantities import format_bytes
 STATUS = Path("/proc/self/status")
 NODES_WITH_MEMORY = Path("/sys/devices/system/node/has_memory")
 
-# Of Linux's mbind(2). Called by number, since libnuma, which wraps it, is on few machines.
+# Linux's mbind(2) and get_mempolicy(2), called by number, since libnuma, which wraps them, is on few machines.
 MBIND = {"x86_64": 237, "aarch64": 235}
-MPOL_INTERLEAVE = 3
+GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}
+MPOL_DEFAULT, MPOL_INTERLEAVE = 0, 3
 
 
 def host_buffer(size_bytes: int) -> torch.Tensor:
     """Zeroed anonymous memory of exactly this size, touched once, in huge pages where the system has them.
 
-    On a machine with several NUMA nodes its pages lie on all of them in turn. Left alone they would all lie with the
-    thread that touches them first, and updates by threads of every node would wait for that node's memory alone.
+    On a machine with several NUMA nodes its pages lie on all of them in turn, unless the process was started with a policy
+    of its own (numactl). Left alone they would all lie with the thread that touches them first, and updates by threads of
+    every node would wait for that node's memory alone.
     """
     try:
         # Private: anonymous memory that is shared, Python's default, is never in huge pages unless the system says so.
@@ -36,7 +38,7 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
     with contextlib.suppress(AttributeError, OSError):
         region.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(region, dtype=np.uint8)
-    if len(nodes := memory_nodes()) > 1:
+    if len(nodes := memory_nodes()) > 1 and not has_policy():
         interleave(array, nodes)
     # The tensor keeps the array alive, and the array the mapping.
     return torch.from_numpy(array).zero_()
@@ -57,11 +59,31 @@ def placement() -> str:
     nodes = memory_nodes()
     if len(nodes) < 2:
         return ""
+    if has_policy():
+        return "host memory lies where the process was told to have it (numactl)"
     named = ", ".join(map(str, nodes))
     page = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
     if interleave(page, nodes):
         return f"host memory lies on NUMA nodes {named} in turn"
     return f"host memory lies where it is touched first: the system refuses to lay it on NUMA nodes {named} in turn"
+
+
+def has_policy() -> bool:
+    """Whether the process was told where to take memory."""
+    mode = ctypes.c_int(MPOL_DEFAULT)
+    nothing = ctypes.c_void_p(None)
+    asked = _call(GET_MEMPOLICY, ctypes.byref(mode), nothing, ctypes.c_ulong(0), nothing, ctypes.c_ulong(0))
+    return asked and mode.value != MPOL_DEFAULT
+
+
+def _call(numbers: dict[str, int], *arguments: object) -> bool:
+    """A system call that returns zero if it does what it is asked."""
+    number = numbers.get(platform.machine())
+    if number is None:
+        return False
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    return bool(call(ctypes.c_long(number), *arguments) == 0)
 
 
 def _numbers(ranges: str) -> set[int]:
@@ -75,17 +97,12 @@ def interleave(array: np.ndarray, nodes: Sequence[int]) -> bool:
 
     False where the system refuses, as some containers do: they lie where they are touched first then.
     """
-    number = MBIND.get(platform.machine())
-    if number is None:
-        return False
     bits = 8 * ctypes.sizeof(ctypes.c_ulong)
     words = max(nodes) // bits + 1
     mask = (ctypes.c_ulong * words)()
     for node in nodes:
         mask[node // bits] |= 1 << node % bits
-    call = ctypes.CDLL(None, use_errno=True).syscall
-    call.restype = ctypes.c_long
     address, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_ulong(array.nbytes)
     # The kernel reads one bit less than it is told.
     most = ctypes.c_ulong(words * bits + 1)
-    return bool(call(ctypes.c_long(number), address, size, ctypes.c_int(MPOL_INTERLEAVE), mask, most, ctypes.c_uint(0)) == 0)
+    return _call(MBIND, address, size, ctypes.c_int(MPOL_INTERLEAVE), mask, most, ctypes.c_uint(0))

@@ -103,7 +103,7 @@ def _gradient(typing_context: Any, raw: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _take(typing_context: Any, counter: Any) -> Any:
+def take(typing_context: Any, counter: Any) -> Any:
     """The first element of an int64 array, which grows by one; no two threads get the same."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -141,11 +141,11 @@ def _chunk(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, st
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
 def _adamw(threads, size, taken, high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
     for _ in numba.prange(threads):
-        start = _take(taken) * size  # type: ignore[call-arg]
+        start = take(taken) * size  # type: ignore[call-arg]
         while start < high.size:
             c = slice(start, min(start + size, high.size))
             _chunk(high[c], remainder[c], m[c], v[c], gradient[c], decay, w1, beta2, w2, root2, eps, step_size)
-            start = _take(taken) * size
+            start = take(taken) * size
 
 
 # Elements that a thread takes at once: it comes back for more when done, so that one which the system holds up

@@ -54,7 +54,7 @@ def chosen_threads(backend: Backend, points: Sequence[ThreadPoint]) -> int:
     which the slowest counts. So threads are left out where more of them slow the copies down below that, or add nothing.
     """
     if backend.name == "cpu":
-        return optimizer_share(usable_cores())
+        return optimizer_share(points[-1].threads)
     times_s = {point.threads: streamed_parameter_s(point.beside_copies) for point in points if point.beside_copies}
     least = min(times_s.values())
     return min(threads for threads, time_s in times_s.items() if time_s <= least * (1 + TOLERANCE))

@@ -141,6 +141,11 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
     windows = TokenWindows(tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
     set_compute_threads(backend)
     host_update = HostUpdate(plan.machine.optimizer_threads)
+    if host_update.threads < plan.machine.optimizer_threads:
+        raise ValueError(
+            f"{request.plan_path}: machine.optimizer_threads is {plan.machine.optimizer_threads}, numba gives this process "
+            f"{host_update.threads}; unset NUMBA_NUM_THREADS, or measure this machine with it and plan again"
+        )
     host_update.compile()  # before anything is written: it may refuse
     save(request.out / "plan.json", plan)
     on_gpu = plan.ledger.tiers[Tier.GPU]

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import flat_curve, tiny_machine, tiny_model
-from slideplan.plan.machine import Curve, LayerShape, RatePoint, Spread
+from slideplan.plan.machine import Curve, LayerShape, RatePoint, Spread, ThreadPoint
 from slideplan.plan.model import UnitRole
+from slideplan.plan.plan import MachineReference
 
 
 def curve(*points: tuple[int, int]) -> Curve:
@@ -61,3 +62,28 @@ def test_identity_tells_in_what_machines_differ():
 def test_percentiles_must_ascend_from_zero(percentiles: tuple[int, int, int]):
     with pytest.raises(ValueError, match="must be zero or more and ascend"):
         Spread(*percentiles)
+
+
+def test_plans_name_the_threads_of_the_profile():
+    machine = tiny_machine()
+    optimizer = msgspec.structs.replace(machine.optimizer, threads=3)
+    machine = msgspec.structs.replace(machine, host=msgspec.structs.replace(machine.host, cores=4), optimizer=optimizer)
+    assert MachineReference.of(machine).optimizer_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("threads", "message"), [(0, "optimizer.threads is 0, must be positive"), (5, "is 5, must be at most")]
+)
+def test_the_optimizer_has_as_many_threads_as_there_are_cores_at_most(threads: int, message: str):
+    machine = tiny_machine()
+    with pytest.raises(ValueError, match=message):
+        msgspec.structs.replace(
+            machine,
+            host=msgspec.structs.replace(machine.host, cores=4),
+            optimizer=msgspec.structs.replace(machine.optimizer, threads=threads),
+        )
+
+
+def test_no_threads_have_no_rate():
+    with pytest.raises(ValueError, match=r"by_threads: threads is 0"):
+        ThreadPoint(threads=0, host_bytes_per_s=Spread.exact(1))

@@ -72,3 +72,14 @@ def test_flops_equal_those_that_torch_counts(fields: dict):
     linear, attention = counted(lambda: network.lm_head(x))
     assert (linear, attention) == (model.matmul_flops(UnitRole.HEAD, tokens), 0)
     assert model.matmul_flops(UnitRole.EMBEDDING, tokens) == 0
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "padding"), [(2**16, 0), (2**17, ALIGN_ELEMENTS), (3 * 2**17, ALIGN_ELEMENTS), (2**17 + 1, 0)]
+)
+def test_moments_of_an_element_never_lie_whole_colliding_distances_apart(vocabulary: int, padding: int):
+    """Those of units such as Mistral's embeddings would, and the host's memory would serve them more slowly."""
+    model = tiny_model(vocabulary=vocabulary, hidden=512, heads=8, kv_heads=4)
+    elements = model.flat_elements(UnitRole.EMBEDDING)
+    assert elements == vocabulary * 512 + padding
+    assert 4 * elements % (256 << 20)

@@ -17,9 +17,10 @@ from checkpoints import random_state_dict, write_checkpoint
 from running import plan_for
 from slideplan.plan.codec import save
 from slideplan.plan.plan import Plan
-from slideplan.runtime import compute
+from slideplan.runtime import compute, optimizer, run
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.cli import main
+from slideplan.runtime.optimizer import HostUpdate
 
 MODEL = tiny_model()
 
@@ -164,6 +165,13 @@ def changed(plan: Plan, **fields: object) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(plan, **fields))
 
 
+def threads(plan: Plan, count: int) -> bytes:
+    """The plan with this many threads for the optimizer."""
+    document = msgspec.json.decode(msgspec.json.encode(plan))
+    document["machine"]["optimizer_threads"] = count
+    return msgspec.json.encode(document)
+
+
 BAD = {
     "truncated": (lambda plan: msgspec.json.encode(plan)[:-100], "not valid JSON"),
     "other version": (lambda plan: changed(plan, format_version=99), "`format_version` is 99"),
@@ -204,6 +212,8 @@ BAD = {
         lambda plan: changed(plan, prediction=msgspec.structs.replace(plan.prediction, host_updates_ns=0)),
         "`prediction` has a step, a task or host updates that take no time",
     ),
+    "no threads": (lambda plan: threads(plan, 0), "optimizer_threads is 0, must be in 1.."),
+    "more threads than cores": (lambda plan: threads(plan, 1000), "optimizer_threads is 1000, must be in 1.."),
     "no room for its ledger": (
         lambda plan: changed(
             plan,
@@ -228,6 +238,26 @@ BAD = {
         "without waiting for",
     ),
 }
+
+
+def test_a_run_takes_the_threads_of_its_plan(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = plan.machine.identity.cores
+    (tmp_path / "plan.json").write_bytes(threads(plan, cores))
+    made: list[HostUpdate] = []
+
+    def host_update(count: int) -> HostUpdate:
+        made.append(HostUpdate(count))
+        return made[-1]
+
+    monkeypatch.setattr(run, "HostUpdate", host_update)
+    done = runtime("execute", "plan.json", "--steps", 3, "--device", "cpu", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [update.threads for update in made] == [cores]
+    monkeypatch.setattr(optimizer.numba.config, "NUMBA_NUM_THREADS", cores - 1)
+    done = runtime("execute", "plan.json", "--steps", 3, "--device", "cpu", "-o", "refused", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"plan.json: machine.optimizer_threads is {cores}, numba gives this process {cores - 1}; unset NUMBA" in done.stderr
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("name", BAD)

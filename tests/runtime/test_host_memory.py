@@ -1,8 +1,10 @@
 """Memory as the backends hand it out."""
 
 import mmap
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,21 +46,66 @@ def test_memory_is_taken_of_nodes_that_have_some_and_are_allowed(
 
 
 def test_buffers_lie_on_all_nodes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, tuple[int, ...]]] = []
+    done: list[object] = []
 
-    def note(array: np.ndarray, nodes: tuple[int, ...]) -> bool:
-        assert not array.any(), "not touched by others yet"
-        asked.append((array.ctypes.data, nodes))
+    def interleaved(array: np.ndarray, nodes: tuple[int, ...]) -> bool:
+        done.append(nodes)
         return False
 
-    monkeypatch.setattr(host_memory, "interleave", note)
+    def made(array: np.ndarray) -> torch.Tensor:
+        done.append("touched")
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(host_memory, "torch", SimpleNamespace(from_numpy=made))
+    monkeypatch.setattr(host_memory, "interleave", interleaved)
     monkeypatch.setattr(host_memory, "memory_nodes", lambda: (0,))
     host_buffer(4096)
-    assert asked == [], "one node has nothing to take turns with"
+    assert done == ["touched"], "one node has nothing to take turns with"
     monkeypatch.setattr(host_memory, "memory_nodes", lambda: (0, 1))
     buffer = host_buffer(4096)
-    assert asked == [(buffer.data_ptr(), (0, 1))]
+    assert done[1:] == [(0, 1), "touched"], "pages lie where they do from the first touch"
     assert torch.equal(buffer, torch.zeros(4096, dtype=torch.uint8)), "a refusal leaves memory that works"
+    monkeypatch.setattr(host_memory, "has_policy", lambda: True)
+    host_buffer(4096)
+    assert done[3:] == ["touched"], "who starts the process may know better"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "policy", "granted", "said"),
+    [
+        ((0,), False, True, ""),
+        ((0, 2), False, True, "host memory lies on NUMA nodes 0, 2 in turn"),
+        (
+            (0, 2),
+            False,
+            False,
+            "host memory lies where it is touched first: the system refuses to lay it on NUMA nodes 0, 2 in turn",
+        ),
+        ((0, 2), True, True, "host memory lies where the process was told to have it (numactl)"),
+    ],
+)
+def test_profiles_say_where_host_memory_lies(
+    nodes: tuple[int, ...], policy: bool, granted: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "memory_nodes", lambda: nodes)
+    monkeypatch.setattr(host_memory, "has_policy", lambda: policy)
+    monkeypatch.setattr(host_memory, "interleave", lambda array, nodes: granted)
+    assert host_memory.placement() == said
+
+
+@linux
+def test_a_policy_of_the_process_is_seen() -> None:
+    """Set and asked for in a process of its own, which is then bound to node 0."""
+    number = "ctypes.c_long({'x86_64': 238, 'aarch64': 237}[platform.machine()])"
+    bind = f"call({number}, 2, (ctypes.c_ulong * 1)(1), ctypes.c_ulong(65))"
+    show = (
+        "import ctypes, platform; from slideplan.runtime.host_memory import has_policy; before = has_policy(); "
+        f"call = ctypes.CDLL(None).syscall; refused = {bind}; print(before, refused, has_policy())"
+    )
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True).stdout.split()
+    if done[1] != "0":
+        pytest.skip("this container may not bind memory")
+    assert done == ["False", "0", "True"]
 
 
 @linux

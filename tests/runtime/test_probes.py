@@ -1,11 +1,13 @@
 """The profiler measures what plans need."""
 
+import io
 import time
 from pathlib import Path
 from statistics import median
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from builders import tiny_model
 from slideplan.plan.codec import load, save
@@ -13,8 +15,11 @@ from slideplan.plan.figures import changes, figures
 from slideplan.plan.graph import Lane, TaskKind
 from slideplan.plan.machine import LayerShape, MachineProfile
 from slideplan.plan.model import UnitRole
+from slideplan.planner.report_machines import profile_table
+from slideplan.runtime import probes
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.machine import identity
+from slideplan.runtime.probe_buffers import MemoryBuffers
 from slideplan.runtime.probe_together import COMBINATIONS
 from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine
 from slideplan.runtime.probing import mean_rate_spread, placed_rate_spread, rate_spread, timed_in_turns, together
@@ -33,6 +38,8 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         gpu_memory_bytes=1 << 20,
         command="test",
     )
+    # The rule leaves one of two cores to the optimizer: here it is all, which nothing else in the profile takes.
+    monkeypatch.setattr(probes, "chosen_threads", lambda backend, points: points[-1].threads)
     profile = profile_machine(request, lambda *progress: seen.append(progress))
     assert profile.identity() == identity(CpuBackend())
     assert profile.gpu.memory_bytes == 1 << 20
@@ -49,7 +56,13 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(0 < cost.duration_ns.p10 <= cost.duration_ns.p50 <= cost.duration_ns.p90 for cost in profile.costs)
     assert profile.host.dram_bytes_per_s >= profile.optimizer.host_bytes_per_s.p50
     cores = identity(CpuBackend()).cores
-    assert [at.threads for at in profile.optimizer.by_threads][-1] == cores
+    assert [at.threads for at in profile.optimizer.by_threads][-1] == profile.optimizer.threads == cores
+    assert all(at.beside_copies is not None for at in profile.optimizer.by_threads)
+    beside = f"AdamW on the host, {cores} threads, beside copies"
+    assert {beside, f"h2d copy beside {cores} threads of AdamW on the host"} <= set(figures(profile))
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(profile_table(profile))
+    assert beside in shown.getvalue()
     assert profile.launches == (), "on a CPU a handler returns when all is done"
     met = profile.interference
     assert met is not None
@@ -71,7 +84,13 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save("profile.json", profile)
     assert load("profile.json", MachineProfile) == profile
     assert [file.name for file in tmp_path.iterdir()] == ["profile.json"], "the disk probe cleans up"
+    checked_with: list[int] = []
+    work = MemoryBuffers.work
+    monkeypatch.setattr(
+        MemoryBuffers, "work", lambda buffers, threads: (checked_with.append(threads), work(buffers, threads))[1]
+    )
     checked = check_machine(profile, lambda *_: None)
+    assert checked_with == [cores]
     assert len(changes(figures(profile), checked)) == len(checked), "what is checked is in the profile by the same name"
     assert {"AdamW on the host", "h2d with d2h", "backward_recompute layer, hidden 64, 2x64, fused, bf16+"} <= set(checked)
     other = msgspec.structs.replace(profile, host=msgspec.structs.replace(profile.host, cpu="another"))

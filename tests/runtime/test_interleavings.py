@@ -10,7 +10,7 @@ import torch
 from builders import tiny_model, tiny_policy, tiny_workload
 from contents import run_lanes
 from poison import Poisoned
-from running import masters, plan_for, session_for, train
+from running import EVERYTHING, masters, plan_for, session_for, train
 from slideplan.plan.graph import Lane, TaskGraph
 from slideplan.plan.plan import Plan
 from slideplan.runtime.backend import CpuBackend
@@ -26,11 +26,13 @@ POLICIES = {
     "inner activations on the host": {"kernels": "fused", "offload_inner": (1, 2), "keep": (3,)},
     "state passing through": {"stream_state": (1, 2, 3), "state_slots": 2, "gradient_slots": 1},
     "fused": {"kernels": "fused", "resident_state": (1,), "keep": (3,), "offload_boundaries": True},
+    "everything": {"kernels": "fused", **EVERYTHING},
 }
 
 
 def make_plan(name: str) -> Plan:
-    return plan_for(MODEL, tiny_policy(MODEL, **POLICIES[name]), tiny_workload(), CpuBackend())
+    model = tiny_model(layers=4) if name == "everything" else MODEL
+    return plan_for(model, tiny_policy(model, **POLICIES[name]), tiny_workload(), CpuBackend())
 
 
 def run_in_order(plan: Plan, graph: TaskGraph, choose) -> tuple[list[float], dict[str, torch.Tensor]]:

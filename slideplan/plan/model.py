@@ -13,7 +13,7 @@ from slideplan.plan.codec import Spec
 # views are aligned to 128 bytes in bf16 and vector loads never straddle two parameters.
 ALIGN_ELEMENTS = 64
 # fp32 moments of an element that lie a multiple of 256 MiB apart are slow to stream on some machines, as if they met in
-# one bank of memory: on an AMD EPYC the host's AdamW takes 15 to 27 % longer over them (benchmarks/host_update.py).
+# one bank of memory: on an AMD EPYC the host's AdamW is 15 to 27 % slower over them (benchmarks/host_update.py).
 COLLIDING_ELEMENTS = (256 << 20) // 4
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]

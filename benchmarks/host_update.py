@@ -30,12 +30,11 @@ import torch
 
 from slideplan import __version__
 from slideplan.plan.model import ALIGN_ELEMENTS, COLLIDING_ELEMENTS
-from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.host_memory import host_buffer, placement
 from slideplan.runtime.machine import cpu_name, usable_cores
 from slideplan.runtime.optimizer import CHUNK_ELEMENTS, AdamW, HostUpdate, take
+from slideplan.runtime.probe_buffers import BF16_UPDATE_BYTES
 
-TRAFFIC_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2
 PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
 
 
@@ -61,7 +60,7 @@ def triad(threads, size, taken, high, remainder, m, v, gradient):  # type: ignor
 def bytes_per_s(action: Callable[[], object], elements: int) -> float:
     started = time.perf_counter()
     action()
-    return TRAFFIC_BYTES * elements / (time.perf_counter() - started)
+    return BF16_UPDATE_BYTES * elements / (time.perf_counter() - started)
 
 
 def measured(n: int, threads: int, rounds: int) -> dict[str, Any]:

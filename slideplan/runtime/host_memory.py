@@ -31,8 +31,7 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
     every node would wait for that node's memory alone.
     """
     try:
-        # Private: anonymous memory that is shared, Python's default, is never in huge pages unless the system says so.
-        region = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region = _mapping(max(1, size_bytes))
     except OSError as error:
         raise MemoryError(f"{format_bytes(size_bytes)} of host memory could not be mapped: {error.strerror}") from None
     with contextlib.suppress(AttributeError, OSError):
@@ -42,6 +41,11 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
         interleave(array, nodes)
     # The tensor keeps the array alive, and the array the mapping.
     return torch.from_numpy(array).zero_()
+
+
+def _mapping(size_bytes: int) -> mmap.mmap:
+    # Private: anonymous memory that is shared, Python's default, is never in huge pages unless the system says so.
+    return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def memory_nodes() -> tuple[int, ...]:
@@ -62,8 +66,7 @@ def placement() -> str:
     if has_policy():
         return "host memory lies where the process was told to have it (numactl)"
     named = ", ".join(map(str, nodes))
-    page = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
-    if interleave(page, nodes):
+    if interleave(np.frombuffer(_mapping(mmap.PAGESIZE), dtype=np.uint8), nodes):
         return f"host memory lies on NUMA nodes {named} in turn"
     return f"host memory lies where it is touched first: the system refuses to lay it on NUMA nodes {named} in turn"
 

@@ -9,7 +9,7 @@ import torch
 
 from slideplan.plan.graph import Lane
 from slideplan.plan.machine import Spread
-from slideplan.plan.policy import Tier
+from slideplan.plan.policy import GRADIENT_BYTES, Tier
 from slideplan.plan.pools import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.handlers import gpu_update
@@ -19,7 +19,7 @@ from slideplan.runtime.probing import Effort, Work, rate_spread, timed
 
 # Of one update, in the effort's elements: from a head that is a norm alone to a vocabulary.
 UPDATE_SIZES = (1 / 4096, 1 / 256, 1 / 32, 0.25, 0.5, 1, 2)
-BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + 2  # per element, with a bf16 gradient
+BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + GRADIENT_BYTES["bf16"]  # per element
 State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # weights, remainder, moments, gradient
 
 
@@ -72,10 +72,13 @@ class MemoryBuffers:
 
         return act
 
+    def copies(self) -> dict[Lane, Work]:
+        """Copies of the largest size, both ways."""
+        return {lane: self.copy(lane, self._effort.largest_copy_bytes) for lane in (Lane.H2D, Lane.D2H)}
+
     def work(self, threads: int) -> dict[Lane, Work]:
         """Copies of the largest size and updates of the effort's elements, as `together` takes them."""
-        return {
-            **{lane: self.copy(lane, self._effort.largest_copy_bytes) for lane in (Lane.H2D, Lane.D2H)},
+        return self.copies() | {
             Lane.HOST_UPDATE: self.host_update(threads, self._effort.optimizer_elements),
             Lane.GPU_UPDATE: self.device_update(threads),
         }

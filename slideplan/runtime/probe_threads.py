@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from slideplan.plan.graph import Lane
 from slideplan.plan.machine import BesideCopies, ThreadPoint
+from slideplan.plan.policy import GRADIENT_BYTES
 from slideplan.plan.pools import WEIGHT_BYTES
 from slideplan.runtime.backend import Backend
 from slideplan.runtime.machine import usable_cores
 from slideplan.runtime.optimizer import HostUpdate
 from slideplan.runtime.probe_buffers import BF16_UPDATE_BYTES, MemoryBuffers
-from slideplan.runtime.probing import Effort, mean_rate_spread, spread, timed_in_turns, together
+from slideplan.runtime.probing import ROUNDS, Effort, mean_rate_spread, spread, timed_in_turns, together
 from slideplan.runtime.threads import optimizer_share
 
-ROUNDS = 2  # through all counts beside copies, so that a passing disturbance does not fall on one alone
 TOLERANCE = 0.02  # of the time: for less, no thread is taken from those that feed the streams
 
 
@@ -29,7 +29,7 @@ def thread_points(backend: Backend, effort: Effort, buffers: MemoryBuffers) -> t
     counts, elements = thread_counts(), effort.optimizer_elements
     work = [buffers.host_update(count, elements) for count in counts]
     alone = timed_in_turns(backend, Lane.HOST_UPDATE, [action for _, action in work], effort.repeats)
-    copies = {lane: buffers.copy(lane, effort.largest_copy_bytes) for lane in (Lane.H2D, Lane.D2H)}
+    copies = buffers.copies()
     lanes = (Lane.HOST_UPDATE, *copies)
     beside: list[dict[Lane, list[float]]] = [{lane: [] for lane in lanes} for _ in counts]
     for _ in range(ROUNDS):
@@ -65,5 +65,5 @@ def streamed_parameter_s(rates: BesideCopies) -> float:
     return max(
         BF16_UPDATE_BYTES / rates.host_bytes_per_s.p50,
         2 * WEIGHT_BYTES / rates.h2d_bytes_per_s.p50,
-        WEIGHT_BYTES / rates.d2h_bytes_per_s.p50,
+        GRADIENT_BYTES["bf16"] / rates.d2h_bytes_per_s.p50,
     )

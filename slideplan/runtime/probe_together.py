@@ -8,7 +8,7 @@ from slideplan.plan.fitting import interference
 from slideplan.plan.graph import Lane
 from slideplan.plan.machine import Interference, Spread
 from slideplan.runtime.backend import Backend
-from slideplan.runtime.probing import Work, spread, together
+from slideplan.runtime.probing import ROUNDS, Work, spread, together
 
 # What meets in schedules: copies and updates in host memory, all of them beside compute, the disk beside itself
 # and the optimizer.
@@ -28,7 +28,6 @@ COMBINATIONS: tuple[tuple[Lane, ...], ...] = (
 )
 
 Rates = dict[Lane, Spread]
-ROUNDS = 2  # through all combinations, so that a passing disturbance does not fall on one alone
 
 
 class TogetherProbe:

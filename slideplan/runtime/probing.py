@@ -54,6 +54,7 @@ class Effort:
         )
 
 
+ROUNDS = 2  # through all that is measured together, so that a passing disturbance does not fall on one alone
 GROUPS = 8  # of runs that follow each other, for the spread of a mean
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slideplan.plan.machine import BesideCopies, Spread, ThreadPoint
-from slideplan.runtime import probe_threads, threads
+from slideplan.runtime import threads
 from slideplan.runtime.backend import CpuBackend
 from slideplan.runtime.probe_threads import chosen_threads, streamed_parameter_s
 from slideplan.runtime.threads import set_compute_threads
@@ -51,8 +51,7 @@ def test_a_streamed_parameter_takes_as_long_as_its_slowest_lane() -> None:
 def test_on_a_cpu_backend_cores_are_shared_with_compute(
     cores: int, optimizer: int, compute: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (threads, probe_threads):
-        monkeypatch.setattr(module, "usable_cores", lambda: cores)
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
     before = torch.get_num_threads()
     try:
         assert chosen_threads(CpuBackend(), (point(cores, 100),)) == optimizer

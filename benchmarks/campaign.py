@@ -15,7 +15,7 @@ configurations, three runs of each: twenty-four runs in about twenty minutes on 
 stops before its budget is over and can be repeated; without --budget-s one call does it all. `--profile FILE` takes
 a profile made before, by
 
-    python -m slideplan.planner profile --model qwen2.5-1.5b --model llama-3.2-3b --model llama-3.1-8b \\
+    python -m planner profile --model qwen2.5-1.5b --model llama-3.2-3b --model llama-3.1-8b \\
         --micro-batch 1 --micro-batch 8 --seq-len 512 --seq-len 1024 --seq-len 2048 --seq-len 4096 --kernels graphed \\
         -o profiles/here.json
 
@@ -50,10 +50,10 @@ import msgspec
 import campaign_report
 from campaign_draw import describe, draw_entries, entry_plan
 from campaign_records import CampaignFolder, Entry, Manifest, Outcome
-from slideplan.plan.codec import digest, save
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.quantities import GIB, format_ns, parse_bytes
-from slideplan.planner.machines import find_machine
+from planner.catalogue.machines import find_machine
+from slideplan.codec import digest, save
+from slideplan.machine.profile import MachineProfile
+from slideplan.quantities import GIB, format_ns, parse_bytes
 
 MODELS = ("qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b")
 SEQ_LENS = (512, 1024, 2048, 4096)
@@ -127,7 +127,7 @@ def launch_process(arguments: list[str], limit_s: float) -> Ended:
 
     If this process ends before, so does that one: it would disturb the runs of whoever goes on.
     """
-    command = [sys.executable, "-m", "slideplan.runtime", *arguments]
+    command = [sys.executable, "-m", "runtime", *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False, preexec_fn=_end_with_parent
@@ -268,7 +268,7 @@ def start(folder: CampaignFolder, options: argparse.Namespace) -> Manifest:
 def _profile(folder: CampaignFolder, options: argparse.Namespace) -> None:
     """`planner profile` in a process of its own, so that its memory is gone when runs begin."""
     arguments = [
-        sys.executable, "-m", "slideplan.planner", "profile", "--device", options.device, "-o", str(folder.profile_file),
+        sys.executable, "-m", "planner", "profile", "--device", options.device, "-o", str(folder.profile_file),
         "--name", options.name,
     ]  # fmt: skip
     for option, values in (

@@ -12,24 +12,24 @@ from random import Random
 from typing import TypeVar
 
 from campaign_records import Configuration, Entry
+from planner.catalogue.machines import with_budget
+from planner.catalogue.models import find_model
+from planner.search.best import search
+from planner.search.kernels import faster_kernels
+from planner.search.shortfall import DoesNotFit
+from planner.search.space import state_chunks
+from simulator import footprint, predict
 from slideplan import __version__
-from slideplan.plan.codec import digest
-from slideplan.plan.graph import TaskGraph, tier_bytes
-from slideplan.plan.ledger import ledger
-from slideplan.plan.lowering import lower
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.plan import MachineReference, Plan, SearchRecord
-from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
-from slideplan.plan.pools import PoolLayout
-from slideplan.plan.validate import validate
-from slideplan.planner.catalogue import find_model
-from slideplan.planner.kernels import faster_kernels
-from slideplan.planner.machines import with_budget
-from slideplan.planner.search import search
-from slideplan.planner.shortfall import DoesNotFit
-from slideplan.planner.space import state_chunks
-from slideplan.simulator import footprint, predict
+from slideplan.codec import digest
+from slideplan.graph.tasks import TaskGraph, tier_bytes
+from slideplan.graph.validate import validate
+from slideplan.ledger import ledger
+from slideplan.lowering.lower import lower
+from slideplan.lowering.pools import PoolLayout
+from slideplan.machine.profile import MachineProfile
+from slideplan.model import ModelSpec, UnitRole
+from slideplan.plan import MachineReference, Plan, SearchRecord
+from slideplan.policy import Policy, Tier, UnitPolicy, Workload
 
 MICRO_BATCHES = 16  # at most: more make graphs of thousands of tasks that show nothing new
 TRIES = 1000

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from slideplan.plan.codec import Spec
-from slideplan.plan.measurement import Measurement
-from slideplan.plan.plan import Plan
-from slideplan.plan.quantities import format_ns
-from slideplan.plan.replay import replay
+from slideplan.codec import Spec
+from slideplan.graph.replay import replay
+from slideplan.measurement import Measurement
+from slideplan.plan import Plan
+from slideplan.quantities import format_ns
 
 NAMED = 3  # task kinds and lanes that the sentence names, at most
 WORTH_NAMING = 0.1  # of the largest

@@ -8,12 +8,12 @@ from typing import Literal
 
 import msgspec
 
-from slideplan.plan.codec import D, Document, Spec, load, write_atomic
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.measurement import Comparison, Measurement
-from slideplan.plan.plan import Plan
-from slideplan.plan.policy import Policy, Workload
-from slideplan.plan.quantities import GIB, MIB
+from slideplan.codec import D, Document, Spec, load, write_atomic
+from slideplan.machine.profile import MachineProfile
+from slideplan.measurement import Comparison, Measurement
+from slideplan.plan import Plan
+from slideplan.policy import Policy, Workload
+from slideplan.quantities import GIB, MIB
 
 Choice = Literal["random", "planned"]
 

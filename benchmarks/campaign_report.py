@@ -15,13 +15,13 @@ from campaign_draw import sketch
 from campaign_explain import Explanation, explain, left_errors
 from campaign_records import CampaignFolder, Choice, Configuration, Entry, Manifest
 from campaign_table import table
-from slideplan.plan.codec import Document, Spec, save, write_atomic
-from slideplan.plan.machine import MachineIdentity, MachineProfile
-from slideplan.plan.measurement import ComparisonRow
-from slideplan.plan.policy import Tier
-from slideplan.plan.trace import write_trace
-from slideplan.planner.catalogue import find_model
-from slideplan.planner.report import policy_in_words
+from planner.catalogue.models import find_model
+from planner.reports.answer import policy_in_words
+from slideplan.codec import Document, Spec, save, write_atomic
+from slideplan.machine.profile import MachineIdentity, MachineProfile
+from slideplan.measurement import ComparisonRow
+from slideplan.policy import Tier
+from slideplan.trace import write_trace
 
 CLOSE, WITHIN = 0.03, 0.08  # the bounds that are asked for: mean and worst
 TRACE_LIMIT_BYTES = 400_000  # larger ones are compressed; Perfetto opens both

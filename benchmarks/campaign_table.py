@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from slideplan.plan.quantities import format_bytes, format_ns
+from slideplan.quantities import format_bytes, format_ns
 
 if TYPE_CHECKING:
     from campaign_report import Errors, Row, RunResult, Validation

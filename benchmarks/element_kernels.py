@@ -21,12 +21,12 @@ import torch
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
+from runtime.compute import operators
+from runtime.handlers import gpu_update
+from runtime.optimizer.adamw import AdamW, HostUpdate
 from slideplan import __version__
-from slideplan.plan.policy import Moments
-from slideplan.plan.pools import moment_bytes
-from slideplan.runtime import operators
-from slideplan.runtime.handlers import gpu_update
-from slideplan.runtime.optimizer import AdamW, HostUpdate
+from slideplan.lowering.pools import moment_bytes
+from slideplan.policy import Moments
 
 HIDDEN, FFN, HEADS, HEAD_DIM, VOCABULARY = 4096, 14336, 32, 128, 128256  # of an 8B model
 LOSS_ROWS = 2048

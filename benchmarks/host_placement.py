@@ -29,8 +29,8 @@ def worker(threads: int) -> None:
     """Takes memory and updates it as it is told, line by line."""
     import torch  # noqa: PLC0415 - the asking process needs none
 
-    from slideplan.runtime.host_memory import host_buffer  # noqa: PLC0415
-    from slideplan.runtime.optimizer import HostUpdate, Rehearsal  # noqa: PLC0415
+    from runtime.memory.host_memory import host_buffer  # noqa: PLC0415
+    from runtime.optimizer.adamw import HostUpdate, Rehearsal  # noqa: PLC0415
 
     update = HostUpdate(threads)
     update.compile()

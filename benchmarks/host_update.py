@@ -28,12 +28,12 @@ import numba
 import numpy as np
 import torch
 
+from runtime.machine import cpu_name, usable_cores
+from runtime.memory.host_memory import host_buffer, placement
+from runtime.optimizer.adamw import CHUNK_ELEMENTS, AdamW, HostUpdate, take
+from runtime.probes.buffers import BF16_UPDATE_BYTES
 from slideplan import __version__
-from slideplan.plan.model import ALIGN_ELEMENTS, COLLIDING_ELEMENTS
-from slideplan.runtime.host_memory import host_buffer, placement
-from slideplan.runtime.machine import cpu_name, usable_cores
-from slideplan.runtime.optimizer import CHUNK_ELEMENTS, AdamW, HostUpdate, take
-from slideplan.runtime.probe_buffers import BF16_UPDATE_BYTES
+from slideplan.model import ALIGN_ELEMENTS, COLLIDING_ELEMENTS
 
 PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
 

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
+from planner.catalogue.models import find_model
+from runtime.compute.eager import EagerHead, EagerLayer, rotary_positions, skeleton
+from runtime.compute.fused_layer import FusedLayer
+from runtime.compute.gradients import GradientSlot
+from runtime.compute.head import FusedHead
 from slideplan import __version__
-from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.pools import loss_chunk_tokens
-from slideplan.planner.catalogue import find_model
-from slideplan.runtime.fused_layer import FusedLayer
-from slideplan.runtime.gradients import GradientSlot
-from slideplan.runtime.head import FusedHead
-from slideplan.runtime.units import EagerHead, EagerLayer, rotary_positions, skeleton
+from slideplan.lowering.pools import loss_chunk_tokens
+from slideplan.model import ModelSpec, UnitRole
 
 REPEATS = 12
 Action = Callable[[], object]

@@ -12,12 +12,12 @@ shift $(($# < 2 ? $# : 2))
 batches=("$@")
 [ $# -gt 0 ] || batches=(8 16)
 mkdir -p "$out"
-python3 -m slideplan.planner profile --model "$model" --seq-len 1024 \
+python3 -m planner profile --model "$model" --seq-len 1024 \
     --micro-batch 1 --micro-batch 2 --micro-batch 4 --micro-batch 8 --micro-batch 16 \
     --name "${PROFILE_NAME:-here}" -o "$out/profile.json"
 for batch in "${batches[@]}"; do
-    python3 -m slideplan.planner simulate --model "$model" --machine "$out/profile.json" --seq-len 1024 \
+    python3 -m planner simulate --model "$model" --machine "$out/profile.json" --seq-len 1024 \
         --global-batch "$batch" --placement host -o "$out/plan-$batch.json"
-    python3 -m slideplan.runtime execute "$out/plan-$batch.json" --steps 10 --output "$out/batch-$batch"
+    python3 -m runtime execute "$out/plan-$batch.json" --steps 10 --output "$out/batch-$batch"
     rm "$out/plan-$batch.json"
 done

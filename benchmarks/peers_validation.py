@@ -2,7 +2,7 @@
 
     python benchmarks/peers_validation.py OUT_DIR
 
-RTX 4090: SlideFormer on Qwen3-8B; the profile is calibrated on two rows (`slideplan.planner.calibrate`), the
+RTX 4090: SlideFormer on Qwen3-8B; the profile is calibrated on two rows (`planner.peers.calibrate`), the
 others are predicted. H100: all systems from the machine's measured profile alone, nothing fitted.
 Writes OUT_DIR/peers.json, README.md and peers.png.
 """
@@ -21,18 +21,17 @@ import msgspec
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from slideplan import __version__
-from slideplan.plan import codec
-from slideplan.plan.codec import Spec
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.model import ModelSpec
-from slideplan.plan.policy import Tier, Workload
-from slideplan.plan.quantities import GIB
-from slideplan.planner.calibrate import Calibration, Observation, calibrate, with_rates
-from slideplan.planner.catalogue import find_model
-from slideplan.planner.compare import price_peer
-from slideplan.planner.machines import find_machine
-from slideplan.planner.peers import PEERS
+from planner.catalogue.machines import find_machine
+from planner.catalogue.models import find_model
+from planner.peers.calibrate import Calibration, Observation, calibrate, with_rates
+from planner.peers.compare import price_peer
+from planner.peers.systems import PEERS
+from slideplan import __version__, codec
+from slideplan.codec import Spec
+from slideplan.machine.profile import MachineProfile
+from slideplan.model import ModelSpec
+from slideplan.policy import Tier, Workload
+from slideplan.quantities import GIB
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference"
 CALIBRATED_ON = (1, 32)  # batches of the RTX 4090's rows: bound by the CPU, bound by compute

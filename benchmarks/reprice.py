@@ -21,13 +21,13 @@ import msgspec
 
 from campaign_draw import fixed_plan
 from campaign_records import Manifest
+from planner.catalogue.models import find_model
 from slideplan import __version__
-from slideplan.plan.codec import Document, Spec, save
-from slideplan.plan.fitting import interference
-from slideplan.plan.graph import Lane
-from slideplan.plan.machine import MachineProfile, Spread
-from slideplan.plan.measurement import expected_step_ns
-from slideplan.planner.catalogue import find_model
+from slideplan.codec import Document, Spec, save
+from slideplan.graph.tasks import Lane
+from slideplan.machine.fitting import interference
+from slideplan.machine.profile import MachineProfile, Spread
+from slideplan.measurement import expected_step_ns
 
 COLUMNS = ("then", "now", "then_rehearsed", "now_rehearsed")
 

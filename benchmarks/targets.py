@@ -32,15 +32,15 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from campaign_draw import fixed_plan, waiting_gradients
-from slideplan.plan.codec import load, save
-from slideplan.plan.graph import Lane
-from slideplan.plan.hf_config import config_of
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.measurement import Comparison, Measurement
-from slideplan.plan.plan import Plan
-from slideplan.planner.catalogue import find_model
-from slideplan.planner.search import search
-from slideplan.planner.space import SearchOptions
+from planner.catalogue.models import find_model
+from planner.search.best import search
+from planner.search.space import SearchOptions
+from slideplan.codec import load, save
+from slideplan.graph.tasks import Lane
+from slideplan.hf_config import config_of
+from slideplan.machine.profile import MachineProfile
+from slideplan.measurement import Comparison, Measurement
+from slideplan.plan import Plan
 
 SEQ_LEN = 1024
 MECHANISMS = (
@@ -84,7 +84,7 @@ def profile(folder: Path, name: str, made_before: Path | None) -> None:
         options = [part for model in models for part in ("--model", model)]
         sizes = [part for size in MICRO_BATCHES for part in ("--micro-batch", str(size))]
         kernels = ("--kernels", "fused", "--kernels", "graphed", "--kernels", "eager")
-        call("slideplan.planner", "profile", *options, *sizes, "--seq-len", SEQ_LEN, *kernels, "--name", name, "-o", path)
+        call("planner", "profile", *options, *sizes, "--seq-len", SEQ_LEN, *kernels, "--name", name, "-o", path)
 
 
 def run_row(folder: Path, name: str, steps: int) -> None:
@@ -93,10 +93,10 @@ def run_row(folder: Path, name: str, steps: int) -> None:
         return
     plan = folder / f"{name}.json"
     call(
-        "slideplan.planner", "simulate", "--model", row.model, "--machine", folder / "profile.json", "--seq-len", SEQ_LEN,
+        "planner", "simulate", "--model", row.model, "--machine", folder / "profile.json", "--seq-len", SEQ_LEN,
         "--global-batch", row.batch, "-o", plan,
     )  # fmt: skip
-    call("slideplan.runtime", "execute", plan, "--steps", steps, "--lr", "1e-5", "-o", folder / name)
+    call("runtime", "execute", plan, "--steps", steps, "--lr", "1e-5", "-o", folder / name)
     plan.unlink()
 
 
@@ -164,7 +164,7 @@ def run_without(folder: Path, name: str, mechanisms: list[str], steps: int) -> N
         if not (place / "comparison.json").exists():
             made = folder / "without.json"
             save(made, without(mechanism, plan, machine))
-            call("slideplan.runtime", "execute", made, "--steps", steps, "--lr", "1e-5", "-o", place)
+            call("runtime", "execute", made, "--steps", steps, "--lr", "1e-5", "-o", place)
             made.unlink()
         step = load(place / "comparison.json", Comparison).step
         found[mechanism] = {

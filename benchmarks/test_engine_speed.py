@@ -9,13 +9,13 @@ from __future__ import annotations
 import pytest
 
 from builders import GB_PER_S, tiny_machine, tiny_model, tiny_policy, tiny_workload
-from slideplan.plan.graph import Lane
-from slideplan.plan.lowering import lower
-from slideplan.plan.machine import Interference, MachineProfile
-from slideplan.plan.sharing import Resource, Sharing
-from slideplan.simulator import capacities, footprint, price, sharing, trace
-from slideplan.simulator.engine import EngineMaker, FastEngine
-from slideplan.simulator.reference import SimPyEngine
+from simulator import capacities, footprint, price, sharing, trace
+from simulator.engine import EngineMaker, FastEngine
+from simulator.reference import SimPyEngine
+from slideplan.graph.tasks import Lane
+from slideplan.lowering.lower import lower
+from slideplan.machine.profile import Interference, MachineProfile
+from slideplan.machine.sharing import Resource, Sharing
 
 STEPS = 3
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from slideplan.plan.plan import Plan
-from slideplan.plan.policy import Workload
-from slideplan.planner.catalogue import find_model
-from slideplan.planner.machines import DEFAULT_MACHINE, find_machine
-from slideplan.planner.search import search
-from slideplan.planner.space import SearchOptions
+from planner.catalogue.machines import DEFAULT_MACHINE, find_machine
+from planner.catalogue.models import find_model
+from planner.search.best import search
+from planner.search.space import SearchOptions
+from slideplan.plan import Plan
+from slideplan.policy import Workload
 
 SEQ_LEN = 1024
 H100 = "h100-80gb-125gib"

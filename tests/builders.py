@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from slideplan.plan.machine import (
+from slideplan.machine.profile import (
     Curve,
     Efficiency,
     GpuProfile,
@@ -18,9 +18,9 @@ from slideplan.plan.machine import (
     RatePoint,
     Spread,
 )
-from slideplan.plan.model import ModelSpec
-from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
-from slideplan.plan.quantities import GIB
+from slideplan.model import ModelSpec
+from slideplan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.quantities import GIB
 
 GB_PER_S = 10**9
 

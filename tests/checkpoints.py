@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from running import state_dict
-from slideplan.plan.hf_config import config_of
-from slideplan.plan.model import ModelSpec
-from slideplan.runtime.weights import RandomWeights
+from runtime.inputs.weights import RandomWeights
+from slideplan.hf_config import config_of
+from slideplan.model import ModelSpec
 
 
 def random_state_dict(model: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from msgspec import UNSET
 
-from slideplan.plan.graph import Lane, Role, Task, TaskGraph, TaskKind
-from slideplan.plan.model import ModelSpec
+from slideplan.graph.tasks import Lane, Role, Task, TaskGraph, TaskKind
+from slideplan.model import ModelSpec
 
 HOST_STATE = {Role.HOST_REMAINDER: Role.REMAINDER, Role.HOST_MOMENTS: Role.MOMENTS}
 Choose = Callable[[list[Lane]], Lane]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contents import HOST_STATE
-from slideplan.plan.graph import Task, TaskGraph
-from slideplan.runtime.buffers import Buffers
-from slideplan.runtime.executor import Handler
+from runtime.lanes.executor import Handler
+from runtime.memory.buffers import Buffers
+from slideplan.graph.tasks import Task, TaskGraph
 
 POISON, POISON_INTEGER = float("nan"), 0x5555
 

@@ -9,25 +9,25 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from builders import tiny_machine
+from runtime.inputs.data import TokenWindows
+from runtime.inputs.weights import RandomWeights, WeightSource
+from runtime.lanes.backend import Backend
+from runtime.lanes.threads import optimizer_share
+from runtime.machine import identity
+from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.session import Session
 from slideplan import __version__
-from slideplan.plan.codec import digest
-from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import Lane
-from slideplan.plan.hf_config import config_of
-from slideplan.plan.ledger import ledger
-from slideplan.plan.lowering import lower
-from slideplan.plan.model import ModelSpec
-from slideplan.plan.plan import MachineReference, Plan, Prediction, SearchRecord
-from slideplan.plan.policy import Policy, Workload
-from slideplan.plan.replay import replay
-from slideplan.plan.timeline import step_record
-from slideplan.runtime.backend import Backend
-from slideplan.runtime.data import TokenWindows
-from slideplan.runtime.machine import identity
-from slideplan.runtime.optimizer import AdamW, HostUpdate
-from slideplan.runtime.session import Session
-from slideplan.runtime.threads import optimizer_share
-from slideplan.runtime.weights import RandomWeights, WeightSource
+from slideplan.codec import digest
+from slideplan.footprint import Footprint
+from slideplan.graph.replay import replay
+from slideplan.graph.tasks import Lane
+from slideplan.hf_config import config_of
+from slideplan.ledger import ledger
+from slideplan.lowering.lower import lower
+from slideplan.model import ModelSpec
+from slideplan.plan import MachineReference, Plan, Prediction, SearchRecord
+from slideplan.policy import Policy, Workload
+from slideplan.timeline import step_record
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
 

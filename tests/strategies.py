@@ -7,11 +7,11 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 
 from builders import tiny_model
-from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import TaskGraph
-from slideplan.plan.lowering import lower
-from slideplan.plan.model import ModelSpec
-from slideplan.plan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.footprint import Footprint
+from slideplan.graph.tasks import TaskGraph
+from slideplan.lowering.lower import lower
+from slideplan.model import ModelSpec
+from slideplan.policy import Policy, Tier, UnitPolicy, Workload
 
 FOOTPRINT = Footprint(inner_bytes=4096, workspace_bytes=8192)
 

@@ -21,13 +21,13 @@ from campaign import Ended
 from campaign_explain import left_errors
 from campaign_records import CampaignFolder, Manifest, Outcome
 from campaign_report import Validation, histogram
-from slideplan.plan.codec import load, save
-from slideplan.plan.graph import Lane
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.replay import replay
-from slideplan.planner.catalogue import find_model
-from slideplan.runtime.cli import app
-from slideplan.runtime.probes import ProfileRequest, profile_machine
+from planner.catalogue.models import find_model
+from runtime.cli import app
+from runtime.probes.profile import ProfileRequest, profile_machine
+from slideplan.codec import load, save
+from slideplan.graph.replay import replay
+from slideplan.graph.tasks import Lane
+from slideplan.machine.profile import MachineProfile
 
 ENOUGH_S = 1000.0
 SMALL = (

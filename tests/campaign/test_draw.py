@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from builders import tiny_machine, tiny_model
 from campaign_draw import draw_entries, draw_policy, entry_plan, fixed_plan, waiting_gradients
-from slideplan.plan.ledger import ledger
-from slideplan.plan.lowering import lower
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.policy import Policy, Tier, Workload
-from slideplan.plan.quantities import GIB, KIB
-from slideplan.plan.validate import validate
-from slideplan.planner.machines import with_budget
-from slideplan.simulator import footprint
+from planner.catalogue.machines import with_budget
+from simulator import footprint
+from slideplan.graph.validate import validate
+from slideplan.ledger import ledger
+from slideplan.lowering.lower import lower
+from slideplan.machine.profile import MachineProfile
+from slideplan.policy import Policy, Tier, Workload
+from slideplan.quantities import GIB, KIB
 
 MODEL = tiny_model(layers=6)
 WORKLOAD = Workload(seq_len=32, global_batch=8)

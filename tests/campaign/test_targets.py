@@ -8,10 +8,10 @@ import pytest
 import targets
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from campaign_draw import fixed_plan
-from slideplan.plan.graph import Lane
-from slideplan.plan.measurement import Measurement
-from slideplan.plan.plan import Plan
-from slideplan.plan.timeline import Span
+from slideplan.graph.tasks import Lane
+from slideplan.measurement import Measurement
+from slideplan.plan import Plan
+from slideplan.timeline import Span
 
 
 def plan_of(**knobs: object) -> Plan:

@@ -6,9 +6,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from slideplan.plan.hf_config import config_of, model_from_config
-from slideplan.plan.model import ModelSpec
-from slideplan.planner.catalogue import ALIASES, MODELS, find_model
+from planner.catalogue.models import ALIASES, MODELS, find_model
+from slideplan.hf_config import config_of, model_from_config
+from slideplan.model import ModelSpec
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from builders import GB_PER_S, tiny_machine
-from slideplan.plan import codec
-from slideplan.plan.machine import MachineProfile, Spread
-from slideplan.plan.plan import Plan
-from slideplan.planner import cli
+from planner import cli
+from slideplan import codec
+from slideplan.machine.profile import MachineProfile, Spread
+from slideplan.plan import Plan
 
 
 class Outcome(NamedTuple):
@@ -239,7 +239,7 @@ def requests(monkeypatch: pytest.MonkeyPatch, remeasured: dict[str, int]) -> lis
         optimizer = msgspec.structs.replace(tiny_machine().optimizer, host_bytes_per_s=Spread.exact(remeasured["host"]))
         return tiny_machine(name=request.name, optimizer=optimizer)
 
-    probes = types.ModuleType("slideplan.runtime.probes")
+    probes = types.ModuleType("runtime.probes.profile")
 
     def check_machine(profile: MachineProfile, progress: Any) -> dict[str, Spread]:
         progress("links", 1, 1)
@@ -247,7 +247,7 @@ def requests(monkeypatch: pytest.MonkeyPatch, remeasured: dict[str, int]) -> lis
 
     probes.ProfileRequest, probes.profile_machine = FakeRequest, profile_machine  # type: ignore[attr-defined]
     probes.check_machine = check_machine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "slideplan.runtime.probes", probes)
+    monkeypatch.setitem(sys.modules, "runtime.probes.profile", probes)
     return seen
 
 
@@ -340,10 +340,11 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Blocked())
-import slideplan.plan, slideplan.simulator
-for module in pkgutil.iter_modules(slideplan.plan.__path__, "slideplan.plan."):
-    __import__(module.name)
-from slideplan.planner.cli import main
+import slideplan, simulator
+for package in (slideplan, simulator):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        __import__(module.name)
+from planner.cli import main
 sys.argv = ["planner", *sys.argv[1:]]
 main()
 """

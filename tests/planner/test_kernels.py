@@ -4,12 +4,12 @@ import msgspec
 import pytest
 
 from builders import tiny_machine, tiny_model, tiny_workload
-from slideplan.plan.graph import TaskKind
-from slideplan.plan.machine import ComputeCost, LaunchCost, LayerShape, MachineProfile, Spread
-from slideplan.plan.model import UnitRole
-from slideplan.planner.kernels import check_kernels, faster_kernels, measured_kernels
-from slideplan.planner.search import search
-from slideplan.planner.space import SearchOptions
+from planner.search.best import search
+from planner.search.kernels import check_kernels, faster_kernels, measured_kernels
+from planner.search.space import SearchOptions
+from slideplan.graph.tasks import TaskKind
+from slideplan.machine.profile import ComputeCost, LaunchCost, LayerShape, MachineProfile, Spread
+from slideplan.model import UnitRole
 
 MODEL = tiny_model()
 KINDS = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from builders import tiny_machine
-from slideplan.plan import codec
-from slideplan.plan.machine import MachineProfile
-from slideplan.plan.quantities import GIB
-from slideplan.planner.datasheets import datasheet_machines
-from slideplan.planner.machines import default_machine, find_machine, machines, with_budget
+from planner.catalogue.datasheets import datasheet_machines
+from planner.catalogue.machines import default_machine, find_machine, machines, with_budget
+from slideplan import codec
+from slideplan.machine.profile import MachineProfile
+from slideplan.quantities import GIB
 
 SHIPPED = [
     "a100-80gib-1tib", "a6000-48gib-512gib", "h200-503gib", "rtx3090-128gib", "rtx4090-128gib", "rtx4090-2tib",
@@ -32,7 +32,7 @@ def measured(name: str, date: str, source: str = "measured") -> MachineProfile:
 
 @pytest.mark.parametrize("machine", datasheet_machines(), ids=lambda machine: machine.name)
 def test_shipped_files_are_what_the_table_gives(machine: MachineProfile):
-    assert codec.load(machines()[machine.name], MachineProfile) == machine, "run python -m slideplan.planner.datasheets"
+    assert codec.load(machines()[machine.name], MachineProfile) == machine, "run python -m planner.catalogue.datasheets"
 
 
 @pytest.mark.parametrize("machine", datasheet_machines(), ids=lambda machine: machine.name)

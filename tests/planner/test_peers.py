@@ -8,21 +8,21 @@ import pytest
 from hypothesis import given, settings
 
 from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model
-from slideplan.plan.graph import Lane, TaskKind, tier_bytes
-from slideplan.plan.lowering import lower
-from slideplan.plan.machine import Spread
-from slideplan.plan.model import UnitRole
-from slideplan.plan.policy import Tier, Workload
-from slideplan.plan.quantities import GIB
-from slideplan.plan.replay import replay
-from slideplan.plan.validate import validate
-from slideplan.planner import peers
-from slideplan.planner.calibrate import Observation, calibrate, with_rates
-from slideplan.planner.catalogue import MODELS, find_model
-from slideplan.planner.compare import compare_peers, cpu_idle_in_forward_ns, dram_bytes, price_peer, recomputed_flops
-from slideplan.planner.machines import find_machine
-from slideplan.planner.search import search
-from slideplan.simulator import capacities, price, simulate
+from planner.catalogue.machines import find_machine
+from planner.catalogue.models import MODELS, find_model
+from planner.peers import systems as peers
+from planner.peers.calibrate import Observation, calibrate, with_rates
+from planner.peers.compare import compare_peers, cpu_idle_in_forward_ns, dram_bytes, price_peer, recomputed_flops
+from planner.search.best import search
+from simulator import capacities, price, simulate
+from slideplan.graph.replay import replay
+from slideplan.graph.tasks import Lane, TaskKind, tier_bytes
+from slideplan.graph.validate import validate
+from slideplan.lowering.lower import lower
+from slideplan.machine.profile import Spread
+from slideplan.model import UnitRole
+from slideplan.policy import Tier, Workload
+from slideplan.quantities import GIB
 from strategies import Case, foreign_cases
 
 REFERENCE = Path(__file__).parents[1] / "reference"

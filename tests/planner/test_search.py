@@ -12,24 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_workload
-from slideplan.plan import codec
-from slideplan.plan.graph import TaskKind
-from slideplan.plan.ledger import ledger
-from slideplan.plan.lowering import lower
-from slideplan.plan.machine import LaunchCost, LinkProfile, MachineProfile, OptimizerProfile, Spread
-from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.plan import Plan
-from slideplan.plan.policy import Tier, Workload
-from slideplan.plan.quantities import GIB, KIB, MIB
-from slideplan.plan.replay import replay
-from slideplan.plan.validate import validate
-from slideplan.planner.bounds import BoundModel, durations
-from slideplan.planner.candidate import Candidate
-from slideplan.planner.search import Found, batches_within, certificate, fastest, search
-from slideplan.planner.searcher import Budget, Searcher
-from slideplan.planner.shortfall import DoesNotFit
-from slideplan.planner.space import SearchOptions, SpaceBuilder, divisors, evenly
-from slideplan.simulator import capacities, lower_bound, predict, price
+from planner.search.best import Found, batches_within, certificate, fastest, search
+from planner.search.bounds import BoundModel, durations
+from planner.search.candidate import Candidate
+from planner.search.searcher import Budget, Searcher
+from planner.search.shortfall import DoesNotFit
+from planner.search.space import SearchOptions, SpaceBuilder, divisors, evenly
+from simulator import capacities, lower_bound, predict, price
+from slideplan import codec
+from slideplan.graph.replay import replay
+from slideplan.graph.tasks import TaskKind
+from slideplan.graph.validate import validate
+from slideplan.ledger import ledger
+from slideplan.lowering.lower import lower
+from slideplan.machine.profile import LaunchCost, LinkProfile, MachineProfile, OptimizerProfile, Spread
+from slideplan.model import ModelSpec, UnitRole
+from slideplan.plan import Plan
+from slideplan.policy import Tier, Workload
+from slideplan.quantities import GIB, KIB, MIB
 
 PLENTY = 10**12
 

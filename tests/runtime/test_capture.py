@@ -1,10 +1,10 @@
 """Which tasks run once before all are captured."""
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import Lane
-from slideplan.plan.lowering import lower
-from slideplan.runtime.compute import one_of_each_sort
+from runtime.compute.handlers import one_of_each_sort
+from slideplan.footprint import Footprint
+from slideplan.graph.tasks import Lane
+from slideplan.lowering.lower import lower
 
 
 def test_one_unit_of_each_sort_with_all_its_tasks() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from slideplan.runtime.data import TokenWindows, default_text, text_files, tokenize
-from slideplan.runtime.uploads import TokenUploads
+from runtime.compute.uploads import TokenUploads
+from runtime.inputs.data import TokenWindows, default_text, text_files, tokenize
 
 
 def test_windows_cover_an_epoch_once_and_shift_labels() -> None:
@@ -59,7 +59,7 @@ def test_bytes_are_tokens_without_a_tokenizer(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "b.txt").write_text("xyz")
     (tmp_path / "a.txt").write_text("hello")
     assert bytes(tokenize(tmp_path, None, 256).astype(np.uint8)) == b"hello\n\nxyz\n\n"
-    monkeypatch.setattr("slideplan.runtime.data.MAX_TOKENS", 4)
+    monkeypatch.setattr("runtime.inputs.data.MAX_TOKENS", 4)
     assert bytes(tokenize(tmp_path, None, 256)) == b"hell"
 
 
@@ -102,7 +102,7 @@ def test_folder_below_installed_packages_is_data_too(tmp_path: Path) -> None:
 
 
 def test_no_more_of_a_large_file_is_read_than_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slideplan.runtime.data.MAX_TOKENS", 100)
+    monkeypatch.setattr("runtime.inputs.data.MAX_TOKENS", 100)
     with (tmp_path / "large.txt").open("wb") as file:
         file.truncate(1 << 40)  # sparse: nothing of it lies anywhere
     assert len(tokenize(tmp_path / "large.txt", None, 256)) == 100

@@ -15,12 +15,14 @@ import torch
 from builders import tiny_model, tiny_policy, tiny_workload
 from checkpoints import random_state_dict, write_checkpoint
 from running import plan_for
-from slideplan.plan.codec import save
-from slideplan.plan.plan import Plan
-from slideplan.runtime import compute, optimizer, run
-from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.cli import main
-from slideplan.runtime.optimizer import HostUpdate
+from runtime import run
+from runtime.cli import main
+from runtime.compute import handlers as compute
+from runtime.lanes.backend import CpuBackend
+from runtime.optimizer import adamw as optimizer
+from runtime.optimizer.adamw import HostUpdate
+from slideplan.codec import save
+from slideplan.plan import Plan
 
 MODEL = tiny_model()
 
@@ -318,7 +320,7 @@ def test_a_captured_plan_is_refused_on_a_cpu_before_anything_is_written(plan: Pl
 
 
 def test_plan_that_needs_more_memory_than_is_free(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slideplan.runtime.run.available_host_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("runtime.run.available_host_bytes", lambda: 1 << 20)
     save(tmp_path / "plan.json", plan)
     done = runtime("execute", "plan.json", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -340,7 +342,7 @@ def test_failure_in_a_lane_is_exit_code_1(tmp_path: Path, plan: Plan, spared: st
     save(tmp_path / "plan.json", plan)
     broken = (
         "import sys\n"
-        "from slideplan.runtime import handlers, cli, optimizer\n"
+        "from runtime import handlers, cli, optimizer\n"
         "def fail(*arguments):\n"
         f"    if not any(isinstance(each, {spared}) for each in arguments): raise RuntimeError('memory chip missing')\n"
         "handlers.HostUpdate.__call__, handlers.HostUpdate.compile = fail, lambda self: None\n"
@@ -371,7 +373,7 @@ def test_interrupt_says_where_the_losses_are(losses: bool, plan: Plan, tmp_path:
             (tmp_path / out / "metrics.jsonl").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slideplan.runtime.run.measure", interrupt)
+    monkeypatch.setattr("runtime.run.measure", interrupt)
     save(tmp_path / "plan.json", plan)
     done = runtime("execute", "plan.json", "--device", "cpu", "-o", "run", cwd=tmp_path)
     assert done.returncode == 130

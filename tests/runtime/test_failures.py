@@ -12,14 +12,14 @@ import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, plan_for, session_for
-from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import Lane, TaskKind
-from slideplan.plan.lowering import lower
-from slideplan.runtime.backend import CpuBackend, Marker
-from slideplan.runtime.executor import Executor, _join
-from slideplan.runtime.lanes import LaneError, RunError
-from slideplan.runtime.measure import measure
-from slideplan.runtime.session import Progress, Session
+from runtime.lanes.backend import CpuBackend, Marker
+from runtime.lanes.clock import LaneError, RunError
+from runtime.lanes.executor import Executor, _join
+from runtime.measure import measure
+from runtime.session import Progress, Session
+from slideplan.footprint import Footprint
+from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.lowering.lower import lower
 
 STEPS = 4
 

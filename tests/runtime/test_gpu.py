@@ -10,14 +10,14 @@ import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, check_near, check_norms, masters, plain_training, plan_for, session_for, state_dict, train
-from slideplan.plan.model import ModelSpec
-from slideplan.plan.policy import Policy, Workload
-from slideplan.runtime.backend import STREAM_LANES, CudaBackend
-from slideplan.runtime.data import TokenWindows
-from slideplan.runtime.executor import Executor
-from slideplan.runtime.lanes import LaneError
-from slideplan.runtime.uploads import TokenUploads
-from slideplan.runtime.weights import RandomWeights
+from runtime.compute.uploads import TokenUploads
+from runtime.inputs.data import TokenWindows
+from runtime.inputs.weights import RandomWeights
+from runtime.lanes.backend import STREAM_LANES, CudaBackend
+from runtime.lanes.clock import LaneError
+from runtime.lanes.executor import Executor
+from slideplan.model import ModelSpec
+from slideplan.policy import Policy, Workload
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from slideplan.runtime import host_memory
-from slideplan.runtime.host_memory import host_buffer, interleave, memory_nodes
+from runtime.memory import host_memory
+from runtime.memory.host_memory import host_buffer, interleave, memory_nodes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -99,7 +99,7 @@ def test_a_policy_of_the_process_is_seen() -> None:
     number = "ctypes.c_long({'x86_64': 238, 'aarch64': 237}[platform.machine()])"
     bind = f"call({number}, 2, (ctypes.c_ulong * 1)(1), ctypes.c_ulong(65))"
     show = (
-        "import ctypes, platform; from slideplan.runtime.host_memory import has_policy; before = has_policy(); "
+        "import ctypes, platform; from runtime.memory.host_memory import has_policy; before = has_policy(); "
         f"call = ctypes.CDLL(None).syscall; refused = {bind}; print(before, refused, has_policy())"
     )
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True).stdout.split()

@@ -11,10 +11,10 @@ from builders import tiny_model, tiny_policy, tiny_workload
 from contents import run_lanes
 from poison import Poisoned
 from running import EVERYTHING, masters, plan_for, session_for, train
-from slideplan.plan.graph import Lane, TaskGraph
-from slideplan.plan.plan import Plan
-from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.executor import Executor
+from runtime.lanes.backend import CpuBackend
+from runtime.lanes.executor import Executor
+from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.plan import Plan
 
 STEPS = 3
 MODEL = tiny_model(layers=3)

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from running import elementary_adamw
-from slideplan.plan.pools import moment_bytes
-from slideplan.runtime.handlers import compile_gpu_update, gpu_update
-from slideplan.runtime.moments8 import decode, encode, noise, update_8bit
-from slideplan.runtime.optimizer import (
+from runtime.handlers import compile_gpu_update, gpu_update
+from runtime.optimizer.adamw import (
     ALONE_ELEMENTS,
     CHUNK_ELEMENTS,
     CHUNKS_PER_THREAD,
@@ -19,7 +17,9 @@ from slideplan.runtime.optimizer import (
     HostUpdate,
     Rehearsal,
 )
-from slideplan.runtime.split_master import join, split
+from runtime.optimizer.moments8 import decode, encode, noise, update_8bit
+from runtime.optimizer.split_master import join, split
+from slideplan.lowering.pools import moment_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -39,7 +39,7 @@ def halves(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("elements", [1, 63, 1024, 3001])
 def test_gpu_update_equals_the_hosts_bit_for_bit(elements: int, dtype: torch.dtype) -> None:
-    from slideplan.runtime.kernels.adamw import update_gpu
+    from runtime.kernels.adamw import update_gpu
 
     torch.manual_seed(elements)
     weights, remainder = halves(torch.randn(elements))
@@ -150,7 +150,7 @@ def test_settings_are_checked() -> None:
 @pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, 0x7F800001 | 0x00010000, -1, -0x00400000])
 def test_nan_stays_nan_in_the_weight_that_computes(pattern: int) -> None:
     """0x7FFFFFFF is the NaN that GPUs produce; rounded like a number it would become -0.0."""
-    from slideplan.runtime.kernels.adamw import update_gpu
+    from runtime.kernels.adamw import update_gpu
 
     nan = torch.tensor([pattern], dtype=torch.int64).to(torch.int32).view(torch.float32)
     high, remainder = halves(nan)
@@ -170,7 +170,7 @@ def moments_8bit(elements: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("elements", [2, 64, 130, 256, 1024, 3010])
 def test_gpu_update_of_8_bits_equals_torchs_bit_for_bit(elements: int, dtype: torch.dtype) -> None:
-    from slideplan.runtime.kernels.adamw8 import update_gpu_8bit
+    from runtime.kernels.adamw8 import update_gpu_8bit
 
     torch.manual_seed(elements)
     weights, remainder = halves(torch.randn(elements))
@@ -248,6 +248,6 @@ def test_updates_on_the_device_are_compiled_for_both_gradient_types(moments: str
 
 
 def test_threads_that_two_lanes_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slideplan.runtime.optimizer.numba.threading_layer", lambda: "workqueue")
+    monkeypatch.setattr("runtime.optimizer.adamw.numba.threading_layer", lambda: "workqueue")
     with pytest.raises(ValueError, match="unset NUMBA_THREADING_LAYER"):
         HostUpdate(2).compile()

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from builders import tiny_model
-from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.runtime import operators
-from slideplan.runtime.buffers import parameter_views
-from slideplan.runtime.fused_layer import FusedLayer
-from slideplan.runtime.gradients import GradientSlot
-from slideplan.runtime.units import EagerLayer, rotary_positions, skeleton
+from runtime.compute import operators
+from runtime.compute.eager import EagerLayer, rotary_positions, skeleton
+from runtime.compute.fused_layer import FusedLayer
+from runtime.compute.gradients import GradientSlot
+from runtime.memory.buffers import parameter_views
+from slideplan.model import ModelSpec, UnitRole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -23,7 +23,7 @@ ROUNDING = 2.0**-8 if DEVICE == "cuda" else 3 * 2.0**-8
 
 
 def triton_operators() -> SimpleNamespace:
-    from slideplan.runtime.kernels import cross_entropy, rms_norm, rope, square_sum, swiglu
+    from runtime.kernels import cross_entropy, rms_norm, rope, square_sum, swiglu
 
     return SimpleNamespace(
         rms_norm=rms_norm.rms_norm,
@@ -203,7 +203,7 @@ def test_a_fused_layer_adds_to_the_sum_of_earlier_micro_batches(dtype: torch.dty
 def test_square_sum(ops, elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few programs, so that each adds up several blocks; what the sum is written into is one of many."""
     if ops is not operators:
-        monkeypatch.setattr("slideplan.runtime.kernels.square_sum.MOST_PROGRAMS", 3)
+        monkeypatch.setattr("runtime.kernels.square_sum.MOST_PROGRAMS", 3)
     torch.manual_seed(elements)
     values = (torch.randn(elements) * 1e-3).to(dtype).to(DEVICE)
     sums = torch.full((3,), -1.0, device=DEVICE)

@@ -10,19 +10,19 @@ import pytest
 from rich.console import Console
 
 from builders import tiny_model
-from slideplan.plan.codec import load, save
-from slideplan.plan.figures import changes, figures
-from slideplan.plan.graph import Lane, TaskKind
-from slideplan.plan.machine import LayerShape, MachineProfile
-from slideplan.plan.model import UnitRole
-from slideplan.planner.report_machines import profile_table
-from slideplan.runtime import probes
-from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.machine import identity
-from slideplan.runtime.probe_buffers import MemoryBuffers
-from slideplan.runtime.probe_together import COMBINATIONS
-from slideplan.runtime.probes import ProfileRequest, check_machine, profile_machine
-from slideplan.runtime.probing import mean_rate_spread, placed_rate_spread, rate_spread, timed_in_turns, together
+from planner.reports.machines import profile_table
+from runtime.lanes.backend import CpuBackend
+from runtime.machine import identity
+from runtime.probes import profile as probes
+from runtime.probes.buffers import MemoryBuffers
+from runtime.probes.profile import ProfileRequest, check_machine, profile_machine
+from runtime.probes.timing import mean_rate_spread, placed_rate_spread, rate_spread, timed_in_turns, together
+from runtime.probes.together import COMBINATIONS
+from slideplan.codec import load, save
+from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.machine.figures import changes, figures
+from slideplan.machine.profile import LayerShape, MachineProfile
+from slideplan.model import UnitRole
 
 
 def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

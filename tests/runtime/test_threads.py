@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from slideplan.plan.machine import BesideCopies, Spread, ThreadPoint
-from slideplan.runtime import threads
-from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.probe_threads import chosen_threads, streamed_parameter_s
-from slideplan.runtime.threads import set_compute_threads
+from runtime.lanes import threads
+from runtime.lanes.backend import CpuBackend
+from runtime.lanes.threads import set_compute_threads
+from runtime.probes.threads import chosen_threads, streamed_parameter_s
+from slideplan.machine.profile import BesideCopies, Spread, ThreadPoint
 
 
 class Gpu(CpuBackend):
@@ -66,7 +66,7 @@ def test_on_a_cpu_backend_cores_are_shared_with_compute(
 @pytest.mark.skipif(sys.platform != "linux", reason="asks for the cores as Linux has it")
 def test_openmp_does_not_bind_the_lanes_to_one_core() -> None:
     """What binds its threads by the environment leaves the importing thread, and whatever it starts, a single core."""
-    show = "import slideplan.runtime.machine, os; print(len(os.sched_getaffinity(0)))"
+    show = "import runtime.machine, os; print(len(os.sched_getaffinity(0)))"
     told = os.environ | {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
     done = subprocess.run([sys.executable, "-c", show], env=told, capture_output=True, text=True, check=True)
     assert int(done.stdout) == len(os.sched_getaffinity(0))

@@ -10,15 +10,15 @@ import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, check_near, check_norms, masters, plain_training, plan_for, session_for, train
-from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import Policy
-from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.buffers import parameter_views
-from slideplan.runtime.gradients import GradientSlot
-from slideplan.runtime.head import FusedHead
-from slideplan.runtime.operators import rms_norm, square_sum
-from slideplan.runtime.session import Session
-from slideplan.runtime.units import EagerHead, skeleton
+from runtime.compute.eager import EagerHead, skeleton
+from runtime.compute.gradients import GradientSlot
+from runtime.compute.head import FusedHead
+from runtime.compute.operators import rms_norm, square_sum
+from runtime.lanes.backend import CpuBackend
+from runtime.memory.buffers import parameter_views
+from runtime.session import Session
+from slideplan.model import ModelSpec, UnitRole
+from slideplan.policy import Policy
 
 STEPS = 5
 
@@ -150,7 +150,7 @@ def test_many_chunks_of_the_loss_are_as_exact_as_one(
     kernels: str, dtype: torch.dtype, accumulate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Error of the projection's gradient against float64, in norm: sixteen chunks and blocks of rows against one."""
-    monkeypatch.setattr("slideplan.runtime.units.PRODUCT_BYTES", 2 * 64 * 100)
+    monkeypatch.setattr("runtime.compute.eager.PRODUCT_BYTES", 2 * 64 * 100)
     torch.manual_seed(0)
     tokens, model = 512, tiny_model(vocabulary=700)
     flat = torch.randn(model.flat_elements(UnitRole.HEAD)).bfloat16()
@@ -231,7 +231,7 @@ def test_every_gradient_is_passed_over_once_a_step(monkeypatch: pytest.MonkeyPat
         passed.append(values.numel())
         square_sum(values, out)
 
-    monkeypatch.setattr("slideplan.runtime.compute.square_sum", counting)
+    monkeypatch.setattr("runtime.compute.handlers.square_sum", counting)
     policy = tiny_policy(model, micro_batch=1, micro_batches=4, gradient_norms=True)
     train(session_for(plan_for(model, policy, tiny_workload(), backend), backend), 2)
     assert sorted(passed) == sorted(2 * [model.unit_parameter_count(model.role(unit)) for unit in range(model.units)])

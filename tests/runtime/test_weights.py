@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from builders import tiny_model, tiny_policy, tiny_workload
 from checkpoints import random_state_dict, write_checkpoint
 from running import masters, plan_for, token_windows, unit_tensors
-from slideplan.runtime import weights
-from slideplan.runtime.backend import CpuBackend
-from slideplan.runtime.optimizer import AdamW, HostUpdate
-from slideplan.runtime.session import Session
-from slideplan.runtime.weights import RandomWeights, SafetensorsWeights
+from runtime.inputs import weights
+from runtime.inputs.weights import RandomWeights, SafetensorsWeights
+from runtime.lanes.backend import CpuBackend
+from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.session import Session
 
 MODEL = tiny_model()
 

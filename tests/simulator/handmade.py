@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from slideplan.plan.graph import Dependency, Lane, Task, TaskGraph, TaskKind
-from slideplan.plan.timeline import Span
-from slideplan.simulator import Resource, TaskCost
+from simulator import Resource, TaskCost
+from slideplan.graph.tasks import Dependency, Lane, Task, TaskGraph, TaskKind
+from slideplan.timeline import Span
 
 KIND = {
     Lane.COMPUTE: TaskKind.FORWARD,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from handmade import KIND, cost, graph
-from slideplan.plan.graph import Lane, TaskGraph
-from slideplan.plan.handoffs import Handoffs
-from slideplan.simulator import Resource, TaskCost
+from simulator import Resource, TaskCost
+from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.machine.handoffs import Handoffs
 
 CAPACITIES = {Resource.PCIE: 80, Resource.HOST_DRAM: 100, Resource.SSD: 30, Resource.GPU: 50}
 

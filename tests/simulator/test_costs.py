@@ -6,16 +6,16 @@ import msgspec
 import pytest
 
 from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
-from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import GRADIENT_KINDS, TaskGraph, TaskKind
-from slideplan.plan.lowering import lower
-from slideplan.plan.machine import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
-from slideplan.plan.model import ModelSpec, UnitRole
-from slideplan.plan.policy import Policy
-from slideplan.plan.pools import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
-from slideplan.plan.quantities import MIB
-from slideplan.simulator import Resource, TaskCost, capacities, footprint, price
-from slideplan.simulator.formulas import attention_ns, compute_ns
+from simulator import Resource, TaskCost, capacities, footprint, price
+from simulator.formulas import attention_ns, compute_ns
+from slideplan.footprint import Footprint
+from slideplan.graph.tasks import GRADIENT_KINDS, TaskGraph, TaskKind
+from slideplan.lowering.lower import lower
+from slideplan.lowering.pools import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
+from slideplan.machine.profile import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
+from slideplan.model import ModelSpec, UnitRole
+from slideplan.policy import Policy
+from slideplan.quantities import MIB
 
 LLAMA_8B = tiny_model(
     name="llama-8b",

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from handmade import cost, graph, times
 from random_graphs import CAPACITIES, demands, handoffs, priced_graphs, tied
-from slideplan.plan.footprint import Footprint
-from slideplan.plan.graph import Lane, TaskGraph
-from slideplan.plan.handoffs import Handoffs
-from slideplan.plan.lowering import lower
-from slideplan.plan.replay import replay, unroll
-from slideplan.simulator import DeadlockError, Resource, capacities, carried_cycle, lower_bound, price, simulate, trace
-from slideplan.simulator.reference import SimPyEngine
+from simulator import DeadlockError, Resource, capacities, carried_cycle, lower_bound, price, simulate, trace
+from simulator.reference import SimPyEngine
+from slideplan.footprint import Footprint
+from slideplan.graph.replay import replay, unroll
+from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.lowering.lower import lower
+from slideplan.machine.handoffs import Handoffs
 
 COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
 LINK = {Resource.PCIE: 100}

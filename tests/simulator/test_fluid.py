@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from random_graphs import CAPACITIES, demands, weights
-from slideplan.simulator import Resource, fair_speeds
+from simulator import Resource, fair_speeds
 
 PCIE, SSD, DRAM, GPU = Resource.PCIE, Resource.SSD, Resource.HOST_DRAM, Resource.GPU
 

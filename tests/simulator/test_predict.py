@@ -9,14 +9,7 @@ from hypothesis import assume, given
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from handmade import cost, graph, times
 from random_graphs import CAPACITIES, priced_graphs, tied
-from slideplan.plan.graph import Lane, TaskKind
-from slideplan.plan.ledger import ledger
-from slideplan.plan.lowering import lower
-from slideplan.plan.machine import ComputeCost, Interference, LayerShape, Spread
-from slideplan.plan.model import UnitRole
-from slideplan.plan.policy import Tier
-from slideplan.plan.sharing import Sharing
-from slideplan.simulator import (
+from simulator import (
     Resource,
     carried_cycle,
     critical_path,
@@ -28,6 +21,13 @@ from slideplan.simulator import (
     simulate,
     trace,
 )
+from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.ledger import ledger
+from slideplan.lowering.lower import lower
+from slideplan.machine.profile import ComputeCost, Interference, LayerShape, Spread
+from slideplan.machine.sharing import Sharing
+from slideplan.model import UnitRole
+from slideplan.policy import Tier
 
 COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
 

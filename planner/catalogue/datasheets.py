@@ -1,0 +1,188 @@
+"""Machine profiles from datasheets, derated by stated factors: `python -m planner.catalogue.datasheets` writes them.
+
+They serve to plan for a machine at which nobody has run `planner profile` yet. Peak figures are the
+vendors'; the derating factors below are assumptions, the same for all machines.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from slideplan import codec
+from slideplan.machine.profile import (
+    Curve,
+    Efficiency,
+    GpuProfile,
+    HostProfile,
+    LinkProfile,
+    MachineProfile,
+    OptimizerProfile,
+    Provenance,
+    RatePoint,
+    Spread,
+    SsdProfile,
+)
+from slideplan.quantities import GIB, KIB, MIB
+
+DATE = "2026-11-21"
+GIGA, TERA = 10**9, 10**12
+
+# Derating, in percent of the datasheet's peak.
+GEMM_PERCENT = 78  # large matrix products; 81 measured on an H100
+ATTENTION_PERCENT = 45  # of dense bf16, fused causal attention forward and backward
+GPU_MEMORY_PERCENT = 75  # of device memory bandwidth, element-wise kernels and the optimizer on the GPU
+DRAM_PERCENT = 80  # of channels x transfer rate, all users together
+OPTIMIZER_PERCENT = 90  # of usable DRAM bandwidth, AdamW alone; 158 of about 175 GB/s measured beside an H100
+OPTIMIZER_BYTES_PER_S_PER_CORE = 10 * GIGA  # 158 GB/s on 16 cores measured: few cores bind before DRAM does
+DUPLEX_PERCENT = 82  # of the sum of both directions; 88 of 108 GB/s measured on PCIe 5
+LAUNCH_NS = 5_000  # fixed cost of one matrix product
+TRANSFER_LATENCY_NS = 4_000  # fixed cost of one copy; 1 MiB pieces reach 45 of 54 GB/s measured
+PCIE_BYTES_PER_S = {4: (25 * GIGA, 26 * GIGA), 5: (54 * GIGA, 54 * GIGA)}  # x16, pinned: h2d, d2h
+CONTEXT_BYTES = GIB  # driver's share and CUDA context with its libraries
+PROCESS_BYTES = 3 * GIB  # interpreter, torch and CUDA on the host
+
+GEMM_SIZES = tuple(10**power for power in range(9, 14))  # FLOPs
+TRANSFER_SIZES = (64 * KIB, MIB, 16 * MIB, 256 * MIB)
+
+
+class Card(NamedTuple):
+    """A GPU's datasheet: dense bf16 with fp32 accumulation, memory, bandwidth, PCIe generation of an x16 slot."""
+
+    name: str
+    memory_gib: int
+    tflops: int
+    memory_gb_per_s: int
+    pcie: int
+
+
+class Server(NamedTuple):
+    """What stands around the card. `dram_gb_per_s` is channels x transfer rate x 8 bytes."""
+
+    cpu: str
+    cores: int
+    memory_gib: int
+    dram_gb_per_s: int
+
+
+RTX_3090 = Card("NVIDIA GeForce RTX 3090", 24, 71, 936, 4)
+RTX_4090 = Card("NVIDIA GeForce RTX 4090", 24, 165, 1008, 4)
+RTX_A6000 = Card("NVIDIA RTX A6000", 48, 155, 768, 4)
+A100 = Card("NVIDIA A100-SXM4-80GB", 80, 312, 2039, 4)
+H200 = Card("NVIDIA H200", 140, 989, 4800, 5)  # sold as 141 GB; the driver reports 140.4 GiB
+
+MACHINES: dict[str, tuple[Card, Server]] = {
+    "rtx3090-128gib": (RTX_3090, Server("desktop, 2 channels DDR4-3200", 16, 128, 51)),
+    "rtx4090-128gib": (RTX_4090, Server("desktop, 2 channels DDR5-4800", 16, 128, 77)),
+    "rtx4090-2tib": (RTX_4090, Server("server, 12 channels DDR5-4800", 64, 2048, 461)),
+    "a6000-48gib-512gib": (RTX_A6000, Server("server, 8 channels DDR4-3200", 32, 512, 205)),
+    "a100-80gib-1tib": (A100, Server("server, 8 channels DDR4-3200", 64, 1024, 205)),
+}
+
+ASSUMED = (
+    f"From datasheets: dense bf16 rate, device memory and its bandwidth, PCIe generation. Assumed: the server (cores, RAM, "
+    f"DRAM channels); matrix products reach {GEMM_PERCENT} % of the dense rate, attention {ATTENTION_PERCENT} %; element-wise "
+    f"kernels and the optimizer on the GPU {GPU_MEMORY_PERCENT} % of device memory bandwidth; DRAM {DRAM_PERCENT} % of "
+    f"channels x transfer rate, the CPU optimizer {OPTIMIZER_PERCENT} % of that and at most "
+    f"{OPTIMIZER_BYTES_PER_S_PER_CORE // GIGA} GB/s a core; copies in both directions at once {DUPLEX_PERCENT} % of the sum."
+)
+MEASURED_H200 = (
+    "Measured on one such host: copies 55 GB/s each way alone and 47.6 + 47.6 together, CPU AdamW 248 GB/s with 64 threads, "
+    "disk 2.0 GB/s read and 2.5 GB/s write (both at once assumed 2.5). DRAM bandwidth follows from the optimizer's."
+)
+
+
+def datasheet_machine(name: str, card: Card, server: Server) -> MachineProfile:
+    """The profile of a card in a server, every rate derated from its peak."""
+    memory_bytes_per_s = card.memory_gb_per_s * GIGA
+    dram = server.dram_gb_per_s * GIGA * DRAM_PERCENT // 100
+    h2d, d2h = PCIE_BYTES_PER_S[card.pcie]
+    on_gpu = memory_bytes_per_s * GPU_MEMORY_PERCENT // 100
+    on_host = min(dram * OPTIMIZER_PERCENT // 100, server.cores * OPTIMIZER_BYTES_PER_S_PER_CORE)
+    return MachineProfile(
+        name=name,
+        gpu=GpuProfile(
+            name=card.name,
+            backend="cuda",
+            memory_bytes=card.memory_gib * GIB,
+            context_bytes=CONTEXT_BYTES,
+            memory_bytes_per_s=memory_bytes_per_s,
+        ),
+        host=HostProfile(
+            cpu=server.cpu,
+            cores=server.cores,
+            memory_bytes=server.memory_gib * GIB,
+            process_bytes=PROCESS_BYTES,
+            dram_bytes_per_s=dram,
+        ),
+        link=_link(h2d, d2h, (h2d + d2h) * DUPLEX_PERCENT // 100),
+        optimizer=OptimizerProfile(
+            threads=server.cores, host_bytes_per_s=Spread.exact(on_host), gpu_bytes_per_s=Spread.exact(on_gpu)
+        ),
+        ssd=None,
+        efficiency=Efficiency(
+            gemm=_curve(GEMM_SIZES, card.tflops * TERA * GEMM_PERCENT // 100, LAUNCH_NS),
+            attention_flops_per_s=card.tflops * TERA * ATTENTION_PERCENT // 100,
+            elementwise_bytes_per_s=on_gpu,
+        ),
+        costs=(),
+        provenance=_provenance(ASSUMED),
+    )
+
+
+def h200_machine() -> MachineProfile:
+    """An H200 host of which links, CPU optimizer and disk were measured, and the rest is from datasheets."""
+    # 345 GB/s of DRAM: what the 248 GB/s measured of the CPU optimizer imply by the two factors.
+    sheet = datasheet_machine("h200-503gib", H200, Server("server with one of its 4 H200", 64, 503, 345))
+    return msgspec.structs.replace(
+        sheet,
+        link=_link(55 * GIGA, 55 * GIGA, 95_200_000_000),
+        ssd=SsdProfile(
+            path=".",
+            capacity_bytes=235 * GIGA,
+            read=_curve((16 * MIB,), 2_000_000_000, 0),
+            write=_curve((16 * MIB,), 2_500_000_000, 0),
+            duplex_bytes_per_s=2_500_000_000,
+        ),
+        provenance=_provenance(f"{MEASURED_H200} {ASSUMED}"),
+    )
+
+
+def datasheet_machines() -> tuple[MachineProfile, ...]:
+    """All shipped datasheet profiles."""
+    return (*(datasheet_machine(name, card, server) for name, (card, server) in MACHINES.items()), h200_machine())
+
+
+def _curve(sizes: tuple[int, ...], rate_per_s: int, latency_ns: int) -> Curve:
+    """Rates that a fixed latency before a constant peak rate gives."""
+    points = []
+    for size in sizes:
+        duration_ns = latency_ns + size * GIGA // rate_per_s
+        points.append(RatePoint(size=size, rate=Spread.exact(size * GIGA // duration_ns)))
+    return Curve(points=tuple(points))
+
+
+def _link(h2d: int, d2h: int, duplex: int) -> LinkProfile:
+    return LinkProfile(
+        h2d=_curve(TRANSFER_SIZES, h2d, TRANSFER_LATENCY_NS),
+        d2h=_curve(TRANSFER_SIZES, d2h, TRANSFER_LATENCY_NS),
+        duplex_bytes_per_s=duplex,
+    )
+
+
+def _provenance(notes: str) -> Provenance:
+    return Provenance(source="datasheet", date=DATE, command="python -m planner.catalogue.datasheets", versions={}, notes=notes)
+
+
+def main() -> None:
+    """Rewrite the shipped JSON files."""
+    folder = Path(str(resources.files("profiles")))
+    for machine in datasheet_machines():
+        codec.save(folder / f"{machine.name}.json", machine)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""`planner simulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.catalogue.machines import with_budget
+from planner.catalogue.models import find_model
+from planner.commands.options import (
+    DEFAULT_BATCH,
+    EXIT_DOES_NOT_FIT,
+    GpuMemory,
+    GradientDtypeChoice,
+    HostMemory,
+    Json,
+    KernelsChoice,
+    MachineName,
+    ModelName,
+    MomentsChoice,
+    Objective,
+    Placement,
+    SeqLen,
+    check_writable,
+    note,
+    percent_of,
+    print_json,
+    size_of,
+)
+from planner.commands.searching import machine_named, search_shown, seq_len_of
+from planner.reports import answer as report
+from planner.reports.tables import console
+from planner.search.best import batches_within
+from planner.search.shortfall import DoesNotFit
+from planner.search.space import SearchOptions, micro_batch_sizes
+from slideplan import codec
+from slideplan.policy import Workload, check_seq_len
+
+
+def simulate(
+    model: ModelName,
+    machine: MachineName = None,
+    seq_len: SeqLen = None,
+    global_batch: Annotated[int | None, typer.Option(help=f"Sequences per optimizer step; default {DEFAULT_BATCH}.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences that pass a unit at once; default: searched.")] = None,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    placement: Annotated[
+        Placement, typer.Option(help="host: offload all weights and state, even where they fit.")
+    ] = Placement.AUTO,
+    gradient_dtype: Annotated[
+        GradientDtypeChoice, typer.Option(help="auto: fp32 sums over several micro-batches, bf16 for a single one.")
+    ] = GradientDtypeChoice.AUTO,
+    kernels: Annotated[
+        KernelsChoice, typer.Option(help="auto: by what the profile measured, eager, fused or captured in graphs.")
+    ] = KernelsChoice.AUTO,
+    gpu_moments: Annotated[
+        MomentsChoice, typer.Option(help="8bit: moments that lie on the GPU take a quarter; lossy, and leaves room for more.")
+    ] = MomentsChoice.FP32,
+    gradient_norms: Annotated[
+        bool, typer.Option("--gradient-norms", help="Measure the gradients' global norm in every step, for metrics.jsonl.")
+    ] = False,
+    objective: Annotated[Objective, typer.Option(help="What the plan is best at.")] = Objective.THROUGHPUT,
+    at_least: Annotated[
+        str | None, typer.Option(metavar="PERCENT", help="least-host-memory: keep this share of the best speed; default 95%.")
+    ] = None,
+    max_tokens_per_step: Annotated[
+        int | None, typer.Option(metavar="N", help="Search the global batch too: at most this many tokens per step.")
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Print what can be had for less memory.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what the next-best value of each knob costs.")] = False,
+    effort: Annotated[float, typer.Option(help="Budget of the search, as a multiple of the usual one.")] = 1.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, for `runtime execute`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Plan a model on a machine and predict its step.
+
+    \b
+    Examples:
+      planner simulate --model 123b
+      planner simulate --model llama-3.1-8b --global-batch 64 --gpu-memory 24GiB -o plan.json
+      planner simulate --model ./my-model --machine profiles/here.json --seq-len 4096
+      planner simulate --model llama-3.1-8b --max-tokens-per-step 65536 --pareto --explain
+      planner simulate --model llama-3.1-8b --objective least-host-memory --at-least 90%
+      planner simulate --model llama-3.1-8b --global-batch 1 --gpu-moments 8bit
+
+    \b
+    Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit.
+    """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
+    spec = find_model(model)
+    seq_len = seq_len_of(spec, seq_len)
+    if max_tokens_per_step is not None and global_batch is not None:
+        raise ValueError("--max-tokens-per-step searches the global batch; leave out --global-batch, or it")
+    if at_least is not None and objective is not Objective.LEAST_HOST_MEMORY:
+        raise ValueError("--at-least belongs to --objective least-host-memory")
+    workload = Workload(seq_len=seq_len, global_batch=DEFAULT_BATCH if global_batch is None else global_batch)
+    if not 0 < effort < 10_000:
+        raise ValueError(f"--effort is {effort}, must be above 0 and below 10000")
+    usual = SearchOptions()
+    options = SearchOptions(
+        placement=placement.value,
+        gradient_dtype=gradient_dtype.value,
+        kernels=kernels.value,
+        gpu_moments=gpu_moments.value,
+        gradient_norms=gradient_norms,
+        micro_batch=micro_batch,
+        lowered_tasks=round(usual.lowered_tasks * effort),
+        simulated_tasks=round(usual.simulated_tasks * effort),
+        max_tokens_per_step=max_tokens_per_step,
+        least_host_memory=objective is Objective.LEAST_HOST_MEMORY,
+        at_least_percent=usual.at_least_percent if at_least is None else percent_of("--at-least", at_least),
+        pareto=pareto,
+        explain=explain,
+    )
+    # All that can be wrong is looked at before a machine is chosen, so that an error stands alone.
+    check_seq_len(spec, seq_len)
+    if not batches_within(seq_len, options):
+        micro_batch_sizes(workload, options)
+    budget = size_of("--gpu-memory", gpu_memory), size_of("--host-memory", host_memory)
+    if output is not None:
+        check_writable(output)
+    answer = search_shown(spec, workload, with_budget(machine_named(machine), *budget), options)
+    if as_json:
+        print_json(answer)
+    else:
+        report.print_answer(console(), answer, pareto=pareto)
+    if isinstance(answer, DoesNotFit):
+        if output is not None:
+            note(f"{output}: not written, there is no plan")
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+    if output is not None:
+        codec.save(output, answer)
+        note(f"plan written to {output}; run it with `runtime execute {output}`")
+    elif not as_json:
+        note("plan not saved; `-o plan.json` saves it for `runtime execute`")

@@ -1,0 +1,1 @@
+"""Other systems in the project's language, priced beside its own plan."""

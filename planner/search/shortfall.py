@@ -1,0 +1,103 @@
+"""The answer where nothing fits: what is missing, and what would help."""
+
+from __future__ import annotations
+
+import msgspec
+
+from planner.catalogue.machines import machines
+from planner.search.candidate import Candidate
+from planner.search.space import SpaceBuilder, divisors
+from slideplan import __version__, codec
+from slideplan.codec import Document
+from slideplan.graph.tasks import TaskGraph
+from slideplan.ledger import RESERVE_PERCENT, Ledger, ledger
+from slideplan.lowering.pools import PoolLayout
+from slideplan.machine.profile import MachineProfile
+from slideplan.model import ModelSpec
+from slideplan.plan import MachineReference
+from slideplan.policy import Policy, Tier, Workload
+
+
+class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
+    """No policy fits. Bytes are capacities of the whole tier, reserve and fixed use included.
+
+    policy, ledger:    the least demanding policy (fits the GPU if any does; lacks least) and its memory
+    host_bytes_needed: host memory with which the model would fit beside this GPU; None: no amount
+    gpu_bytes_needed:  GPU memory with which it would fit beside this host; None: no amount
+    global_batch:      largest divisor of the global batch that fits; None: none
+    machines:          known profiles on which it fits
+    """
+
+    version: str
+    model: ModelSpec
+    machine: MachineReference
+    workload: Workload
+    policy: Policy
+    ledger: Ledger
+    host_bytes_needed: int | None
+    gpu_bytes_needed: int | None
+    global_batch: int | None
+    machines: tuple[str, ...]
+
+
+def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
+    """What is missing for a workload of which nothing fits."""
+    shorts = {candidate: _lacking(builder, candidate) for candidate in builder.least_demanding()}
+    # State moves between the tiers byte for byte, so where a policy fits the GPU, ask for host memory alone.
+    least = min(shorts, key=lambda candidate: (shorts[candidate][Tier.GPU] > 0, sum(shorts[candidate].values())))
+    assert any(shorts[least].values()), "something fits after all"
+    model, policy = builder.model, least.policy(builder.model)
+    layout = PoolLayout(model, policy, builder.workload, builder.footprint(least))
+    return DoesNotFit(
+        version=__version__,
+        model=model,
+        machine=MachineReference.of(machine),
+        workload=builder.workload,
+        policy=policy,
+        ledger=ledger(TaskGraph(pools=tuple(layout.pools.values()), tasks=()), machine),
+        host_bytes_needed=_capacity_needed(builder, Tier.HOST, machine.host.process_bytes),
+        gpu_bytes_needed=_capacity_needed(builder, Tier.GPU, machine.gpu.context_bytes),
+        global_batch=_largest_batch(builder, machine),
+        machines=_fitting_machines(builder, machine),
+    )
+
+
+def _lacking(builder: SpaceBuilder, candidate: Candidate) -> dict[Tier, int]:
+    return {tier: max(0, -spare) for tier, spare in builder.spare(candidate).items()}
+
+
+def _capacity_needed(builder: SpaceBuilder, tier: Tier, fixed_bytes: int) -> int | None:
+    """Capacity of a tier with which some policy fits, the other tier being what it is."""
+    other = Tier.GPU if tier is Tier.HOST else Tier.HOST
+    needs = [
+        builder.capacity[tier] - spare[tier]
+        for spare in map(builder.spare, builder.least_demanding())
+        if spare[other] >= 0
+    ]  # fmt: skip
+    return -(-(min(needs) + fixed_bytes) * 100 // (100 - RESERVE_PERCENT[tier])) if needs else None
+
+
+def _fits(builder: SpaceBuilder) -> bool:
+    return any(min(builder.spare(candidate).values()) >= 0 for candidate in builder.least_demanding())
+
+
+def _largest_batch(builder: SpaceBuilder, machine: MachineProfile) -> int | None:
+    batch, pinned = builder.workload.global_batch, builder.options.micro_batch or 1
+    for smaller in reversed(divisors(batch)[:-1]):
+        if smaller % pinned == 0:
+            workload = msgspec.structs.replace(builder.workload, global_batch=smaller)
+            if _fits(SpaceBuilder.on(machine, builder.model, workload, builder.options)):
+                return smaller
+    return None
+
+
+def _fitting_machines(builder: SpaceBuilder, machine: MachineProfile) -> tuple[str, ...]:
+    found = []
+    for name, file in machines().items():
+        try:
+            other = codec.load(file, MachineProfile)
+        except ValueError:
+            continue  # a broken profile of another machine is no reason to withhold this answer
+        if other.name != machine.name and _fits(SpaceBuilder.on(other, builder.model, builder.workload, builder.options)):
+            found.append(name)
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""Compute tasks: embedding, decoder layers and head on the slots that a task names."""

@@ -1,0 +1,1 @@
+"""What a run reads: text as tokens, and initial weights."""

@@ -1,0 +1,1 @@
+"""AdamW on split master weights and its moments."""

@@ -1,0 +1,1 @@
+"""What `planner profile` measures, through the lanes and handlers that execute plans."""

@@ -1,0 +1,90 @@
+"""Memory that the probes of copies and updates work in, and the actions on it that they time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+
+from runtime.handlers import gpu_update
+from runtime.lanes.backend import Backend
+from runtime.machine import available_host_bytes
+from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.probes.timing import Effort, Work, rate_spread, timed
+from slideplan.graph.tasks import Lane
+from slideplan.lowering.pools import UPDATE_STATE_TRAFFIC_BYTES
+from slideplan.machine.profile import Spread
+from slideplan.policy import GRADIENT_BYTES, Tier
+
+# Of one update, in the effort's elements: from a head that is a norm alone to a vocabulary.
+UPDATE_SIZES = (1 / 4096, 1 / 256, 1 / 32, 0.25, 0.5, 1, 2)
+BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + GRADIENT_BYTES["bf16"]  # per element
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # weights, remainder, moments, gradient
+
+
+class MemoryBuffers:
+    """Blocks of both memories as the executor's slots have them, and copies and updates on them."""
+
+    def __init__(self, backend: Backend, effort: Effort) -> None:
+        self._backend = backend
+        self._effort = effort
+        size = effort.largest_copy_bytes
+        self._host = {lane: backend.allocate(Tier.HOST, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
+        self._gpu = {lane: backend.allocate(Tier.GPU, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
+        # Host memory is not equally fast everywhere, and runs fill most of it.
+        elements = round(effort.optimizer_elements * UPDATE_SIZES[-1])
+        free = int(effort.host_share * available_host_bytes())
+        self._host_states = [self._state(Tier.HOST, elements)]
+        more = free // sum(tensor.nbytes for tensor in self._host_states[0]) - 1
+        self._host_states += [self._state(Tier.HOST, elements) for _ in range(more)]
+
+    def _state(self, tier: Tier, elements: int) -> State:
+        weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=False).view(torch.bfloat16) for _ in range(2))
+        remainder = self._backend.allocate(tier, 2 * elements, copied=False).view(torch.int16)
+        moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
+        return weights, remainder, moments, gradient
+
+    def copy(self, lane: Lane, size: int) -> Work:
+        """A copy of this many bytes on a copy lane."""
+        source, destination = (self._host, self._gpu) if lane is Lane.H2D else (self._gpu, self._host)
+        # On a CPU backend a copy returns when it is done; on streams it is queued like the executor's.
+        return size, lambda: destination[lane][:size].copy_(source[lane][:size], non_blocking=True)
+
+    def host_update(self, threads: int, elements: int) -> Work:
+        """An update of this many elements by this many threads: of every block in turn."""
+        return elements * BF16_UPDATE_BYTES, self._update(HostUpdate(threads), self._host_states, elements)
+
+    def device_update(self, threads: int) -> Work:
+        """An update of the effort's elements on the device; where that is a CPU, by this many threads."""
+        elements = self._effort.optimizer_elements
+        update = gpu_update(self._backend.device, HostUpdate(threads))
+        return elements * BF16_UPDATE_BYTES, self._update(update, [self._state(Tier.GPU, elements)], elements)
+
+    @staticmethod
+    def _update(update: Callable[..., None], states: list[State], elements: int) -> Callable[[], object]:
+        turns = cycle(states)
+
+        def act() -> None:
+            weights, remainder, moments, gradient = next(turns)
+            moments = moments.view(-1)[: 2 * elements].view(2, elements)
+            update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
+
+        return act
+
+    def copies(self) -> dict[Lane, Work]:
+        """Copies of the largest size, both ways."""
+        return {lane: self.copy(lane, self._effort.largest_copy_bytes) for lane in (Lane.H2D, Lane.D2H)}
+
+    def work(self, threads: int) -> dict[Lane, Work]:
+        """Copies of the largest size and updates of the effort's elements, as `together` takes them."""
+        return self.copies() | {
+            Lane.HOST_UPDATE: self.host_update(threads, self._effort.optimizer_elements),
+            Lane.GPU_UPDATE: self.device_update(threads),
+        }
+
+    def device_bytes_per_s(self) -> Spread:
+        """Copy within device memory, read + write."""
+        source, destination = self._gpu[Lane.H2D], self._gpu[Lane.D2H]
+        durations = timed(self._backend, Lane.COMPUTE, lambda: destination.copy_(source), self._effort.repeats)
+        return rate_spread(2 * source.nbytes, durations)

@@ -1,0 +1,169 @@
+"""Probes of links, optimizer, memory and disk."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+
+from runtime.lanes.backend import Backend
+from runtime.probes.buffers import BF16_UPDATE_BYTES, UPDATE_SIZES, MemoryBuffers
+from runtime.probes.timing import (
+    Effort,
+    Work,
+    issue_ns,
+    mean_rate_spread,
+    placed_rate_spread,
+    rate_spread,
+    spread,
+    timed,
+    timed_in_turns,
+)
+from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.machine.profile import Curve, LaunchCost, OptimizerProfile, RatePoint, SsdProfile, ThreadPoint
+
+SAMPLES = 24  # at least, of every size
+SSD_BLOCK_BYTES = 16 << 20
+
+
+class MemoryProbes:
+    """Curves of copies and host updates over sizes.
+
+    What they reach depends on what else the machine does at the time, so they are sampled over the whole profile,
+    and count by their means.
+    """
+
+    def __init__(self, backend: Backend, effort: Effort, buffers: MemoryBuffers, threads: int) -> None:
+        self._backend = backend
+        self._effort = effort
+        sizes = [1 << 16]
+        while sizes[-1] * 4 < effort.largest_copy_bytes:
+            sizes.append(sizes[-1] * 4)
+        sizes.append(effort.largest_copy_bytes)
+        self._sampled: dict[Lane, list[Work]] = {
+            Lane.H2D: [buffers.copy(Lane.H2D, size) for size in sizes],
+            Lane.D2H: [buffers.copy(Lane.D2H, size) for size in sizes],
+            Lane.HOST_UPDATE: [
+                buffers.host_update(threads, round(effort.optimizer_elements * times)) for times in UPDATE_SIZES
+            ],
+        }
+        self._durations: dict[Lane, list[list[int]]] = {lane: [[] for _ in runs] for lane, runs in self._sampled.items()}
+
+    def sample(self, turns: int) -> None:
+        """Time copies and host updates of all sizes once more, this many turns."""
+        for lane, runs in self._sampled.items():
+            found = timed_in_turns(self._backend, lane, [action for _, action in runs], turns)
+            for pooled, durations in zip(self._durations[lane], found, strict=True):
+                pooled.extend(durations)
+
+    def complete(self) -> None:
+        """Sample until there are turns enough."""
+        turns = SAMPLES - len(self._durations[Lane.H2D][0])
+        if turns > 0:
+            self.sample(turns)
+
+    def _curve(self, lane: Lane) -> Curve:
+        runs = zip(self._sampled[lane], self._durations[lane], strict=True)
+        rate = placed_rate_spread if lane is Lane.HOST_UPDATE else mean_rate_spread
+        return Curve(points=tuple(RatePoint(size=size, rate=rate(size, durations)) for (size, _), durations in runs))
+
+    def link_curves(self) -> tuple[Curve, Curve]:
+        """Host to device and back, alone, over sizes."""
+        return self._curve(Lane.H2D), self._curve(Lane.D2H)
+
+    def optimizer(self, threads: int, by_threads: tuple[ThreadPoint, ...], on_gpu: Work) -> OptimizerProfile:
+        """AdamW on either side alone, and the host's over sizes, with what thread counts were chosen from."""
+        size = self._effort.optimizer_elements * BF16_UPDATE_BYTES
+        by_size = self._curve(Lane.HOST_UPDATE)
+        return OptimizerProfile(
+            threads=threads,
+            host_bytes_per_s=next(point.rate for point in by_size.points if point.size == size),
+            gpu_bytes_per_s=rate_spread(on_gpu[0], timed(self._backend, Lane.GPU_UPDATE, on_gpu[1], self._effort.repeats)),
+            by_threads=by_threads,
+            host_by_bytes=by_size,
+        )
+
+    def launches(self, work: dict[Lane, Work]) -> list[LaunchCost]:
+        """Host time to queue a copy or an update on its stream; nothing where handlers return when all is done."""
+        if self._backend.name == "cpu":
+            return []
+        kinds = {
+            TaskKind.LOAD_WEIGHTS: Lane.H2D,
+            TaskKind.FETCH_BOUNDARY: Lane.H2D,
+            TaskKind.FETCH_INNER: Lane.H2D,
+            TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
+            TaskKind.OFFLOAD_BOUNDARY: Lane.D2H,
+            TaskKind.OFFLOAD_INNER: Lane.D2H,
+            TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
+        }
+        measured = {
+            lane: spread(issue_ns(self._backend, lane, work[lane][1], self._effort.repeats)) for lane in set(kinds.values())
+        }
+        return [LaunchCost(kind=kind, role=None, duration_ns=measured[lane]) for kind, lane in kinds.items()]
+
+
+class SsdProbe:
+    """Direct sequential I/O on a temporary file: its first half is read, its second half written."""
+
+    def __init__(self, backend: Backend, folder: Path, descriptor: int, effort: Effort) -> None:
+        self._backend = backend
+        self._folder = folder
+        self._descriptor = descriptor
+        self._effort = effort
+        # Page-aligned, as direct I/O wants it; one for each direction.
+        self._blocks = {lane: mmap.mmap(-1, SSD_BLOCK_BYTES) for lane in (Lane.SSD_READ, Lane.SSD_WRITE)}
+        self._blocks[Lane.SSD_WRITE].write(os.urandom(SSD_BLOCK_BYTES))
+        half = effort.ssd_bytes // SSD_BLOCK_BYTES // 2
+        for place in range(2 * half):
+            os.pwrite(descriptor, self._blocks[Lane.SSD_WRITE], place * SSD_BLOCK_BYTES)
+        os.fsync(descriptor)
+        self._places = {Lane.SSD_READ: cycle(range(half)), Lane.SSD_WRITE: cycle(range(half, 2 * half))}
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, backend: Backend, folder: Path, effort: Effort) -> Iterator[SsdProbe | None]:
+        """The probe on a file in this folder, removed afterwards; None where there is no room or no direct I/O."""
+        with contextlib.ExitStack() as stack:
+            try:
+                created, name = tempfile.mkstemp(dir=folder, prefix=".slideplan-probe-")
+                stack.callback(Path(name).unlink, missing_ok=True)
+                os.close(created)
+                descriptor = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+                stack.callback(os.close, descriptor)
+                probe = cls(backend, folder, descriptor, effort)
+            except OSError:
+                yield None
+                return
+            yield probe
+
+    def _read(self) -> object:
+        place = next(self._places[Lane.SSD_READ]) * SSD_BLOCK_BYTES
+        return os.preadv(self._descriptor, [self._blocks[Lane.SSD_READ]], place)
+
+    def _write(self) -> object:
+        place = next(self._places[Lane.SSD_WRITE]) * SSD_BLOCK_BYTES
+        return os.pwrite(self._descriptor, self._blocks[Lane.SSD_WRITE], place)
+
+    def work(self) -> dict[Lane, Work]:
+        """Reading and writing, block by block."""
+        return {Lane.SSD_READ: (SSD_BLOCK_BYTES, self._read), Lane.SSD_WRITE: (SSD_BLOCK_BYTES, self._write)}
+
+    def profile(self, duplex_bytes_per_s: int) -> SsdProfile:
+        """Curves of both directions alone, with the sum of both at once as measured elsewhere."""
+        blocks = max(1, self._effort.ssd_bytes // SSD_BLOCK_BYTES // 2)
+        read, write = (
+            Curve(points=(RatePoint(size=units, rate=rate_spread(units, timed(self._backend, lane, action, blocks))),))
+            for lane, (units, action) in self.work().items()
+        )
+        status = os.statvfs(self._folder)
+        return SsdProfile(
+            path=str(self._folder),
+            capacity_bytes=status.f_bavail * status.f_frsize,
+            read=read,
+            write=write,
+            duplex_bytes_per_s=duplex_bytes_per_s,
+        )

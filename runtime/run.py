@@ -1,0 +1,163 @@
+"""`runtime execute`: from a plan on disk to a measurement on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from runtime.inputs.data import TokenWindows, default_text, tokenize
+from runtime.inputs.weights import RandomWeights, SafetensorsWeights, WeightSource
+from runtime.lanes.backend import Backend, make_backend
+from runtime.lanes.threads import set_compute_threads
+from runtime.machine import available_host_bytes, identity
+from runtime.measure import measure
+from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.session import Progress, Session
+from slideplan.codec import save
+from slideplan.graph.tasks import tier_bytes
+from slideplan.hf_config import model_from_config
+from slideplan.measurement import Measurement
+from slideplan.model import ModelSpec
+from slideplan.plan import Plan
+from slideplan.policy import Tier
+from slideplan.quantities import format_bytes
+
+# Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
+MARGIN_BYTES = 1 << 30
+
+# Files of a run folder that belong to one run and no other.
+OUTPUTS = ("plan.json", "metrics.jsonl", "measurement.json", "comparison.json")
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What to run. `data` None: the sources of Python's standard library. `weights` None: random ones.
+
+    byte_tokens: bytes are tokens though there are weights that have learned others.
+    """
+
+    plan: Plan
+    plan_path: str
+    out: Path
+    steps: int
+    device: str = "auto"
+    data: Path | None = None
+    weights: Path | None = None
+    settings: AdamW = field(default_factory=AdamW)
+    seed: int = 0
+    byte_tokens: bool = False
+    warmup_steps: int = 2
+    command: str = ""
+
+
+def check_request(request: RunRequest) -> None:
+    """Everything that can be refused before memory is reserved. Raises ValueError."""
+    plan = request.plan
+    for knob, value in plan.policy.foreign_knobs().items():
+        raise ValueError(
+            f"{request.plan_path}: policy.{knob} is {value!r}, which describes how another system works and can be priced "
+            "but not executed; run a plan of `planner simulate`"
+        )
+    plan.check(request.plan_path)
+    if request.steps < 1:
+        raise ValueError(f"--steps is {request.steps}, must be at least 1")
+    if request.warmup_steps < 0:
+        raise ValueError(f"--warmup is {request.warmup_steps}, must be zero or more")
+    if not 0 <= request.seed < 1 << 31:
+        raise ValueError(f"--seed is {request.seed}, must be in 0..{(1 << 31) - 1}")
+    if request.weights is not None:
+        _check_model(plan.model, request.weights)
+    earlier = [name for name in OUTPUTS if (request.out / name).exists()]
+    if earlier:
+        raise ValueError(f"{request.out}: holds {earlier[0]} of an earlier run; name another folder with -o")
+    _check_writable(request.out)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ValueError where the run folder could not be made; nothing is written yet."""
+    ancestor = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written ({ancestor} is no writable folder); name another with -o")
+
+
+def _check_model(planned: ModelSpec, weights: Path) -> None:
+    found = model_from_config(weights)
+    differing = [
+        f"{name} is {getattr(found, name)}, planned {getattr(planned, name)}"
+        for name in planned.__struct_fields__
+        if name != "name" and getattr(found, name) != getattr(planned, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"--weights {weights}: is not the model that was planned ({planned.name}): {'; '.join(differing)}; "
+            f"plan for it with `planner simulate --model {weights}`"
+        )
+
+
+def check_machine(plan: Plan, backend: Backend, where: str) -> None:
+    """Raise ValueError where the plan was made for another machine or does not fit in what is free."""
+    differences = plan.machine.identity.differences(identity(backend))
+    if differences:
+        raise ValueError(
+            f"{where}: was made for machine {plan.machine.name}, this one differs (planned, here): {'; '.join(differences)}; "
+            "measure this machine with `planner profile` and plan again"
+        )
+    if plan.policy.kernels == "graphed" and backend.name == "cpu":
+        raise ValueError(f'{where}: policy.kernels is "graphed": nothing can be captured on a CPU; plan with --kernels fused')
+    free = {Tier.HOST: available_host_bytes()}
+    if backend.name == "cuda":
+        free[Tier.GPU] = torch.cuda.mem_get_info(backend.device)[0]
+    else:  # the device's memory is RAM too
+        free[Tier.HOST] -= tier_bytes(plan.graph.pools, Tier.GPU)
+    for tier, available in free.items():
+        need = tier_bytes(plan.graph.pools, tier) + (MARGIN_BYTES if tier is Tier.HOST else 0)
+        if need > available:
+            raise ValueError(
+                f"{where}: needs {format_bytes(need)} of {tier} memory, {format_bytes(max(0, available))} are free: lacks "
+                f"{format_bytes(need - available)}; free some, or plan with a smaller --{tier}-memory"
+            )
+
+
+def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measurement:
+    """Run the plan and write plan, metrics and measurement into the run folder.
+
+    Raises ValueError for what the user can mend, before memory is reserved; RunError if the run fails.
+    """
+    check_request(request)
+    plan = request.plan
+    backend = make_backend(request.device)
+    check_machine(plan, backend, request.plan_path)
+    source: WeightSource = (
+        RandomWeights(plan.model, request.seed, backend.device)
+        if request.weights is None
+        else SafetensorsWeights(plan.model, request.weights)
+    )
+    tokens = tokenize(request.data or default_text(), request.weights, plan.model.vocabulary, request.byte_tokens)
+    windows = TokenWindows(tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
+    set_compute_threads(backend)
+    host_update = HostUpdate(plan.machine.optimizer_threads)
+    if host_update.threads < plan.machine.optimizer_threads:
+        raise ValueError(
+            f"{request.plan_path}: machine.optimizer_threads is {plan.machine.optimizer_threads}, numba gives this process "
+            f"{host_update.threads}; unset NUMBA_NUM_THREADS, or measure this machine with it and plan again"
+        )
+    host_update.compile()  # before anything is written: it may refuse
+    save(request.out / "plan.json", plan)
+    on_gpu = plan.ledger.tiers[Tier.GPU]
+    backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
+    try:
+        session = Session(plan, backend, source, windows, request.settings, host_update, progress)
+        measurement = measure(session, request.steps, request.warmup_steps, request.out, request.command, progress)
+    except BaseException:
+        # After a fault of the device closing may fail too; the fault is what the user must see.
+        with contextlib.suppress(Exception):
+            backend.close()
+        raise
+    backend.close()
+    save(request.out / "measurement.json", measurement)
+    return measurement

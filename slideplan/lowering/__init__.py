@@ -1,0 +1,1 @@
+"""From policy to task graph, in small passes: order, pools, slots, edges."""

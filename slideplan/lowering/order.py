@@ -1,0 +1,205 @@
+"""Lowering, passes 1 and 2: which task runs after which. Compute order first, then transfers into it.
+
+Pass 1 puts the compute actions in vertical order: a unit runs all micro-batches of the step before
+the next unit starts. Pass 2 inserts loads, offloads, fetches and updates at the place where they are
+issued. Both give plain action lists; slots and edges come later (`slots`, `edges`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from slideplan.graph.tasks import TaskKind
+from slideplan.model import ModelSpec
+from slideplan.policy import Policy, Tier
+
+
+class Action(NamedTuple):
+    """A task before it has slots."""
+
+    kind: TaskKind
+    unit: int
+    micro: int | None = None
+    chunk: int | None = None
+
+
+class Visit(NamedTuple):
+    """A unit's turn in the window: compute actions first..last, both included."""
+
+    unit: int
+    first: int
+    last: int
+
+
+def compute_order(model: ModelSpec, policy: Policy) -> list[Action]:
+    """Pass 1: compute actions of one step in vertical order."""
+    micros = range(policy.micro_batches)
+    actions = []
+    for unit in range(model.head_unit):
+        kept = policy.units[unit].inner != "recompute"
+        actions += [Action(TaskKind.FORWARD_KEEP if kept else TaskKind.FORWARD, unit, micro) for micro in micros]
+    actions += [Action(TaskKind.LOSS, model.head_unit, micro) for micro in micros]
+    for unit in reversed(range(model.head_unit)):
+        if unit > 0 and not policy.runs_again(unit):  # the last layer of a block: those before it run forward once more
+            block = range(unit - (unit - 1) % policy.checkpoint_interval, unit)
+            actions += [Action(TaskKind.FORWARD, other, micro) for other in block for micro in micros]
+        kept = policy.units[unit].inner != "recompute" or unit == 0
+        kind = TaskKind.BACKWARD if kept else TaskKind.BACKWARD_RECOMPUTE
+        actions += [Action(kind, unit, micro) for micro in micros]
+    return actions
+
+
+def visits(actions: list[Action]) -> list[Visit]:
+    """Runs of consecutive compute actions on the same unit, in order."""
+    found: list[Visit] = []
+    for place, action in enumerate(actions):
+        if found and found[-1].unit == action.unit:
+            found[-1] = found[-1]._replace(last=place)
+        else:
+            found.append(Visit(action.unit, place, place))
+    return found
+
+
+class WindowUse(NamedTuple):
+    """What a visit needs of the window: which unit's weights, in which slot, and whether they must be loaded."""
+
+    unit: int
+    slot: int
+    load: bool
+
+
+def window_slots(model: ModelSpec, policy: Policy, turns: list[Visit]) -> list[WindowUse | None]:
+    """For each visit that reads streamed weights, its slot of the window.
+
+    A visit that finds its unit still in the window loads nothing: this is the turn-around, where the
+    last units of forward are the first of backward. Otherwise it takes the slot whose unit is needed
+    farthest in the future (Belady's rule), the one left longest ago among equals.
+    """
+    assert policy.prefetch_depth < max(1, policy.window), "a slot must be free for the load that is issued ahead"
+    never = len(turns)
+    needs = [_streamed(model, policy, visit, now) for now, visit in enumerate(turns)]
+    holds: list[int | None] = [None] * policy.window
+    used_at = [-never] * policy.window
+    found: list[WindowUse | None] = []
+    for now, needed in enumerate(needs):
+        if needed is None:
+            found.append(None)
+            continue
+        if needed in holds:
+            slot, load = holds.index(needed), False
+        else:
+            next_use = [
+                never if unit is None else next((later for later in range(now, never) if needs[later] == unit), never)
+                for unit in holds
+            ]
+            # A load is issued `prefetch_depth` visits ahead: slots that those visits read are not free yet.
+            free = [slot for slot in range(policy.window) if used_at[slot] < now - policy.prefetch_depth]
+            slot, load = min(free, key=lambda s: (-next_use[s], used_at[s], s)), True
+        holds[slot], used_at[slot] = needed, now
+        found.append(WindowUse(needed, slot, load))
+    return found
+
+
+def _streamed(model: ModelSpec, policy: Policy, visit: Visit, now: int) -> int | None:
+    """The unit whose streamed weights a visit reads. The embedding's backward reads none; a tied head, the embedding's."""
+    if visit.unit == 0 and now > 0:
+        return None
+    unit = 0 if visit.unit == model.head_unit and model.tied_embeddings else visit.unit
+    return unit if policy.streams_weights(unit) else None
+
+
+def with_transfers(
+    model: ModelSpec, policy: Policy, actions: list[Action], windows: Sequence[WindowUse | None]
+) -> list[Action]:
+    """Pass 2: the step's actions on all lanes, in issue order. `windows`: of `window_slots` for these actions.
+
+    Loads stand `prefetch_depth` visits ahead of the visit that needs them, each behind its cast where
+    there is one; fetches of activations as far ahead as their GPU slots allow.
+    Gradients leave after a unit's last backward. State that passes through the GPU comes as many chunks ahead as
+    there are slots for it, from the first loss on, and leaves after its update. A host update stands after
+    its gradient's arrival and after the updates before it in `update_order`; with clipping, after all
+    gradients' clipping.
+    """
+    before: list[list[Action]] = [[] for _ in actions]
+    turns = visits(actions)
+    depth = max(policy.prefetch_depth, 1)
+    loaded_once: set[int] = set()
+    for now, (visit, window) in enumerate(zip(turns, windows, strict=True)):
+        loads = [window.unit] if window is not None and window.load else []
+        # Weights with a slot of their own are loaded once a step, if the host updates them.
+        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].updated_on_host
+        if own and visit.unit not in loaded_once:
+            loads.append(visit.unit)
+            loaded_once.add(visit.unit)
+        for unit in loads:
+            if policy.staging == "per_load":
+                before[turns[max(0, now - depth)].first].append(Action(TaskKind.CAST_WEIGHTS, unit))
+            before[turns[max(0, now - depth)].first].append(Action(TaskKind.LOAD_WEIGHTS, unit))
+
+    first_loss = next(place for place, action in enumerate(actions) if action.kind is TaskKind.LOSS)
+    for issue, fetch in _fetches(model, policy, actions, first_loss):
+        before[issue].append(fetch)
+    passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]  # as gradients are made
+    chunks = range(policy.state_chunks)
+    states = iter([Action(TaskKind.LOAD_STATE, unit, chunk=chunk) for unit in passing for chunk in chunks])
+    before[first_loss] += islice(states, policy.state_slots)
+
+    issued: list[Action] = []
+    waiting_updates = list(policy.update_order)
+    arrived: set[int] = set()
+    last_action = {visit.unit: visit.last for visit in turns}
+    for place, action in enumerate(actions):
+        issued += before[place]
+        issued.append(action)
+        if place < first_loss and policy.units[action.unit].boundary is Tier.HOST:
+            issued.append(Action(TaskKind.OFFLOAD_BOUNDARY, action.unit, action.micro))
+        if place < first_loss and policy.units[action.unit].inner == "offload":
+            issued.append(Action(TaskKind.OFFLOAD_INNER, action.unit, action.micro))
+        if place < first_loss or place != last_action[action.unit]:
+            continue
+        if policy.units[action.unit].state is Tier.GPU:
+            issued.append(Action(TaskKind.UPDATE_GPU, action.unit))
+            continue
+        if policy.units[action.unit].streams_state:
+            for chunk in chunks:
+                issued += [Action(kind, action.unit, chunk=chunk) for kind in (TaskKind.UPDATE_PASSING, TaskKind.OFFLOAD_STATE)]
+                issued += islice(states, 1)
+            continue
+        issued.append(Action(TaskKind.OFFLOAD_GRADIENT, action.unit))
+        arrived.add(action.unit)
+        issued += _host_updates(policy, arrived, waiting_updates)
+    assert not waiting_updates, "every unit's gradient arrives within the step"
+    return issued
+
+
+def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss: int) -> Iterator[tuple[int, Action]]:
+    """Fetches of activations that wait on the host, with the compute action before which each is issued.
+
+    Boundary activations, of which compute makes others meanwhile, come as many compute actions ahead as there
+    are slots beside the one in use; inner ones as many backwards that need some.
+    """
+    again = [(place, action.unit, action.micro) for place, action in enumerate(actions) if place > first_loss]
+    for place, unit, micro in again:
+        if unit not in (0, model.head_unit) and policy.units[unit - 1].boundary is Tier.HOST:
+            yield max(first_loss, place - (policy.boundary_slots - 1)), Action(TaskKind.FETCH_BOUNDARY, unit - 1, micro)
+    inner = [(place, unit, micro) for place, unit, micro in again if policy.units[unit].inner == "offload"]
+    for number, (_, unit, micro) in enumerate(inner):
+        ahead = number - (policy.inner_slots - 1)
+        yield inner[ahead][0] if ahead >= 0 else first_loss, Action(TaskKind.FETCH_INNER, unit, micro)
+
+
+def _host_updates(policy: Policy, arrived: set[int], waiting: list[int]) -> list[Action]:
+    """What the CPU can be told to do now that these gradients have arrived; units updated leave `waiting`."""
+    issued: list[Action] = []
+    if policy.clipping == "serial":
+        if len(arrived) < len(waiting):
+            return issued
+        issued += [Action(TaskKind.CLIP_GRADIENT, unit) for unit in waiting]
+    while waiting and waiting[0] in arrived:
+        unit = waiting.pop(0)
+        issued.append(Action(TaskKind.UPDATE_HOST, unit))
+        if policy.staging == "per_update":
+            issued.append(Action(TaskKind.REFRESH_WEIGHTS, unit))
+    return issued

@@ -1,0 +1,201 @@
+"""Fits the fluid model of shared bandwidth to lanes measured alone and together.
+
+What is free: the capacity of each resource; what a byte of each lane takes of host DRAM, where a byte of
+the optimizer's traffic counts as one; what each lane takes of the GPU; and share weights on each resource,
+relative to one lane there. They differ from resource to resource: copies to the GPU wait for what they read and
+lose to everything on a busy host memory, and less to copies the other way on PCIe. A byte on PCIe or SSD counts
+as one in either direction: how much of the sum is lost when both run is in the capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slideplan.graph.tasks import Lane
+from slideplan.machine.profile import Interference, LaneSpeed, Spread
+from slideplan.machine.sharing import Resource, Sharing
+
+Speeds = Mapping[Lane, float]  # relative to each lane alone
+Vector = NDArray[np.float64]
+
+_LINKS = {
+    Lane.H2D: Resource.PCIE,
+    Lane.D2H: Resource.PCIE,
+    Lane.SSD_READ: Resource.SSD,
+    Lane.SSD_WRITE: Resource.SSD,
+}
+_ON_GPU = (Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
+# The lane whose share weight is 1 there. On the GPU all have 1 but compute, and who gives way to it.
+_REFERENCE = {Resource.PCIE: Lane.D2H, Resource.SSD: Lane.SSD_WRITE, Resource.HOST_DRAM: Lane.HOST_UPDATE}
+
+# What meets compute on a GPU takes a small part of it and hardly waits: compute starts with a low weight.
+_COMPUTE_WEIGHT = 1 / 16
+# A lane within this of full speed beside compute was not slowed by it.
+_FULL_SPEED = 0.97
+# A part of the GPU below this cannot be told from noise, and would make every compute task a flow.
+_NEGLIGIBLE = 0.005
+
+# Pull towards the start, for what no measurement speaks of. Against a residual of 1 %, moving a parameter
+# by its own size costs less than a tenth.
+_PRIOR = 0.003
+_STEP = 1e-4
+_ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """One unknown: a capacity or weight as the logarithm of its ratio to `start`, a usage as itself."""
+
+    of: tuple[Literal["capacity", "usage", "part", "weight"], Lane | None, Resource]
+    start: float
+    low: float
+    high: float
+
+    @property
+    def at_start(self) -> float:
+        return 0.0 if self._is_ratio else self.start
+
+    @property
+    def _is_ratio(self) -> bool:
+        return self.of[0] in ("capacity", "weight")
+
+    def value(self, x: float) -> float:
+        return self.start * float(np.exp(x)) if self._is_ratio else x
+
+
+def interference(alone: Mapping[Lane, Spread], together: Sequence[Mapping[Lane, Spread]], gpu_bytes_per_s: int) -> Interference:
+    """Rates measured alone and together, with the model fitted to their middles and what it says of each.
+
+    As for `fit`, but rates in bytes/s throughout; every lane of `together` must be in `alone`.
+    """
+    middle = {lane: float(rate.p50) for lane, rate in alone.items()}
+    speeds = [
+        # A lane that stood still is told from one that was not measured, and has a logarithm.
+        {lane: max(1e-3, rate.p50 / middle[lane]) for lane, rate in rates.items()}
+        for rates in together
+    ]
+    # No lane gains by company: what is above 1 is noise in the rate alone.
+    fitted = fit(middle, [{lane: min(1.0, speed) for lane, speed in each.items()} for each in speeds], gpu_bytes_per_s)
+    demands = middle | {Lane.COMPUTE: float(gpu_bytes_per_s)}
+    combinations = []
+    for measured, rates in zip(speeds, together, strict=True):
+        predicted = fitted.speeds({lane: demands[lane] for lane in measured})
+        combinations.append(
+            tuple(
+                LaneSpeed(lane=lane, rate=rates[lane], speed=round(measured[lane], 4), predicted=round(predicted[lane], 4))
+                for lane in measured
+            )
+        )
+    return Interference(alone=dict(alone), together=tuple(combinations), fitted=fitted)
+
+
+def fit(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> Sharing:
+    """The model whose relative speeds differ least from those measured, in the sum of squares.
+
+    `alone`: bytes/s of each lane by itself (of compute, any figure); `together`: relative speeds in
+    combinations of these lanes; `gpu_bytes_per_s`: capacity that compute takes alone. Resources that no
+    combination fills keep the largest load seen. Raises ValueError for a combination with a lane that was
+    not measured alone, or with fewer than two lanes.
+    """
+    for speeds in together:
+        if len(speeds) < 2 or not set(speeds) <= set(alone):
+            raise ValueError(f"combination {sorted(speeds)}: needs two or more of the lanes measured alone, {sorted(alone)}")
+    alone = {lane: float(gpu_bytes_per_s) if lane is Lane.COMPUTE else rate for lane, rate in alone.items()}
+    unknowns = _unknowns(alone, together, gpu_bytes_per_s)
+    measured = np.array([speed for speeds in together for speed in speeds.values()])
+    start = np.array([unknown.at_start for unknown in unknowns])
+
+    def residuals(x: Vector) -> Vector:
+        model = _sharing(unknowns, x, alone, gpu_bytes_per_s)
+        predicted = [speed for speeds in together for speed in model.speeds({lane: alone[lane] for lane in speeds}).values()]
+        return np.concatenate([np.array(predicted) - measured, _PRIOR * (x - start)])
+
+    low, high = (np.array([getattr(unknown, bound) for unknown in unknowns]) for bound in ("low", "high"))
+    return _sharing(unknowns, _least_squares(residuals, start, low, high), alone, gpu_bytes_per_s)
+
+
+def _unknowns(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> list[_Parameter]:
+    found = []
+    weights: dict[tuple[Lane, Resource], float] = {}
+    for resource, reference in _REFERENCE.items():
+        users = [lane for lane in alone if _LINKS.get(lane) is resource or (resource is Resource.HOST_DRAM and _on_dram(lane))]
+        if users:
+            loads = [sum(alone[lane] * speed for lane, speed in speeds.items() if lane in users) for speeds in together]
+            largest = max(alone[lane] for lane in users)
+            start = max([largest, *loads])
+            found.append(_Parameter(("capacity", None, resource), start, float(np.log(largest / start)), 1.0))
+        if reference in users:
+            weights |= {(lane, resource): 1.0 for lane in users if lane is not reference}
+    if Lane.HOST_UPDATE in alone:
+        found += [_Parameter(("usage", lane, Resource.HOST_DRAM), 1.0, 0.0, 4.0) for lane in _LINKS if lane in alone]
+    if Lane.COMPUTE in alone:
+        weights[Lane.COMPUTE, Resource.GPU] = _COMPUTE_WEIGHT
+        for speeds in together:
+            for lane in _ON_GPU:
+                if set(speeds) == {Lane.COMPUTE, lane}:
+                    compute, other = speeds[Lane.COMPUTE], speeds[lane]
+                    part = min(1.0, max(0.0, 1.0 - compute) / other)
+                    found.append(_Parameter(("part", lane, Resource.GPU), part, 0.0, 1.0))
+                    if other < _FULL_SPEED:  # the two shared what there is
+                        weights[lane, Resource.GPU] = _COMPUTE_WEIGHT * other / compute
+    return found + [_Parameter(("weight", lane, resource), start, -3.0, 3.0) for (lane, resource), start in weights.items()]
+
+
+def _on_dram(lane: Lane) -> bool:
+    return lane in _LINKS or lane is Lane.HOST_UPDATE
+
+
+def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[Lane, float], gpu_bytes_per_s: int) -> Sharing:
+    """The model with these values. A part of the GPU is of the lane at its rate alone; usage is per byte."""
+    value = {unknown.of: unknown.value(float(at)) for unknown, at in zip(unknowns, x, strict=True)}
+    capacities = {of: round(value["capacity", None, of]) for of in Resource if ("capacity", None, of) in value}
+    usage: dict[Lane, dict[Resource, float]] = {}
+    for lane in alone:
+        of: dict[Resource, float] = {_LINKS[lane]: 1.0} if lane in _LINKS else {}
+        if _on_dram(lane):
+            of[Resource.HOST_DRAM] = value.get(("usage", lane, Resource.HOST_DRAM), 1.0)
+        part = value.get(("part", lane, Resource.GPU), 0.0)
+        if part >= _NEGLIGIBLE:
+            of[Resource.GPU] = part * gpu_bytes_per_s / alone[lane]
+        usage[lane] = of
+    if any(Resource.GPU in of for of in usage.values()):
+        capacities[Resource.GPU] = gpu_bytes_per_s
+        usage[Lane.COMPUTE] = {Resource.GPU: 1.0}
+    weights: dict[Lane, dict[Resource, float]] = {}
+    for (what, shared_by, resource), found in value.items():
+        if what == "weight" and shared_by is not None and resource in usage[shared_by]:
+            weights.setdefault(shared_by, {})[resource] = found
+    return Sharing(capacities=capacities, usage={lane: of for lane, of in usage.items() if of}, weights=weights)
+
+
+def _least_squares(residuals: Callable[[Vector], Vector], x: Vector, low: Vector, high: Vector) -> Vector:
+    """Levenberg and Marquardt's method within bounds: few unknowns, kinks where a resource fills up."""
+
+    def slope(number: int) -> Vector:
+        """How the residuals change with one unknown; at a bound, from one side."""
+        above, below = x.copy(), x.copy()
+        above[number], below[number] = min(x[number] + _STEP, high[number]), max(x[number] - _STEP, low[number])
+        change: Vector = residuals(above) - residuals(below)
+        return change / float(above[number] - below[number])
+
+    damping = 1e-3
+    error = residuals(x)
+    for _ in range(_ROUNDS):
+        slopes = np.stack([slope(number) for number in range(len(x))], axis=1)
+        improved = False
+        while not improved and damping < 1e6:
+            system = np.concatenate([slopes, np.sqrt(damping) * np.eye(len(x))])
+            wanted = np.linalg.lstsq(system, np.concatenate([-error, np.zeros(len(x))]), rcond=None)[0]
+            candidate = np.clip(x + wanted, low, high)
+            new = residuals(candidate)
+            improved = bool(new @ new < error @ error * (1 - 1e-9))
+            damping *= 0.3 if improved else 10.0
+        if not improved:
+            break
+        x, error = candidate, new
+    return x

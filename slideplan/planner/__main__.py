@@ -1,5 +1,0 @@
-"""`python -m slideplan.planner` is the `planner` command."""
-
-from slideplan.planner.cli import main
-
-main()

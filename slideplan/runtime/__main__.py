@@ -1,5 +1,0 @@
-"""`python -m slideplan.runtime` is the `runtime` command."""
-
-from slideplan.runtime.cli import main
-
-main()

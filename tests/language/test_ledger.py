@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import msgspec
+from hypothesis import given
+
+from builders import tiny_machine
+from slideplan.graph.tasks import SlotPool, TaskGraph, TensorClass, tier_bytes
+from slideplan.ledger import ledger, slot_capacity
+from slideplan.policy import Tier
+from slideplan.quantities import GIB
+from strategies import Case, cases
+
+
+def machine_with(gpu_bytes: int, context_bytes: int = 0):
+    gpu = msgspec.structs.replace(tiny_machine().gpu, memory_bytes=gpu_bytes, context_bytes=context_bytes)
+    return tiny_machine(gpu=gpu)
+
+
+def pool(name: str, tensor_class: TensorClass, slot_bytes: int, count: int, tier: Tier = Tier.GPU) -> SlotPool:
+    return SlotPool(name=name, tier=tier, tensor_class=tensor_class, slot_bytes=slot_bytes, count=count)
+
+
+GRAPH = TaskGraph(
+    pools=(
+        pool("a", TensorClass.WEIGHTS, 100, 3),
+        pool("b", TensorClass.WEIGHTS, 50, 1),
+        pool("c", TensorClass.GRADIENT, 20, 2),
+        pool("d", TensorClass.MOMENTS, 1000, 4, Tier.HOST),
+    ),
+    tasks=(),
+)
+
+
+def test_sums_per_tensor_class_and_tier():
+    found = ledger(GRAPH, machine_with(1000, context_bytes=7))
+    gpu = found.tiers[Tier.GPU]
+    assert gpu.items == {TensorClass.WEIGHTS: 350, TensorClass.GRADIENT: 40}
+    assert (gpu.used_bytes, gpu.reserve_bytes, gpu.headroom_bytes) == (397, 30, 573)
+    assert found.tiers[Tier.HOST].items == {TensorClass.MOMENTS: 4000}
+    assert found.peak_bytes() == {Tier.GPU: 397, Tier.HOST: 4000}
+    assert found.fits
+    assert found.lacking() == []
+
+
+def test_a_tier_too_small_is_named_with_what_it_lacks():
+    found = ledger(GRAPH, machine_with(400, context_bytes=7))
+    assert not found.fits
+    assert found.lacking() == ["lacks 9 B of GPU memory (needs 409 B, has 400 B)"]
+
+
+def test_slot_capacity_is_what_headroom_leaves():
+    machine = machine_with(1000, context_bytes=100)
+    assert slot_capacity(machine, Tier.GPU) == 870
+    assert slot_capacity(machine_with(50, context_bytes=100), Tier.GPU) == -51
+
+
+@given(cases())
+def test_ledger_adds_up_to_the_pools(case: Case):
+    graph = case.graph()
+    found = ledger(graph, machine_with(GIB))
+    for tier in (Tier.GPU, Tier.HOST):
+        assert sum(found.tiers[tier].items.values()) == tier_bytes(graph.pools, tier)
+        fits = tier_bytes(graph.pools, tier) <= slot_capacity(machine_with(GIB), tier)
+        assert fits == (found.tiers[tier].headroom_bytes >= 0)
+
+
+@given(cases())
+def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
+    """Remainder and moments 10, and 2 of bf16 weights on the tier that updates them; moments of 8 bits there 6 fewer.
+
+    State that passes through the GPU has slots there as well, and none of the host's weights.
+    """
+    model, policy = case.model, case.policy
+    items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in (Tier.GPU, Tier.HOST)}
+
+    def size(unit: int, parts: int = 1) -> int:
+        """Of a unit's state, or of one of the chunks of it that passes through, which are of whole blocks."""
+        elements = model.flat_elements(model.role(unit))
+        if policy.units[unit].streams_state:
+            elements = -(-elements // (256 * parts)) * 256
+        lossy = policy.gpu_moments == "8bit" and not policy.units[unit].updated_on_host
+        return 4 * elements + 8 * -(-elements // 256) if lossy else 10 * elements
+
+    passing = [unit for unit in range(model.units) if policy.units[unit].streams_state]
+    for tier, pools in items.items():
+        state = sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name)
+        there = sum(size(u) for u in range(model.units) if policy.units[u].state is tier and u not in passing)
+        count = policy.state_slots if tier is Tier.GPU else len(passing) * policy.state_chunks
+        assert state == there + (count * size(passing[0], policy.state_chunks) if passing else 0)
+    weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)
+    updated_there = [model.role(unit) for unit in range(model.units) if policy.units[unit].updated_on_host]
+    assert weights == 2 * sum(map(model.flat_elements, updated_there))

@@ -25,11 +25,12 @@ from slideplan.graph.tasks import TaskGraph, tier_bytes
 from slideplan.graph.validate import validate
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
-from slideplan.lowering.pools import PoolLayout
+from slideplan.lowering.sizes import PoolLayout
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
+from slideplan.placement import Placement, Tier
 from slideplan.plan import MachineReference, Plan, SearchRecord
-from slideplan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.policy import Policy, Workload
 
 MICRO_BATCHES = 16  # at most: more make graphs of thousands of tasks that show nothing new
 TRIES = 1000
@@ -229,7 +230,7 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         gradient_norms=False,
         update_order=order,
         units=tuple(
-            UnitPolicy(
+            Placement(
                 weights=Tier.GPU if unit in weights else Tier.HOST,
                 state=Tier.GPU if unit in state else Tier.HOST,
                 boundary=Tier.HOST if unit < offloaded else Tier.GPU,
@@ -273,12 +274,12 @@ def _some(random: Random, items: Sequence[T]) -> list[T]:
 def sketch(model: ModelSpec, policy: Policy) -> str:
     """A policy in one line: `4x2 fp32 fused, window 3/2, ...`; how many layers do what, arrival or deferred updates."""
     layers = [policy.units[unit] for unit in range(1, model.head_unit)]
-    state = sum(unit.state is Tier.GPU for unit in layers)
+    state = sum(unit.moments is Tier.GPU for unit in layers)
     weights = sum(unit.weights is Tier.GPU for unit in layers)
-    passing = sum(unit.streams_state for unit in layers)
+    passing = sum(unit.passing for unit in layers)
     kept, inner = (sum(unit.inner == how for unit in layers) for how in ("keep", "offload"))
     away = sum(unit.boundary is Tier.HOST for unit in policy.units)
-    ends = [name for name, unit in (("embedding", 0), ("head", -1)) if policy.units[unit].state is Tier.GPU]
+    ends = [name for name, unit in (("embedding", 0), ("head", -1)) if policy.units[unit].moments is Tier.GPU]
     parts = [f"{policy.micro_batches}x{policy.micro_batch} {policy.gradient_dtype} {policy.kernels}"]
     if policy.window:
         parts.append(f"window {policy.window}/{policy.prefetch_depth}")

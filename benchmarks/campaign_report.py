@@ -20,7 +20,7 @@ from planner.reports.answer import policy_in_words
 from slideplan.codec import Document, Spec, save, write_atomic
 from slideplan.machine.profile import MachineIdentity, MachineProfile
 from slideplan.measurement import ComparisonRow
-from slideplan.policy import Tier
+from slideplan.placement import Tier
 from slideplan.trace import write_trace
 
 CLOSE, WITHIN = 0.03, 0.08  # the bounds that are asked for: mean and worst

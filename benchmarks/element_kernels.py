@@ -25,7 +25,7 @@ from runtime.compute import operators
 from runtime.handlers import gpu_update
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from slideplan import __version__
-from slideplan.lowering.pools import moment_bytes
+from slideplan.lowering.sizes import moment_bytes
 from slideplan.policy import Moments
 
 HIDDEN, FFN, HEADS, HEAD_DIM, VOCABULARY = 4096, 14336, 32, 128, 128256  # of an 8B model

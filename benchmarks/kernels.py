@@ -30,7 +30,7 @@ from runtime.compute.fused_layer import FusedLayer
 from runtime.compute.gradients import GradientSlot
 from runtime.compute.head import FusedHead
 from slideplan import __version__
-from slideplan.lowering.pools import loss_chunk_tokens
+from slideplan.lowering.sizes import loss_chunk_tokens
 from slideplan.model import ModelSpec, UnitRole
 
 REPEATS = 12

@@ -30,7 +30,8 @@ from slideplan import __version__, codec
 from slideplan.codec import Spec
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec
-from slideplan.policy import Tier, Workload
+from slideplan.placement import Tier
+from slideplan.policy import Workload
 from slideplan.quantities import GIB
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference"

@@ -24,7 +24,7 @@ from campaign_records import Manifest
 from planner.catalogue.models import find_model
 from slideplan import __version__
 from slideplan.codec import Document, Spec, save
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import Lane, LaneKind
 from slideplan.machine.fitting import interference
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.measurement import expected_step_ns
@@ -67,7 +67,7 @@ def refitted(profile: dict[str, Any]) -> tuple[MachineProfile, dict[str, tuple[f
     found = interference(alone, together, profile["gpu"]["memory_bytes_per_s"])
     off: dict[str, list[tuple[float, float]]] = {"memory": [], "ssd": []}
     for then, now in zip(met["together"], found.together, strict=True):
-        on_disk = any(each.lane in (Lane.SSD_READ, Lane.SSD_WRITE) for each in now)
+        on_disk = any(each.lane.kind in (LaneKind.SSD_READ, LaneKind.SSD_WRITE) for each in now)
         off["ssd" if on_disk else "memory"] += [
             (before["predicted"] - each.speed, each.predicted - each.speed) for before, each in zip(then, now, strict=True)
         ]

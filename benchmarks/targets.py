@@ -36,7 +36,7 @@ from planner.catalogue.models import find_model
 from planner.search.best import search
 from planner.search.space import SearchOptions
 from slideplan.codec import load, save
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.hf_config import config_of
 from slideplan.machine.profile import MachineProfile
 from slideplan.measurement import Comparison, Measurement
@@ -109,7 +109,9 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
             raise ValueError(
                 f"{model.name} at {plan.workload.global_batch}: no inner activations wait on the host in this plan"
             )
-        units = tuple(msgspec.structs.replace(unit, inner="recompute") if unit.inner == "offload" else unit for unit in units)
+        units = tuple(
+            msgspec.structs.replace(unit, inner="recompute") if unit.feed_forward is Tier.HOST else unit for unit in units
+        )
         policy = msgspec.structs.replace(policy, units=units, inner_slots=0)
     elif mechanism == "captured graphs":
         if policy.kernels != "graphed":
@@ -122,7 +124,7 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
         order = tuple(sorted(policy.update_order, reverse=True))
         policy = msgspec.structs.replace(policy, update_order=order)
     elif mechanism == "state passing through":
-        passing = [unit for unit, placed in enumerate(units) if placed.streams_state]
+        passing = [unit for unit, placed in enumerate(units) if placed.passing]
         if not passing:
             raise ValueError(f"{model.name} at {plan.workload.global_batch}: no state passes through the GPU in this plan")
         units = tuple(msgspec.structs.replace(unit, streams_state=False) for unit in units)
@@ -218,12 +220,12 @@ def compute_gaps(plan: Plan, measurement: Measurement) -> dict[str, float]:
     """
     record, tasks = measurement.record, plan.graph.tasks
     waits, idle = [], 0
-    for before, number in pairwise(plan.graph.lanes[Lane.COMPUTE]):
+    for before, number in pairwise(plan.graph.queue(LaneKind.COMPUTE)):
         ended, begun = record.spans[before].end_ns, record.spans[number].start_ns
         ready = max([ended, *(record.spans[d.task].end_ns - d.distance * record.step_ns for d in tasks[number].dependencies)])
         waits.append(max(0, begun - ended))
         idle += min(waits[-1], max(0, begun - ready))
-    outside = max(0, record.step_ns - record.spans[plan.graph.lanes[Lane.COMPUTE][-1]].end_ns)
+    outside = max(0, record.step_ns - record.spans[plan.graph.queue(LaneKind.COMPUTE)[-1]].end_ns)
     shares = {"longest": max(waits), "within": sum(waits), "idle": idle, "at_the_start": outside}
     return {name: wait_ns / record.step_ns for name, wait_ns in shares.items()}
 

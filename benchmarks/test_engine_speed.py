@@ -12,7 +12,7 @@ from builders import GB_PER_S, tiny_machine, tiny_model, tiny_policy, tiny_workl
 from simulator import capacities, footprint, price, sharing, trace
 from simulator.engine import EngineMaker, FastEngine
 from simulator.reference import SimPyEngine
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import Interference, MachineProfile
 from slideplan.machine.sharing import Resource, Sharing
@@ -27,9 +27,9 @@ def with_gpu_shared(machine: MachineProfile) -> MachineProfile:
     part = {Resource.GPU: gpu_bytes_per_s / 20 / (10 * GB_PER_S)}
     fitted = Sharing(
         capacities=even.capacities | {Resource.GPU: gpu_bytes_per_s},
-        usage={lane: usage | (part if lane in (Lane.H2D, Lane.D2H) else {}) for lane, usage in even.usage.items()}
-        | {Lane.COMPUTE: {Resource.GPU: 1.0}},
-        weights={Lane.COMPUTE: {Resource.GPU: 0.1}},
+        usage={lane: usage | (part if lane in (LaneKind.H2D, LaneKind.D2H) else {}) for lane, usage in even.usage.items()}
+        | {LaneKind.COMPUTE: {Resource.GPU: 1.0}},
+        weights={LaneKind.COMPUTE: {Resource.GPU: 0.1}},
     )
     return tiny_machine(interference=Interference(alone={}, together=(), fitted=fitted))
 

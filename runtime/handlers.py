@@ -1,4 +1,4 @@
-"""One handler per task kind: compute, copies and updates. Nothing here decides when anything runs."""
+"""One handler per operation: compute, copies and updates. Nothing here decides when anything runs."""
 
 from __future__ import annotations
 
@@ -11,29 +11,13 @@ from runtime.compute.handlers import ComputeHandlers
 from runtime.memory.buffers import Buffers
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.optimizer.moments8 import update_8bit
-from slideplan.graph.tasks import Role, Task, TaskKind
-from slideplan.lowering.pools import moment_bytes
+from slideplan.graph.operations import TaskKind
+from slideplan.graph.tasks import COPIED_AS, Role, Task
+from slideplan.lowering.sizes import moment_bytes
+from slideplan.placement import Tier
 from slideplan.policy import MOMENT_BLOCK, Moments
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AdamW, int], None]
-
-# Sources and destinations of each copy.
-COPIES = {
-    TaskKind.LOAD_WEIGHTS: [(Role.HOST_WEIGHTS, Role.WEIGHTS)],
-    TaskKind.OFFLOAD_GRADIENT: [(Role.GRADIENT, Role.HOST_GRADIENT)],
-    TaskKind.OFFLOAD_BOUNDARY: [(Role.INPUT, Role.HOST_BOUNDARY)],
-    TaskKind.FETCH_BOUNDARY: [(Role.HOST_BOUNDARY, Role.INPUT)],
-    TaskKind.OFFLOAD_INNER: [(Role.FEED_FORWARD, Role.HOST_FEED_FORWARD)],
-    TaskKind.FETCH_INNER: [(Role.HOST_FEED_FORWARD, Role.FEED_FORWARD)],
-    TaskKind.LOAD_STATE: [(Role.HOST_REMAINDER, Role.REMAINDER), (Role.HOST_MOMENTS, Role.MOMENTS)],
-    TaskKind.OFFLOAD_STATE: [(Role.REMAINDER, Role.HOST_REMAINDER), (Role.MOMENTS, Role.HOST_MOMENTS)],
-}
-# Gradient and bf16 weights of each update.
-UPDATES = {
-    TaskKind.UPDATE_HOST: (Role.HOST_GRADIENT, Role.HOST_WEIGHTS),
-    TaskKind.UPDATE_GPU: (Role.GRADIENT, Role.WEIGHTS),
-    TaskKind.UPDATE_PASSING: (Role.GRADIENT, Role.WEIGHTS),
-}
 
 
 class Handlers:
@@ -43,42 +27,45 @@ class Handlers:
         self._buffers = buffers
         self._compute = compute
         self._settings = settings
-        on_gpu = gpu_update(compute.device, host_update)
-        self._update: dict[TaskKind, Update] = {
-            TaskKind.UPDATE_HOST: host_update,
-            TaskKind.UPDATE_GPU: on_gpu,
-            TaskKind.UPDATE_PASSING: on_gpu,
-        }
+        self._update: dict[Tier, Update] = {Tier.HOST: host_update, Tier.GPU: gpu_update(compute.device, host_update)}
 
     def __call__(self, task: Task, step: int) -> None:
         """Issue one task."""
-        if task.kind in UPDATES:
-            self.update(task, step, self._settings)
-        elif task.kind in COPIES:
-            for source, destination in COPIES[task.kind]:
-                self._buffers[task.slot(destination)].copy_(self._buffers[task.slot(source)], non_blocking=True)
-        else:
-            self._compute(task, step)
+        match task.kind:
+            case TaskKind.COPY:
+                self._copy(task)
+            case TaskKind.UPDATE:
+                self.update(task, step, self._settings)
+            case _:
+                self._compute(task, step)
+
+    def _copy(self, task: Task) -> None:
+        operation = task.operation
+        for role in (COPIED_AS[tensor] for tensor in operation.tensors):
+            source, target = (self._buffers[task.slot(role, tier)] for tier in (operation.source, operation.target))
+            target.copy_(source, non_blocking=True)
 
     def update(self, task: Task, step: int, settings: AdamW) -> None:
         """Issue an update with these settings."""
-        gradient, weights = (self._buffers[task.slot(role)] for role in UPDATES[task.kind])
-        remainder, moments = (self._buffers[task.slot(role)] for role in (Role.REMAINDER, Role.MOMENTS))
+        tier = task.operation.target
+        weights, remainder, moments, gradient = (
+            self._buffers[task.slot(role, tier)] for role in (Role.WEIGHTS, Role.REMAINDER, Role.MOMENTS, Role.GRADIENT)
+        )
         if task.chunk is not UNSET:
-            gradient, weights, remainder, moments = _chunk(task.chunk, gradient, weights, remainder, moments)
-        self._update[task.kind](weights, remainder, moments, gradient, settings, step)
+            weights, remainder, moments, gradient = _chunk(task.chunk, weights, remainder, moments, gradient)
+        self._update[tier](weights, remainder, moments, gradient, settings, step)
 
 
 def _chunk(
-    number: int, gradient: torch.Tensor, weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor
+    number: int, weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A chunk of a unit's gradient and weights, and of its state what the chunk has: the last one fills less than its slot."""
     first = number * remainder.numel()
     gradient, weights = (whole[first : first + remainder.numel()] for whole in (gradient, weights))
     n = weights.numel()
     if moments.dtype is torch.uint8:
-        return gradient, weights, remainder[:n], moments[: moment_bytes(n, "8bit")]
-    return gradient, weights, remainder[:n], moments.view(-1)[: 2 * n].view(2, n)
+        return weights, remainder[:n], moments[: moment_bytes(n, "8bit")], gradient
+    return weights, remainder[:n], moments.view(-1)[: 2 * n].view(2, n), gradient
 
 
 def gpu_update(device: torch.device, host_update: HostUpdate) -> Update:

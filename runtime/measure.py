@@ -24,9 +24,10 @@ from runtime.machine import identity, peak_resident_bytes, reset_peak_resident, 
 from runtime.session import Progress, Session
 from slideplan import __version__
 from slideplan.codec import digest
-from slideplan.graph.tasks import Lane, tier_bytes
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import tier_bytes
 from slideplan.measurement import Measurement, expected_step_ns
-from slideplan.policy import Tier
+from slideplan.placement import Tier
 from slideplan.quantities import format_ns
 from slideplan.timeline import Span, step_record
 
@@ -105,7 +106,7 @@ def _finite(value: float) -> float | None:
 def _rehearse(session: Session, progress: Callable[[Progress], None]) -> int | None:
     """What host updates take in this process's memory; where that is not as planned, what step to expect is said."""
     plan, phase = session.plan, "rehearsing updates"
-    if Lane.HOST_UPDATE in plan.graph.lanes:
+    if plan.graph.queue(LaneKind.HOST_UPDATE):
         progress(Progress(phase, 0, 1))
     rehearsed_ns = session.rehearse()
     if rehearsed_ns is None:

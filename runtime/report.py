@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slideplan.codec import file_digest, load, save
-from slideplan.graph.tasks import TaskGraph, TaskKind
+from slideplan.graph.tasks import TaskGraph
 from slideplan.measurement import Comparison, ComparisonRow, Measurement, compare
 from slideplan.plan import Plan
 from slideplan.quantities import format_bytes, format_ns
@@ -81,7 +81,7 @@ def draw_lanes(path: Path, graph: TaskGraph, records: dict[str, StepRecord], tit
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    kinds = [kind for kind in TaskKind if any(task.kind is kind for task in graph.tasks)]
+    kinds = list(dict.fromkeys(str(task.operation) for task in graph.tasks))
     palette = dict(zip(kinds, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     lanes = list(graph.lanes)
     figure, axes = pyplot.subplots(len(records), 1, sharex=True, figsize=(12, 1.2 + 0.45 * len(lanes) * len(records)))
@@ -89,16 +89,16 @@ def draw_lanes(path: Path, graph: TaskGraph, records: dict[str, StepRecord], tit
         for row, lane in enumerate(lanes):
             numbers = graph.lanes[lane]
             bars = [(record.spans[n].start_ns / TICK_NS, record.spans[n].duration_ns / TICK_NS) for n in numbers]
-            axis.broken_barh(bars, (row - 0.4, 0.8), facecolors=[palette[graph.tasks[n].kind] for n in numbers])
+            axis.broken_barh(bars, (row - 0.4, 0.8), facecolors=[palette[str(graph.tasks[n].operation)] for n in numbers])
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.axvline(record.step_ns / TICK_NS, color="grey", linewidth=0.8)
-        axis.set_yticks(range(len(lanes)), [str(lane) for lane in lanes])
+        axis.set_yticks(range(len(lanes)), [lane.name for lane in lanes])
         axis.invert_yaxis()
         axis.set_title(f"{name}: {format_ns(record.step_ns)}, {record.tokens_per_s:,.0f} tokens/s", loc="left", fontsize=10)
     axes[-1].set_xlabel("ms since the step's first compute task")
     figure.suptitle(title, x=0.01, ha="left")
     figure.legend(
-        handles=[Patch(color=palette[kind], label=str(kind)) for kind in kinds],
+        handles=[Patch(color=palette[kind], label=kind) for kind in kinds],
         loc="lower center", ncols=min(6, len(kinds)), fontsize=8, frameon=False,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.3 / figure.get_figheight() + 0.03, 1, 1))

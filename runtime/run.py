@@ -23,8 +23,8 @@ from slideplan.graph.tasks import tier_bytes
 from slideplan.hf_config import model_from_config
 from slideplan.measurement import Measurement
 from slideplan.model import ModelSpec
+from slideplan.placement import Tier
 from slideplan.plan import Plan
-from slideplan.policy import Tier
 from slideplan.quantities import format_bytes
 
 # Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
@@ -58,10 +58,10 @@ class RunRequest:
 def check_request(request: RunRequest) -> None:
     """Everything that can be refused before memory is reserved. Raises ValueError."""
     plan = request.plan
-    for knob, value in plan.policy.foreign_knobs().items():
+    if plan.policy.other is not None:
         raise ValueError(
-            f"{request.plan_path}: policy.{knob} is {value!r}, which describes how another system works and can be priced "
-            "but not executed; run a plan of `planner simulate`"
+            f"{request.plan_path}: policy.other is {plan.policy.other.name}: the plan describes how another system works, and "
+            "can be priced but not executed; run a plan of `planner simulate`"
         )
     plan.check(request.plan_path)
     if request.steps < 1:

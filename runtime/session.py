@@ -7,19 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-
 from runtime.compute.handlers import ComputeHandlers
-from runtime.handlers import UPDATES, Handlers, compile_gpu_update, gpu_update
+from runtime.handlers import Handlers, compile_gpu_update, gpu_update
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.weights import WeightSource
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
 from runtime.lanes.executor import Executor
-from runtime.memory.buffers import DYNAMIC, Buffers, parameter_views
+from runtime.memory.buffers import DYNAMIC, Buffers
 from runtime.optimizer.adamw import AdamW, HostUpdate, Rehearsal
-from runtime.optimizer.split_master import join, split
-from slideplan.graph.tasks import Lane, Role, SlotPool, Task, TaskKind
+from runtime.state import UnitState
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import SlotPool, Task
 from slideplan.plan import Plan
 
 LEAST_REHEARSAL_NS = 1_000_000_000  # where passes over a small state take less
@@ -67,7 +66,9 @@ class Session:
 
         self.buffers = Buffers(graph, backend, policy.gradient_dtype, progress=reserved)
         for unit in range(plan.model.units):
-            self._place(unit, source)
+            state = self.state(unit)
+            for piece in source.pieces(unit):
+                state.place(piece)
             progress(Progress("placing weights", unit + 1, plan.model.units))
         self.compute = ComputeHandlers(
             plan.model,
@@ -75,50 +76,24 @@ class Session:
             self.buffers,
             backend.device,
             windows,
-            policy.micro_batch,
-            policy.micro_batches,
+            policy,
             plan.workload.seq_len,
-            policy.kernels,
-            policy.gradient_norms,
         )
         self.handlers = Handlers(self.buffers, self.compute, settings, host_update)
         self._warm_up(host_update)
         self._steps_done = 0
         if policy.kernels == "graphed":
-            self.compute.capture(backend, [task for task in graph.tasks if task.lane is Lane.COMPUTE])
+            self.compute.capture(backend, [task for task in graph.tasks if task.lane.kind is LaneKind.COMPUTE])
         # All of the above ran on the default stream, for which no lane waits.
         backend.release_unused()
 
-    def _update_task(self, unit: int) -> Task:
-        return next(task for task in self.plan.graph.tasks if task.kind in UPDATES and task.unit == unit)
-
-    def _halves(self, unit: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """bf16 weights and remainders of a unit where its update finds them, per parameter."""
-        task = self._update_task(unit)
-        layout = self.plan.model.parameters(self.plan.model.role(unit))
-        high = self.buffers[task.slot(UPDATES[task.kind][1])]
-        if task.kind is TaskKind.UPDATE_PASSING:
-            # Its chunks lie one after the other where loads take them from, and only the last is not full.
-            load = next(load for load in self.plan.graph.tasks if load.kind is TaskKind.LOAD_STATE and load.unit == unit)
-            first = self.buffers[load.slot(Role.HOST_REMAINDER)]
-            remainder = first.as_strided((high.numel(),), (1,))
-        else:
-            remainder = self.buffers[task.slot(Role.REMAINDER)]
-        return parameter_views(high, layout), parameter_views(remainder, layout)
-
-    def _place(self, unit: int, source: WeightSource) -> None:
-        high, remainder = self._halves(unit)
-        for name, rows, values in source.pieces(unit):
-            split(values, high[name][rows], remainder[name][rows])
-
-    def master_weights(self, unit: int) -> dict[str, torch.Tensor]:
-        """fp32 master weights of a unit, by name within the unit. Nothing may be running."""
-        high, remainder = self._halves(unit)
-        return {name: join(high[name], remainder[name]).view(high[name].shape) for name in high}
+    def state(self, unit: int) -> UnitState:
+        """Master weights and moments of a unit. Nothing may be running."""
+        return UnitState(self.plan.graph, self.plan.model, self.buffers, unit)
 
     def _warm_up(self, host_update: HostUpdate) -> None:
         """Compile the GPU's updates before the clock starts; no slot is touched. Units compile in the first, warm-up, step."""
-        if Lane.GPU_UPDATE in self.plan.graph.lanes and self.backend.name == "cuda":
+        if self.plan.graph.queue(LaneKind.GPU_UPDATE) and self.backend.name == "cuda":
             device = self.backend.device
             compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)
 
@@ -130,7 +105,7 @@ class Session:
         Nothing is changed by it, as long as gradients are finite: before the first step they are zero. None where the
         host updates nothing. Raises RunError, naming the task, if an update fails.
         """
-        updates = [self.plan.graph.tasks[number] for number in self.plan.graph.lanes.get(Lane.HOST_UPDATE, ())]
+        updates = [self.plan.graph.tasks[number] for number in self.plan.graph.queue(LaneKind.HOST_UPDATE)]
         if not updates:
             return None
         self._rehearsal_ns(updates)  # threads wake up, and pages are found for the first time

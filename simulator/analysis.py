@@ -54,9 +54,9 @@ def carried_cycle(graph: TaskGraph, durations_ns: Sequence[int], handoffs: Hando
     critical path to the last opener is walked back, and the slowest of the cycles that it closes is taken:
     a proven bound too, if not always the best.
     """
-    tasks, later_on = graph.tasks, handoffs.table(graph.lanes)
+    tasks, lane_of, later_on = graph.tasks, graph.lane_of, handoffs.table(graph.lanes)
     before: list[list[tuple[int, int, int]]] = [
-        [(each.task, each.distance, later_on[task.lane][tasks[each.task].lane]) for each in task.dependencies] for task in tasks
+        [(each.task, each.distance, later_on[task.lane][lane_of[each.task]]) for each in task.dependencies] for task in tasks
     ]
     for queue in graph.lanes.values():
         for number, previous in zip(queue, (queue[-1], *queue), strict=False):
@@ -115,7 +115,7 @@ def critical_path(graph: TaskGraph, step_ns: int, spans: Sequence[Span]) -> dict
     path = nx.dag_longest_path(window.subgraph(nx.ancestors(window, target) | {target}), weight="ns")
     found: dict[str, int] = {}
     for before, after in pairwise(path):
-        lane = str(graph.tasks[before[1]].lane)
+        lane = graph.lane_of[before[1]].name
         found[lane] = found.get(lane, 0) + window.edges[before, after]["ns"]
     wait_ns = step_ns - sum(found.values())
     assert wait_ns >= 0, "a path through the window is no longer than the window"

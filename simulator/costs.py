@@ -11,7 +11,9 @@ from simulator import formulas
 from simulator.measured import measurements, nearest, neighbours
 from simulator.resources import sharing
 from slideplan.codec import Spec
-from slideplan.graph.tasks import LANE_OF, Lane, Task, TaskGraph, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import Operation, TaskKind
+from slideplan.graph.tasks import Task, TaskGraph
 from slideplan.machine.profile import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.machine.sharing import Resource
 from slideplan.model import ModelSpec, UnitRole
@@ -66,11 +68,11 @@ def price(
     """
     pricer = _Pricer(model, work, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
-    known: dict[tuple[TaskKind, UnitRole, int, bool, bool], TaskCost] = {}
+    known: dict[tuple[Operation, UnitRole, int, bool, bool], TaskCost] = {}
     costs = []
     for task in graph.tasks:
         role = model.role(task.unit)
-        key = task.kind, role, task.bytes_moved, task.accumulates, pricer.takes_norm(task)
+        key = task.operation, role, task.bytes_moved, task.accumulates, pricer.takes_norm(task)
         if key not in known:
             known[key] = pricer.cost(task, role)
         costs.append(known[key])
@@ -112,28 +114,25 @@ class _Pricer:
         self._launch_ns = {
             (launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches if launch.kernels == work.kernels
         }
+        self._curves = rates(machine)
         # On an idle stream nothing is faster than it is issued: a norm is all launch. Copies have theirs in their curves.
         # One kernel updates, whichever compute.
         self._gpu_update_launch_ns = max(
-            (launch.duration_ns.p50 for launch in machine.launches if launch.kind is TaskKind.UPDATE_GPU), default=0
+            (launch.duration_ns.p50 for launch in machine.launches if launch.lane is LaneKind.GPU_UPDATE), default=0
         )
 
     def cost(self, task: Task, role: UnitRole) -> TaskCost:
-        optimizer, link = self._machine.optimizer, self._machine.link
-        match LANE_OF[task.kind]:
-            case Lane.COMPUTE:
-                return self._compute(task, role)
-            case Lane.H2D:
-                return self._moved(Lane.H2D, task, link.h2d)
-            case Lane.D2H:
-                return self._moved(Lane.D2H, task, link.d2h)
-            case Lane.HOST_UPDATE | Lane.HOST_CAST:  # every pass over host memory runs at the rate of the fused update
-                return self._moved(Lane.HOST_UPDATE, task, optimizer.host_by_bytes or _flat(optimizer.host_bytes_per_s))
-            case Lane.GPU_UPDATE:
-                return self._moved(Lane.GPU_UPDATE, task, _flat(optimizer.gpu_bytes_per_s), self._gpu_update_launch_ns)
-        raise ValueError(f"task {task.name}: lane {task.lane} has no price")
+        lane = task.operation.lane
+        if lane is LaneKind.COMPUTE:
+            return self._compute(task, role)
+        # Every pass over host memory runs at the rate of the fused update.
+        lane = LaneKind.HOST_UPDATE if lane is LaneKind.HOST_CAST else lane
+        curve = self._curves.get(lane)
+        if curve is None:
+            raise ValueError(f"task {task.name}: machine {self._machine.name} has no rate for lane {lane}")
+        return self._moved(lane, task, curve, self._gpu_update_launch_ns if lane is LaneKind.GPU_UPDATE else 0)
 
-    def _cost(self, lane: Lane, duration_ns: int, bytes_per_s: int, source: Source, percent: float) -> TaskCost:
+    def _cost(self, lane: LaneKind, duration_ns: int, bytes_per_s: int, source: Source, percent: float) -> TaskCost:
         return TaskCost(
             duration_ns=max(1, duration_ns),
             demand=self._sharing.demand(lane, bytes_per_s),
@@ -142,7 +141,7 @@ class _Pricer:
             uncertainty_percent=DATASHEET_PERCENT if self._from_datasheet else percent,
         )
 
-    def _moved(self, lane: Lane, task: Task, curve: Curve, least_ns: int = 0) -> TaskCost:
+    def _moved(self, lane: LaneKind, task: Task, curve: Curve, least_ns: int = 0) -> TaskCost:
         duration_ns = max(1, least_ns, curve.duration_ns(task.bytes_moved))
         rate = task.bytes_moved * 1_000_000_000 // duration_ns
         point = min(curve.points, key=lambda point: abs(point.size - task.bytes_moved))
@@ -158,7 +157,7 @@ class _Pricer:
             source = "interpolated" if source == "measured" else source  # this part is derived
             duration_ns += formulas.square_sum_ns(self._model, role, self._work, self._machine.efficiency)
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.
-        return self._cost(Lane.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)
+        return self._cost(LaneKind.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)
 
     def compute_ns(self, kind: TaskKind, role: UnitRole, accumulate: bool) -> tuple[int, Source, float]:
         micro_batch, seq_len = self._work.micro_batch, self._seq_len
@@ -207,6 +206,20 @@ class _Pricer:
 
     def _derived_ns(self, kind: TaskKind, role: UnitRole, work: ComputePolicy, seq_len: int, accumulate: bool) -> int:
         return formulas.compute_ns(self._model, role, kind, work, seq_len, accumulate, self._machine.efficiency)
+
+
+def rates(machine: MachineProfile) -> dict[LaneKind, Curve]:
+    """Bytes -> bytes/s of each lane that moves bytes, alone; no drive's lanes without a drive."""
+    optimizer = machine.optimizer
+    found = {
+        LaneKind.H2D: machine.link.h2d,
+        LaneKind.D2H: machine.link.d2h,
+        LaneKind.HOST_UPDATE: optimizer.host_by_bytes or _flat(optimizer.host_bytes_per_s),
+        LaneKind.GPU_UPDATE: _flat(optimizer.gpu_bytes_per_s),
+    }
+    if machine.ssd is not None:
+        found |= {LaneKind.SSD_READ: machine.ssd.read, LaneKind.SSD_WRITE: machine.ssd.write}
+    return found
 
 
 def _flat(rate: Spread) -> Curve:

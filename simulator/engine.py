@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 
 from simulator.costs import TaskCost
 from simulator.fluid import FRACTION_BITS, Draw, Speeds
+from slideplan.graph.lanes import Lane
 from slideplan.graph.replay import MAX_STEPS, steady_step
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.tasks import TaskGraph
 from slideplan.machine.handoffs import IMMEDIATE, Handoffs
 from slideplan.machine.sharing import Resource
 from slideplan.timeline import Span, first_compute
@@ -65,20 +66,21 @@ def entries(graph: TaskGraph, costs: Sequence[TaskCost], handoffs: Handoffs) -> 
             draw_of[id(cost)] = numbers.setdefault((drawn, shares), len(numbers)) if flows else None
     queues: dict[Lane, list[Entry]] = {lane: [] for lane in graph.lanes}
     later_on = handoffs.table(graph.lanes)
+    lane_of = graph.lane_of
     for number, (task, cost) in enumerate(zip(graph.tasks, costs, strict=True)):
-        later = later_on[task.lane]
-        dependencies = tuple([(each.task, each.distance, later[graph.tasks[each.task].lane]) for each in task.dependencies])
-        queues[task.lane].append(Entry(number, cost.duration_ns, draw_of[id(cost)], dependencies))
+        later = later_on[lane_of[number]]
+        dependencies = tuple([(each.task, each.distance, later[lane_of[each.task]]) for each in task.dependencies])
+        queues[lane_of[number]].append(Entry(number, cost.duration_ns, draw_of[id(cost)], dependencies))
     return queues, [Draw(dict(drawn), dict(shares)) for drawn, shares in numbers]
 
 
 def deadlock(graph: TaskGraph, now_ns: int, waits: Mapping[Lane, tuple[int, int, int]]) -> DeadlockError:
     """`waits`: for each stuck lane its task, what that waits for, and of which step."""
     tasks = graph.tasks
-    told = [
-        f"{lane}: {tasks[task].name} waits for {tasks[other].name} of step {step}"
-        for lane, (task, other, step) in waits.items()
-    ]
+    told = []
+    for lane, (task, other, step) in waits.items():
+        slots = (f" (slot {edge.slot} of {edge.pool})" for edge in tasks[task].dependencies if edge.task == other)
+        told.append(f"{lane}: {tasks[task].name} waits for {tasks[other].name} of step {step}{next(slots, '')}")
     return DeadlockError(f"deadlock after {now_ns} ns; " + "; ".join(sorted(told)))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from simulator.measured import measurements, nearest
 from slideplan.footprint import Footprint, transient_key
-from slideplan.graph.tasks import TaskKind
-from slideplan.lowering.pools import LOGIT_BYTES, PRODUCT_BYTES, WEIGHT_BYTES, loss_chunk_tokens
+from slideplan.graph.operations import TaskKind
+from slideplan.lowering.sizes import LOGIT_BYTES, PRODUCT_BYTES, WEIGHT_BYTES, loss_chunk_tokens
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.policy import ComputePolicy

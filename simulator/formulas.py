@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from slideplan.graph.tasks import GRADIENT_KINDS, TaskKind
-from slideplan.lowering.pools import loss_chunk_tokens
+from slideplan.graph.operations import GRADIENT_KINDS, TaskKind
+from slideplan.lowering.sizes import loss_chunk_tokens
 from slideplan.machine.profile import Efficiency
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.policy import GRADIENT_BYTES, ComputePolicy, GradientDtype, Kernels

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from simulator.formulas import gradient_bytes
-from slideplan.graph.tasks import TaskKind
+from slideplan.graph.operations import TaskKind
 from slideplan.machine.profile import ComputeCost, LayerShape, MachineProfile, Spread, cost_key
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.policy import ComputePolicy, GradientDtype

@@ -8,7 +8,8 @@ from simulator.analysis import critical_path, lower_bound
 from simulator.costs import Source, TaskCost, price
 from simulator.engine import simulate
 from simulator.resources import capacities
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import TaskGraph
 from slideplan.ledger import Ledger
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec
@@ -34,15 +35,15 @@ def predict(
     step_ns = max(step_ns, bound_ns)
     sources: dict[str, str] = {}
     for task, cost in zip(graph.tasks, costs, strict=True):
-        worst = sources.get(task.kind, cost.source)
-        sources[task.kind] = max(worst, cost.source, key=_WORSE.index)
+        worst = sources.get(str(task.operation), cost.source)
+        sources[str(task.operation)] = max(worst, cost.source, key=_WORSE.index)
     critical_ns = critical_path(graph, step_ns, spans)
     return Prediction(
         record=step_record(graph, workload, step_ns, spans, ledger.peak_bytes()),
         lower_bound_ns=bound_ns,
         critical_ns=critical_ns,
         cost_sources=sources,
-        host_updates_ns=sum(costs[number].duration_ns for number in graph.lanes.get(Lane.HOST_UPDATE, ())),
+        host_updates_ns=sum(costs[number].duration_ns for number in graph.queue(LaneKind.HOST_UPDATE)),
         step_uncertainty_percent=round(_step_uncertainty(graph, costs, critical_ns), 1),
         handoffs=machine.handoffs,
     )
@@ -58,5 +59,5 @@ def _step_uncertainty(graph: TaskGraph, costs: Sequence[TaskCost], critical_ns: 
     for lane, queue in graph.lanes.items():
         work_ns = sum(costs[number].duration_ns for number in queue)
         off = sum(costs[number].duration_ns * costs[number].uncertainty_percent for number in queue) / max(1, work_ns)
-        total += off * critical_ns.get(lane, 0)
+        total += off * critical_ns.get(lane.name, 0)
     return total / max(1, sum(critical_ns.values()))

@@ -14,7 +14,8 @@ from simpy.core import EmptySchedule
 from simulator.costs import TaskCost
 from simulator.engine import LONG_AGO, UNKNOWN, Entry, deadlock, entries
 from simulator.fluid import FluidPool
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.lanes import Lane
+from slideplan.graph.tasks import TaskGraph
 from slideplan.machine.handoffs import IMMEDIATE, Handoffs
 from slideplan.machine.sharing import Resource
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.machine.profile import MachineProfile
 from slideplan.machine.sharing import Resource, Sharing
 
@@ -19,11 +19,11 @@ def default_sharing(machine: MachineProfile) -> Sharing:
     """
     copy = {Resource.PCIE: 1.0, Resource.HOST_DRAM: 2.0 if machine.gpu.backend == "cpu" else 1.0}
     capacities = {Resource.PCIE: machine.link.duplex_bytes_per_s, Resource.HOST_DRAM: machine.host.dram_bytes_per_s}
-    usage = {Lane.H2D: copy, Lane.D2H: copy, Lane.HOST_UPDATE: {Resource.HOST_DRAM: 1.0}}
+    usage = {LaneKind.H2D: copy, LaneKind.D2H: copy, LaneKind.HOST_UPDATE: {Resource.HOST_DRAM: 1.0}}
     if machine.ssd is not None:
         capacities[Resource.SSD] = machine.ssd.duplex_bytes_per_s
         io = {Resource.SSD: 1.0, Resource.HOST_DRAM: 1.0}
-        usage |= {Lane.SSD_READ: io, Lane.SSD_WRITE: io}
+        usage |= {LaneKind.SSD_READ: io, LaneKind.SSD_WRITE: io}
     return Sharing(capacities=capacities, usage=usage)
 
 

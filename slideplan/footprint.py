@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from slideplan.codec import Spec
-from slideplan.graph.tasks import TaskKind
+from slideplan.graph.operations import TaskKind
 from slideplan.model import UnitRole
-from slideplan.policy import Inner
 
 
 class Footprint(Spec, frozen=True):
@@ -23,12 +22,6 @@ class Footprint(Spec, frozen=True):
     inner_bytes: int
     workspace_bytes: int
     transient_bytes: dict[str, int] = msgspec.field(default_factory=dict)
-
-    def held_bytes(self, inner: Inner, feed_forward_bytes: int) -> int:
-        """What one layer keeps of its inner activations for one micro-batch, beside slots for what waits on the host."""
-        if inner == "recompute":
-            return 0
-        return self.inner_bytes if inner == "keep" else max(1, self.inner_bytes - feed_forward_bytes)
 
     def workspace_beside(self, kept_bytes: Sequence[int]) -> int:
         """What tasks need on the GPU beyond the slots of all inner activations, which not all hold something at once.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from slideplan.codec import Spec
 from slideplan.graph.tasks import TaskGraph
 from slideplan.machine.profile import MachineProfile
-from slideplan.policy import Tier
+from slideplan.placement import Tier
 from slideplan.quantities import format_bytes
 
 # Share of a tier left free: fragmentation and other processes on the GPU, page tables and the
-# operating system's own needs on the host.
-RESERVE_PERCENT = {Tier.GPU: 3, Tier.HOST: 3}
+# operating system's own needs on the host, the filesystem's own needs on the drive.
+RESERVE_PERCENT = {Tier.GPU: 3, Tier.HOST: 3, Tier.SSD: 3}
 
 
 class TierLedger(Spec, frozen=True):
@@ -66,13 +66,18 @@ def slot_capacity(machine: MachineProfile, tier: Tier) -> int:
     return capacity - fixed - capacity * RESERVE_PERCENT[tier] // 100
 
 
+def slot_capacities(machine: MachineProfile) -> dict[Tier, int]:
+    """The same for every tier that the machine has."""
+    return {tier: slot_capacity(machine, tier) for tier, (capacity, _) in _capacity(machine).items() if capacity}
+
+
 def fixed_bytes_of(machine: MachineProfile, tier: Tier) -> int:
     """Bytes of a tier that are taken whatever the plan."""
     return _capacity(machine)[tier][1]
 
 
 def _capacity(machine: MachineProfile) -> dict[Tier, tuple[int, int]]:
-    """Capacity and fixed use of each tier.
+    """Capacity and fixed use of each tier; a machine without a drive has an SSD tier of nothing.
 
     On the "cpu" backend the device's memory is a part of RAM set aside for it: the host keeps the
     capacity that its profile states, and the process is counted there.
@@ -80,6 +85,7 @@ def _capacity(machine: MachineProfile) -> dict[Tier, tuple[int, int]]:
     return {
         Tier.GPU: (machine.gpu.memory_bytes, machine.gpu.context_bytes),
         Tier.HOST: (machine.host.memory_bytes, machine.host.process_bytes),
+        Tier.SSD: (0 if machine.ssd is None else machine.ssd.capacity_bytes, 0),
     }
 
 
@@ -94,15 +100,14 @@ def ledger_items(graph: TaskGraph) -> dict[Tier, dict[str, int]]:
 
 def ledger(graph: TaskGraph, machine: MachineProfile) -> Ledger:
     """Sum the graph's pools on the machine's tiers."""
-    items = ledger_items(graph)
-    return Ledger(
-        tiers={
-            tier: TierLedger(
-                capacity_bytes=capacity,
-                items=items[tier],
-                fixed_bytes=fixed,
-                reserve_bytes=capacity * RESERVE_PERCENT[tier] // 100,
-            )
-            for tier, (capacity, fixed) in _capacity(machine).items()
-        }
-    )
+    capacities = _capacity(machine)
+    tiers = {}
+    for tier, items in ledger_items(graph).items():
+        capacity, fixed = capacities[tier]
+        tiers[tier] = TierLedger(
+            capacity_bytes=capacity,
+            items=items,
+            fixed_bytes=fixed,
+            reserve_bytes=capacity * RESERVE_PERCENT[tier] // 100,
+        )
+    return Ledger(tiers=tiers)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from statistics import median
 
 from slideplan.codec import Document, Spec, digest
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.replay import replay
-from slideplan.graph.tasks import Lane
 from slideplan.machine.profile import MachineIdentity
 from slideplan.plan import Plan
-from slideplan.policy import Tier
 from slideplan.timeline import StepRecord, step_record
 
 
@@ -67,7 +66,7 @@ class Comparison(Document, frozen=True, tag="comparison"):
 
     predicted -> replayed is the error of the cost model, replayed -> measured that of the structure; hand-offs
     from lane to lane are replayed as predicted.
-    kinds: time per task kind in one step. lanes: busy time per lane in one step. memory: peak bytes.
+    kinds: time per operation in one step. lanes: busy time per lane in one step. memory: peak bytes.
     rehearsed: the step as `expected_step_ns` had it right before the run; None where nothing was rehearsed
     """
 
@@ -93,7 +92,7 @@ def expected_step_ns(plan: Plan, rehearsed_ns: int) -> int:
     prediction, graph = plan.prediction, plan.graph
     predicted_ns = [span.duration_ns for span in prediction.record.spans]
     scaled_ns = list(predicted_ns)
-    for number in graph.lanes[Lane.HOST_UPDATE]:
+    for number in graph.queue(LaneKind.HOST_UPDATE):
         scaled_ns[number] = max(1, predicted_ns[number] * rehearsed_ns // prediction.host_updates_ns)
     before_ns, after_ns = (replay(graph, durations, prediction.handoffs)[0] for durations in (predicted_ns, scaled_ns))
     return prediction.record.step_ns * after_ns // before_ns
@@ -110,14 +109,16 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
             f"the measurement is of plan {measurement.plan_digest}, the plan given is {plan_digest}; "
             "compare a run with the plan it executed"
         )
-    if len(measurement.task_ns) != len(plan.graph.tasks) or set(measurement.record.lanes) != set(plan.graph.lanes):
+    if len(measurement.task_ns) != len(plan.graph.tasks) or set(measurement.record.lanes) != {
+        lane.name for lane in plan.graph.lanes
+    }:
         raise ValueError("the measurement has other tasks or lanes than the plan; run the plan again")
     predicted, measured = plan.prediction.record, measurement.record
     replayed_ns, spans = replay(plan.graph, measurement.task_ns, plan.prediction.handoffs)
     replayed = step_record(plan.graph, plan.workload, replayed_ns, spans, measured.peak_bytes)
     kinds: dict[str, list[int]] = {}
     for number, task in enumerate(plan.graph.tasks):
-        row = kinds.setdefault(task.kind, [0, 0, 0])
+        row = kinds.setdefault(str(task.operation), [0, 0, 0])
         for column, record in enumerate((predicted, replayed, measured)):
             row[column] += record.spans[number].duration_ns
     expected_ns = None if measurement.rehearsed_ns is None else expected_step_ns(plan, measurement.rehearsed_ns)
@@ -135,7 +136,7 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
         ),
         memory=tuple(
             _row(tier, predicted.peak_bytes[tier], None, measured.peak_bytes[tier])
-            for tier in (Tier.GPU, Tier.HOST)
+            for tier in predicted.peak_bytes
             if tier in measured.peak_bytes  # without a GPU the device's memory cannot be told from the process's
         ),
         cost_model_error=predicted.step_ns / replayed_ns - 1,

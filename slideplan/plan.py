@@ -5,13 +5,15 @@ from __future__ import annotations
 from slideplan import __version__
 from slideplan.codec import Document, Spec, digest
 from slideplan.footprint import Footprint
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import TaskGraph
 from slideplan.graph.validate import validate
 from slideplan.ledger import Ledger, ledger_items
 from slideplan.lowering.lower import lower
 from slideplan.machine.handoffs import IMMEDIATE, Handoffs
 from slideplan.machine.profile import MachineIdentity, MachineProfile
 from slideplan.model import ModelSpec
+from slideplan.placement import Tier
 from slideplan.policy import Policy, Workload
 from slideplan.timeline import StepRecord
 
@@ -21,7 +23,7 @@ class Prediction(Spec, frozen=True):
 
     lower_bound_ns: no steady step of this policy is faster (busiest lane or shared resource, slowest carried cycle)
     critical_ns:    time on the critical path by what holds it: a lane's tasks
-    cost_sources:   where the cost of each kind of task comes from, kind -> "measured", "interpolated",
+    cost_sources:   where the cost of each operation comes from, operation -> "measured", "interpolated",
                     "derived" or "datasheet", the worst of its tasks'
     host_updates_ns: the step's updates on the host one after the other, with nothing beside them
     step_uncertainty_percent: by which the costs' uncertainties may move the step time; None if not stated
@@ -38,27 +40,25 @@ class Prediction(Spec, frozen=True):
 
 
 class FrontPoint(Spec, frozen=True):
-    """A policy that was simulated and that no other one beats in speed, GPU and host memory at once."""
+    """A policy that was simulated and that no other one beats in speed and in memory of every tier at once."""
 
     tokens_per_s: float
     global_batch: int
-    gpu_bytes: int
-    host_bytes: int
+    peak_bytes: dict[Tier, int]
     policy: str  # in words
 
 
 class Alternative(Spec, frozen=True):
     """The best policy found that sets one knob to another value, all other knobs searched again.
 
-    tokens_per_s, gpu_bytes, host_bytes: of that policy. proven: none considered with another value is faster
+    tokens_per_s, peak_bytes: of that policy. proven: none considered with another value is faster
     """
 
     knob: str
     value: str
     other_value: str
     tokens_per_s: float
-    gpu_bytes: int
-    host_bytes: int
+    peak_bytes: dict[Tier, int]
     proven: bool
 
 
@@ -157,13 +157,13 @@ class Plan(Document, frozen=True, tag="plan"):
         record = self.prediction.record
         if (len(record.spans), set(record.lanes), set(record.peak_bytes)) != (
             len(self.graph.tasks),
-            set(self.graph.lanes),
+            {lane.name for lane in self.graph.lanes},
             set(self.ledger.tiers),
         ):
             raise ValueError(f"{where}: `prediction` is not of `graph`: tasks, lanes or tiers differ; plan again")
         if (
             record.step_ns < 1
-            or self.prediction.host_updates_ns < len(self.graph.lanes.get(Lane.HOST_UPDATE, ()))
+            or self.prediction.host_updates_ns < len(self.graph.queue(LaneKind.HOST_UPDATE))
             or any(span.duration_ns < 0 for span in record.spans)
         ):
             raise ValueError(f"{where}: `prediction` has a step, a task or host updates that take no time; plan again")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Literal, Protocol
 
 from slideplan.codec import Spec
 from slideplan.model import ModelSpec, UnitRole
+from slideplan.placement import STATE, Placement, Tier
 
 # How compute tasks run: as Hugging Face modules by autograd; by our own products and kernels; or the latter
 # captured once and replayed, so that the host issues one launch a task.
 Kernels = Literal["eager", "fused", "graphed"]
 Moments = Literal["fp32", "8bit"]
-# What becomes of a layer's inner activations between forward and backward.
-Inner = Literal["recompute", "keep", "offload"]
 GradientDtype = Literal["bf16", "fp32"]
 GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
@@ -21,14 +19,6 @@ GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 MOMENT_BLOCK = 256  # elements that share scales where moments have 8 bits
 MOST_CHUNKS = 64  # of a layer's state
 MOST_SLOTS = 4  # of a kind, per unit and micro-batch
-
-
-class Tier(StrEnum):
-    """Where bytes lie."""
-
-    GPU = "gpu"
-    HOST = "host"
-    SSD = "ssd"
 
 
 class Workload(Spec, frozen=True):
@@ -86,59 +76,12 @@ class ComputeWork(Spec, frozen=True):
         return cls(work.micro_batch, work.micro_batches, work.gradient_dtype, work.kernels, work.gradient_norms)
 
 
-class UnitPolicy(Spec, frozen=True):
-    """Placement of one unit's tensors.
+class OtherSystem(Spec, frozen=True):
+    """How another system schedules, so that the same engine prices it. Defaults are how the runtime works.
 
-    state:    fp32 remainder and moments, and with them where the update runs, but for `streams_state`.
-    weights:  GPU keeps the bf16 weights in a slot of the unit's own, HOST streams them through the
-              window. State on the GPU implies weights on the GPU. Embedding and head always have
-              slots of their own, so for them `weights` equals `state`.
-    boundary: where the unit's output waits for backward. The head has none; the last layer's output
-              is consumed at once and stays on the GPU.
-    inner:    "recompute" the unit's inner activations in backward, "keep" them on the GPU, or "offload": keep
-              them, while the feed-forward's two wide products, most of their bytes, wait on the host.
-              Embedding and head have none to keep.
-    streams_state: the state lies on the host and passes through the GPU, in and out once a step, to be updated
-              there. For layers whose weights the GPU keeps: of those the host has no copy.
-    """
+    Such policies need all state on the host, and updated there. The runtime executes none of them.
 
-    weights: Tier = Tier.HOST
-    state: Tier = Tier.HOST
-    boundary: Tier = Tier.GPU
-    inner: Inner = "recompute"
-    streams_state: bool = False
-
-    @property
-    def updated_on_host(self) -> bool:
-        return self.state is Tier.HOST and not self.streams_state
-
-
-class Policy(Spec, frozen=True, omit_defaults=True):
-    """Everything that decides the task graph, given model and workload.
-
-    micro_batch:         sequences that pass a unit at once
-    micro_batches:       how many of them make the global batch
-    window:              weight slots shared by the layers whose weights stream
-    prefetch_depth:      how many units ahead a weight load may be issued, 1..window - 1
-    gradient_slots:      GPU gradient slots shared by the layers
-    host_gradient_slots: host gradient slots shared by the layers that the host updates
-    boundary_slots:      GPU slots shared by the boundary activations that wait on the host
-    inner_slots:         GPU slots shared by the inner activations that wait on the host
-    state_slots:         GPU slots shared by the chunks of state that pass through
-    state_chunks:        chunks of a layer's state, each of which comes, is updated and leaves by itself
-    gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
-    kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
-                         kernels, which keep less and write weight gradients where they belong. "graphed": the
-                         same, captured once and replayed, for tasks that are shorter than their launch
-    gpu_moments:         how moments are kept that the GPU updates: "fp32", exact; or "8bit", block-wise and lossy
-    gradient_norms:      the last micro-batch's task of a unit ends with a pass over its gradient, before that leaves
-                         the GPU or is used up, for the global norm of the step
-    update_order:        units that the host updates, in the order of their updates on the host_update lane
-    units:               placement per unit
-
-    Knobs below have a default that is how the runtime works; other values describe how other systems
-    work, so that they can be priced by the same engine. They need all state on the host, and updated there.
-
+    name:                of the system
     master:              format of the master weights on the host. "split": bf16 high half and int16 remainder.
                          "fp32": one fp32 tensor, from which bf16 weights must be cast. "bf16": no fp32 at all
     staging:             how the bf16 weights that loads read come about. "none": they are (a half of) the master.
@@ -156,6 +99,45 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                          once more, block by block, before a block's backward: a third pass of weights
     """
 
+    name: str
+    master: Literal["split", "fp32", "bf16"] = "split"
+    staging: Literal["none", "per_load", "per_update"] = "none"
+    step_barrier: bool = False
+    clipping: Literal["none", "serial"] = "none"
+    copy_lanes: Literal["separate", "shared"] = "separate"
+    unit_slots: Literal["sized", "uniform"] = "sized"
+    pinned_sizes: Literal["exact", "power_of_two"] = "exact"
+    checkpoint_interval: int = 1
+
+
+OURS = OtherSystem(name="slideplan")
+
+
+class Policy(Spec, frozen=True, omit_defaults=True):
+    """Everything that decides the task graph, given model and workload.
+
+    micro_batch:         sequences that pass a unit at once
+    micro_batches:       how many of them make the global batch
+    window:              weight slots shared by the layers whose weights stream
+    prefetch_depth:      how many units ahead a weight load may be issued, 1..window - 1
+    gradient_slots:      GPU gradient slots shared by the layers
+    host_gradient_slots: host gradient slots shared by the layers that the host updates
+    boundary_slots:      GPU slots shared by the boundary activations that pass through
+    inner_slots:         GPU slots shared by the inner activations that pass through
+    state_slots:         slots shared by the chunks of state that pass through, on the tier that updates them
+    state_chunks:        chunks of a layer's passing state, each of which comes, is updated and leaves by itself
+    gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
+    kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
+                         kernels, which keep less and write weight gradients where they belong. "graphed": the
+                         same, captured once and replayed, for tasks that are shorter than their launch
+    gpu_moments:         how moments are kept that the GPU updates: "fp32", exact; or "8bit", block-wise and lossy
+    gradient_norms:      the last micro-batch's task of a unit ends with a pass over its gradient, before that leaves
+                         the GPU or is used up, for the global norm of the step
+    update_order:        units that the host updates, in the order of their updates on its lane
+    units:               placement of each unit
+    other:               how another system works, where the policy describes one
+    """
+
     micro_batch: int
     micro_batches: int
     window: int
@@ -171,38 +153,34 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     gpu_moments: Moments
     gradient_norms: bool
     update_order: tuple[int, ...]
-    units: tuple[UnitPolicy, ...]
-    master: Literal["split", "fp32", "bf16"] = "split"
-    staging: Literal["none", "per_load", "per_update"] = "none"
-    step_barrier: bool = False
-    clipping: Literal["none", "serial"] = "none"
-    copy_lanes: Literal["separate", "shared"] = "separate"
-    unit_slots: Literal["sized", "uniform"] = "sized"
-    pinned_sizes: Literal["exact", "power_of_two"] = "exact"
-    checkpoint_interval: int = 1
+    units: tuple[Placement, ...]
+    other: OtherSystem | None = None
+
+    @property
+    def system(self) -> OtherSystem:
+        """How the system works that this policy is for."""
+        return self.other or OURS
 
     @property
     def gradient_element_bytes(self) -> int:
         return GRADIENT_BYTES[self.gradient_dtype]
 
-    def foreign_knobs(self) -> dict[str, str | bool | int]:
-        """Knobs set to what other systems do and the runtime does not, by name."""
-        names = self.__struct_fields__[-len(self.__struct_defaults__) :]
-        defaults = zip(names, self.__struct_defaults__, strict=True)
-        return {name: getattr(self, name) for name, default in defaults if getattr(self, name) != default}
-
     def streams_weights(self, unit: int) -> bool:
         """Whether the unit's weights take a window slot: a layer's, or with uniform slots any unit's."""
-        streamable = self.unit_slots == "uniform" or 0 < unit < len(self.units) - 1
-        return streamable and self.units[unit].weights is Tier.HOST
+        streamable = self.system.unit_slots == "uniform" or 0 < unit < len(self.units) - 1
+        return streamable and self.units[unit].weights is not Tier.GPU
 
     def keeps_boundary(self, unit: int) -> bool:
         """Whether the boundary activation that leaves the unit is kept from forward to backward."""
-        return unit % self.checkpoint_interval == 0 or unit == len(self.units) - 2
+        return unit % self.system.checkpoint_interval == 0 or unit == len(self.units) - 2
 
     def runs_again(self, unit: int) -> bool:
         """Whether the unit runs forward a second time before its block's backward: every layer but a block's last."""
-        return 0 < unit < len(self.units) - 2 and unit % self.checkpoint_interval != 0
+        return 0 < unit < len(self.units) - 2 and unit % self.system.checkpoint_interval != 0
+
+    def passing_units(self, tier: Tier) -> list[int]:
+        """Units whose state passes through slots of this tier, where it is updated."""
+        return [unit for unit, placement in enumerate(self.units) if placement.update is tier and placement.passing]
 
     def check(self, model: ModelSpec, workload: Workload) -> None:
         """Raise ValueError, naming the knob, where the policy makes no sense for model and workload."""
@@ -214,58 +192,70 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                 f"the global batch is {workload.global_batch}"
             )
         check_seq_len(model, workload.seq_len)
-        self._check_foreign(model)
-        self._check_placement(model)
-        self._check_slots(model)
-
-    def _check_foreign(self, model: ModelSpec) -> None:
-        if self.checkpoint_interval < 1:
-            raise ValueError(f"policy.checkpoint_interval is {self.checkpoint_interval}, must be at least 1")
-        foreign = self.foreign_knobs()
-        on_gpu = [unit for unit, placement in enumerate(self.units) if not placement.updated_on_host]
-        if foreign and on_gpu:
-            raise ValueError(
-                f"policy.{next(iter(foreign))}: needs all state on the host and updated there, that of unit {on_gpu[0]} is not"
-            )
-        if (self.master, self.staging) not in _WEIGHT_FORMATS:
-            known = "; ".join(f"{master} with {staging}" for master, staging in _WEIGHT_FORMATS)
-            raise ValueError(f"policy.master {self.master} does not go with staging {self.staging}; these do: {known}")
-        if self.unit_slots == "uniform" and model.tied_embeddings and self.streams_weights(model.head_unit):
-            raise ValueError(
-                "policy.unit_slots is uniform with tied embeddings: the loss reads two units, "
-                f"set policy.units[{model.head_unit}].weights to gpu (final norm in a slot of its own)"
-            )
-        if self.checkpoint_interval > 1 and any(
-            placement.boundary is not Tier.GPU or placement.inner != "recompute" for placement in self.units
-        ):
-            raise ValueError(
-                "policy.checkpoint_interval above 1 needs all boundary activations on the gpu, and no inner ones kept"
-            )
-
-    def _check_placement(self, model: ModelSpec) -> None:
+        if self.other is not None:
+            self._check_other(self.other, model)
         for unit, placement in enumerate(self.units):
-            where = f"policy.units[{unit}] ({model.unit_name(unit)})"
-            if Tier.SSD in (placement.weights, placement.state, placement.boundary):
-                raise ValueError(f"{where}: the SSD tier cannot be scheduled yet; use host or gpu")
-            if placement.state is Tier.GPU and placement.weights is not Tier.GPU:
-                raise ValueError(f"{where}: state on the gpu needs weights on the gpu")
-            if placement.streams_state and (placement.state, placement.weights) != (Tier.HOST, Tier.GPU):
-                raise ValueError(f"{where}: streams_state is for state on the host of a unit with weights on the gpu")
-            if model.role(unit) is not UnitRole.LAYER:
-                if placement.weights is not placement.state and self.unit_slots == "sized":
-                    raise ValueError(f"{where}: weights must lie where state does")
-                if placement.inner != "recompute":
-                    raise ValueError(f"{where}: has no inner activations to keep")
-            if placement.inner == "offload" and self.kernels == "eager":
-                raise ValueError(f"{where}: inner is offload, which autograd's own tensors cannot; set policy.kernels to fused")
-            if placement.inner != "recompute" and self.units[unit - 1].boundary is not Tier.GPU:
-                raise ValueError(
-                    f"{where}: keeping inner activations keeps the unit's input on the gpu too; "
-                    f"set policy.units[{unit - 1}].boundary to gpu"
-                )
+            self._check_placement(model, unit, placement)
         for unit in (model.layers, model.head_unit):
             if self.units[unit].boundary is not Tier.GPU:
                 raise ValueError(f"policy.units[{unit}].boundary must be gpu: the head consumes it at once")
+        self._check_slots(model)
+        self._check_passage_slots(model)
+
+    def _check_other(self, other: OtherSystem, model: ModelSpec) -> None:
+        if other.checkpoint_interval < 1:
+            raise ValueError(f"policy.other.checkpoint_interval is {other.checkpoint_interval}, must be at least 1")
+        for unit, placement in enumerate(self.units):
+            if placement.update is not Tier.HOST or placement.passing:
+                raise ValueError(
+                    f"policy.other ({other.name}) needs all state on the host and updated there, that of unit {unit} is not"
+                )
+        if (other.master, other.staging) not in _WEIGHT_FORMATS:
+            known = "; ".join(f"{master} with {staging}" for master, staging in _WEIGHT_FORMATS)
+            raise ValueError(f"policy.other.master {other.master} does not go with staging {other.staging}; these do: {known}")
+        if other.unit_slots == "uniform" and model.tied_embeddings and self.streams_weights(model.head_unit):
+            raise ValueError(
+                "policy.other.unit_slots is uniform with tied embeddings: the loss reads two units, "
+                f"set policy.units[{model.head_unit}].weights to gpu (final norm in a slot of its own)"
+            )
+        if other.checkpoint_interval > 1 and any(
+            placement.boundary is not Tier.GPU or placement.keeps for placement in self.units
+        ):
+            raise ValueError(
+                "policy.other.checkpoint_interval above 1 needs all boundary activations on the gpu, and no inner ones kept"
+            )
+
+    def _check_placement(self, model: ModelSpec, unit: int, placement: Placement) -> None:
+        where = f"policy.units[{unit}] ({model.unit_name(unit)})"
+        for field in placement.__struct_fields__:
+            if getattr(placement, field) not in _PLACES[field]:
+                allowed = " or ".join("none" if tier is None else tier for tier in _PLACES[field])
+                raise ValueError(f"{where}.{field} is {getattr(placement, field)}; the runtime can have it on {allowed}")
+        state = {tensor: placement.tiers(tensor)[0] for tensor in STATE}
+        if len(set(state.values())) > 1:
+            raise ValueError(f"{where}: remainder and moments must lie on one tier")
+        if placement.update is Tier.HOST and placement.passing:
+            raise ValueError(f"{where}: state on the gpu is updated there; set update to gpu")
+        if placement.update is Tier.GPU and placement.weights is not Tier.GPU:
+            raise ValueError(f"{where}: an update on the gpu needs weights on the gpu")
+        if model.role(unit) is not UnitRole.LAYER:
+            if placement.passing:
+                raise ValueError(f"{where}: only layers' state can pass through another tier")
+            if placement.weights is not placement.update and self.system.unit_slots == "sized":
+                raise ValueError(f"{where}: weights must lie where they are updated")
+            if placement.keeps:
+                raise ValueError(f"{where}: has no inner activations to keep")
+        if (placement.inner is None) != (placement.feed_forward is None):
+            raise ValueError(f"{where}: inner and feed_forward activations are kept together, or computed again together")
+        if placement.feed_forward is Tier.HOST and self.kernels == "eager":
+            raise ValueError(
+                f"{where}: feed_forward is on the host, but autograd's own tensors cannot leave; set policy.kernels to fused"
+            )
+        if placement.keeps and self.units[unit - 1].boundary is not Tier.GPU:
+            raise ValueError(
+                f"{where}: keeping inner activations keeps the unit's input on the gpu too; "
+                f"set policy.units[{unit - 1}].boundary to gpu"
+            )
 
     def _check_slots(self, model: ModelSpec) -> None:
         # More slots than anything could use would only take memory, and lowering lists them all.
@@ -273,7 +263,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         for knob in _SHARED_SLOTS:
             if getattr(self, knob) > most:
                 raise ValueError(f"policy.{knob} is {getattr(self, knob)}, more than could be used; take at most {most}")
-        on_host = [unit for unit in range(model.units) if self.units[unit].updated_on_host]
+        on_host = [unit for unit in range(model.units) if self.units[unit].update is Tier.HOST]
         if sorted(self.update_order) != on_host:
             raise ValueError(
                 "policy.update_order must name every unit that the host updates once, and no other; "
@@ -296,25 +286,25 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             raise ValueError(
                 f"policy.host_gradient_slots is {self.host_gradient_slots} with {layers_on_host} layers updated on the host"
             )
-        self._check_passage_slots(model)
 
     def _check_passage_slots(self, model: ModelSpec) -> None:
-        """Slots of what lies on the host and passes through the GPU."""
-        offloaded = any(placement.boundary is Tier.HOST for placement in self.units)
+        """Slots of what lies elsewhere and passes through the tier that uses it."""
+        offloaded = any(placement.boundary is not Tier.GPU for placement in self.units)
         computed_again = not all(self.keeps_boundary(unit) for unit in range(model.head_unit))
         if (offloaded or computed_again) and self.boundary_slots < self.micro_batches + 1:
             raise ValueError(
                 f"policy.boundary_slots is {self.boundary_slots}, must be at least micro_batches + 1 = {self.micro_batches + 1}"
             )
         if not offloaded and not computed_again and self.boundary_slots:
-            raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on the host")
-        inner = any(placement.inner == "offload" for placement in self.units)
-        state = any(placement.streams_state for placement in self.units)
-        for knob, count, wanted, what in (
-            ("inner_slots", self.inner_slots, inner, "inner activations of a unit are to be offloaded"),
-            ("state_slots", self.state_slots, state, "state of a unit is to pass through the GPU"),
-            ("state_chunks", self.state_chunks, state, "state of a unit is to pass through the GPU"),
+            raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on another tier")
+        inner = any(placement.feed_forward not in (None, Tier.GPU) for placement in self.units)
+        state = any(placement.passing for placement in self.units)
+        for knob, wanted, what in (
+            ("inner_slots", inner, "inner activations of a unit wait on another tier"),
+            ("state_slots", state, "state of a unit passes through another tier"),
+            ("state_chunks", state, "state of a unit passes through another tier"),
         ):
+            count = getattr(self, knob)
             if wanted != (count > 0) or count < 0:
                 raise ValueError(f"policy.{knob} is {count}; it must be 1 or more where {what}, and 0 otherwise")
         if self.state_chunks > MOST_CHUNKS:
@@ -329,6 +319,16 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             )
 
 
+# Where a unit's tensors may lie so far, and where it may be updated.
+_PLACES: dict[str, tuple[Tier | None, ...]] = {
+    "weights": (Tier.GPU, Tier.HOST),
+    "remainder": (Tier.GPU, Tier.HOST),
+    "moments": (Tier.GPU, Tier.HOST),
+    "boundary": (Tier.GPU, Tier.HOST),
+    "inner": (Tier.GPU, None),
+    "feed_forward": (Tier.GPU, Tier.HOST, None),
+    "update": (Tier.GPU, Tier.HOST),
+}
 _SHARED_SLOTS = ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots")
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (

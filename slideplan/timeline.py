@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slideplan.codec import Spec
-from slideplan.graph.tasks import Lane, TaskGraph
-from slideplan.policy import Tier, Workload
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import TaskGraph
+from slideplan.placement import Tier
+from slideplan.policy import Workload
 
 
 class Span(Spec, frozen=True, array_like=True):
@@ -32,11 +34,11 @@ class LaneUse(Spec, frozen=True):
 
 
 class StepRecord(Spec, frozen=True):
-    """One steady step. `spans` follows the task numbers of the graph; `peak_bytes` is per tier."""
+    """One steady step. `lanes`: by their names; `spans` follows the task numbers of the graph; `peak_bytes` is per tier."""
 
     step_ns: int
     tokens_per_s: float
-    lanes: dict[Lane, LaneUse]
+    lanes: dict[str, LaneUse]
     peak_bytes: dict[Tier, int]
     spans: tuple[Span, ...]
 
@@ -50,7 +52,7 @@ def step_record(
     lanes = {}
     for lane, queue in graph.lanes.items():
         busy = sum(spans[number].duration_ns for number in queue)
-        lanes[lane] = LaneUse(busy_ns=busy, idle_ns=max(0, step_ns - busy), tasks=len(queue))
+        lanes[lane.name] = LaneUse(busy_ns=busy, idle_ns=max(0, step_ns - busy), tasks=len(queue))
     return StepRecord(
         step_ns=step_ns,
         tokens_per_s=workload.tokens * 1e9 / max(1, step_ns),
@@ -62,4 +64,4 @@ def step_record(
 
 def first_compute(graph: TaskGraph) -> int:
     """Number of the task whose start opens the step."""
-    return graph.lanes[Lane.COMPUTE][0]
+    return graph.queue(LaneKind.COMPUTE)[0]

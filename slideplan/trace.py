@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slideplan.codec import write_atomic
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.tasks import TaskGraph
 from slideplan.timeline import StepRecord
 
 
@@ -18,18 +18,16 @@ def trace_events(graph: TaskGraph, records: dict[str, StepRecord]) -> list[dict[
         # Perfetto wants times from zero on; loads issued in the step before start below it.
         origin = min((span.start_ns for span in record.spans), default=0)
         events.append({"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}})
-        for thread, lane in enumerate(Lane, start=1):
-            if lane in graph.lanes:
-                events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": lane}})
-                events.append(
-                    {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": thread}}
-                )
-        threads = {lane: thread for thread, lane in enumerate(Lane, start=1)}
-        for task, span in zip(graph.tasks, record.spans, strict=True):
+        threads = {lane: thread for thread, lane in enumerate(graph.lanes, start=1)}
+        for lane, thread in threads.items():
+            named = {"ph": "M", "pid": process, "tid": thread}
+            events.append(named | {"name": "thread_name", "args": {"name": lane.name}})
+            events.append(named | {"name": "thread_sort_index", "args": {"sort_index": thread}})
+        for number, (task, span) in enumerate(zip(graph.tasks, record.spans, strict=True)):
             events.append({
-                "ph": "X", "name": task.name, "cat": task.kind, "pid": process, "tid": threads[task.lane],
+                "ph": "X", "name": task.name, "cat": str(task.operation), "pid": process, "tid": threads[task.lane],
                 "ts": (span.start_ns - origin) / 1e3, "dur": span.duration_ns / 1e3,
-                "args": {"bytes_moved": task.bytes_moved, "flops": task.flops},
+                "args": {"bytes_moved": task.bytes_moved, "flops": task.flops, "waits for": "; ".join(graph.why(number))},
             })  # fmt: skip
     return events
 

@@ -19,7 +19,8 @@ from slideplan.machine.profile import (
     Spread,
 )
 from slideplan.model import ModelSpec
-from slideplan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.placement import Placement, Tier
+from slideplan.policy import OtherSystem, Policy, Workload
 from slideplan.quantities import GIB
 
 GB_PER_S = 10**9
@@ -64,15 +65,16 @@ def tiny_policy(
     """
     on_gpu = {*resident_weights, *resident_state, *stream_state}
     updated_there = {*resident_state, *stream_state}
+    kept = {*keep, *offload_inner}
     units = tuple(
-        UnitPolicy(
+        Placement(
             weights=Tier.GPU if unit in on_gpu else Tier.HOST,
-            state=Tier.GPU if unit in resident_state else Tier.HOST,
-            boundary=Tier.HOST
-            if offload_boundaries and unit < model.layers and unit + 1 not in (*keep, *offload_inner)
-            else Tier.GPU,
-            inner="offload" if unit in offload_inner else "keep" if unit in keep else "recompute",
-            streams_state=unit in stream_state,
+            remainder=Tier.GPU if unit in resident_state else Tier.HOST,
+            moments=Tier.GPU if unit in resident_state else Tier.HOST,
+            boundary=Tier.HOST if offload_boundaries and unit < model.layers and unit + 1 not in kept else Tier.GPU,
+            inner=Tier.GPU if unit in kept else None,
+            feed_forward=Tier.HOST if unit in offload_inner else Tier.GPU if unit in keep else None,
+            update=Tier.GPU if unit in updated_there else Tier.HOST,
         )
         for unit in range(model.units)
     )
@@ -99,7 +101,9 @@ def tiny_policy(
         "update_order": order,
         "units": units,
     }
-    return Policy(**fields | changes)
+    # Knobs of other systems are given beside those of a policy.
+    other = {knob: changes.pop(knob) for knob in OtherSystem.__struct_fields__ if knob in changes}
+    return Policy(**fields | changes, other=OtherSystem(**{"name": "other"} | other) if other else None)
 
 
 def flat_curve(rate_per_s: int, latency_size: int = 1) -> Curve:

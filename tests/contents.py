@@ -10,10 +10,13 @@ from typing import Any
 
 from msgspec import UNSET
 
-from slideplan.graph.tasks import Lane, Role, Task, TaskGraph, TaskKind
+from slideplan.graph.lanes import Lane
+from slideplan.graph.operations import CAST_WEIGHTS, CLIP_GRADIENT, LOAD_WEIGHTS, REFRESH_WEIGHTS, TaskKind
+from slideplan.graph.tasks import COPIED_AS, TENSOR_OF, Role, Task, TaskGraph
 from slideplan.model import ModelSpec
+from slideplan.placement import STATE, TensorClass, Tier
 
-HOST_STATE = {Role.HOST_REMAINDER: Role.REMAINDER, Role.HOST_MOMENTS: Role.MOMENTS}
+STATE_ROLES = (Role.REMAINDER, Role.MOMENTS)
 Choose = Callable[[list[Lane]], Lane]
 
 
@@ -25,38 +28,44 @@ class Contents:
         self.micros = range(micro_batches)
         self.slots: dict[tuple[str, int], Any] = {}
         self.chunks = 1 + max((task.chunk for task in graph.tasks if task.chunk is not UNSET), default=0)
-        self.clips = any(task.kind is TaskKind.CLIP_GRADIENT for task in graph.tasks)
+        self.clips = any(task.operation == CLIP_GRADIENT for task in graph.tasks)
+        copied = {}
         for task in graph.tasks:
-            if task.kind in (TaskKind.UPDATE_HOST, TaskKind.UPDATE_GPU):
+            if task.kind is TaskKind.COPY and set(task.operation.tensors) & set(STATE) and task.unit not in copied:
+                copied[task.unit] = task.operation.tensors
+        for task in graph.tasks:
+            if task.kind is TaskKind.UPDATE:
                 for role in self._state(task):
-                    self.slots[task.slot(role)] = (role, task.unit, 0)
-                self.slots[task.slot(self._master(task))] = ("weights", task.unit, 0)
-            elif task.kind is TaskKind.LOAD_STATE:
-                for on_host, role in HOST_STATE.items():
-                    self.slots[task.slot(on_host)] = (role, task.unit, task.chunk, 0)
-            elif task.kind is TaskKind.UPDATE_PASSING:
-                self.slots[task.slot(Role.WEIGHTS)] = ("weights", task.unit, 0)
-            elif task.kind is TaskKind.REFRESH_WEIGHTS:
-                self.slots[task.slot(Role.HOST_WEIGHTS)] = ("weights", task.unit, 0)
+                    if TENSOR_OF[role] not in copied.get(task.unit, ()):
+                        self.slots[self._at(task, role)] = (role, task.unit, None, 0)
+                self.slots[self._at(task, self._master(task))] = ("weights", task.unit, 0)
+            elif task.kind is TaskKind.COPY and task.operation.target is not Tier.HOST:
+                for tensor in set(task.operation.tensors) & set(STATE):  # where it lies, before it comes for the first time
+                    role = COPIED_AS[tensor]
+                    self.slots[task.slot(role, task.operation.source)] = (role, task.unit, task.chunk, 0)
+            elif task.operation == REFRESH_WEIGHTS:
+                self.slots[self._at(task, Role.WEIGHTS)] = ("weights", task.unit, 0)
             if task.has(Role.BARRIER):
-                self.slots[task.slot(Role.BARRIER)] = ("updated", 0)
+                self.slots[self._at(task, Role.BARRIER)] = ("updated", 0)
+
+    @staticmethod
+    def _at(task: Task, role: Role) -> tuple[str, int]:
+        return next((access.pool, access.slot) for access in task.accesses if access.role is role)
 
     @staticmethod
     def _master(task: Task) -> Role:
-        if task.has(Role.MASTER):
-            return Role.MASTER
-        return Role.HOST_WEIGHTS if task.kind is TaskKind.UPDATE_HOST else Role.WEIGHTS
+        return Role.MASTER if task.has(Role.MASTER) else Role.WEIGHTS
 
     @staticmethod
     def _state(task: Task) -> list[Role]:
-        return [role for role in (Role.REMAINDER, Role.MOMENTS) if task.has(role)]
+        return [role for role in STATE_ROLES if task.has(role)]
 
     def _find(self, task: Task, role: Role, label: Any) -> None:
-        found = self.slots.get(task.slot(role))
+        found = self.slots.get(self._at(task, role))
         assert found == label, f"{task.name} finds {found} as {role}, needs {label}"
 
     def _put(self, task: Task, role: Role, label: Any) -> None:
-        self.slots[task.slot(role)] = label
+        self.slots[self._at(task, role)] = label
 
     def _add(self, task: Task, role: Role, step: int) -> None:
         access = next(access for access in task.accesses if access.role is role)
@@ -69,65 +78,54 @@ class Contents:
         return frozenset((source, micro, step) for source in sources for micro in self.micros)
 
     def run(self, task: Task, step: int) -> None:
-        unit, micro = task.unit, task.micro
+        unit = task.unit
         if task.has(Role.BARRIER):
-            if task.kind in (TaskKind.CAST_WEIGHTS, TaskKind.LOAD_WEIGHTS):
+            if task.operation in (CAST_WEIGHTS, LOAD_WEIGHTS):
                 self._find(task, Role.BARRIER, ("updated", step))
             else:
                 self._put(task, Role.BARRIER, ("updated", step + 1))
-        if task.kind in (TaskKind.CAST_WEIGHTS, TaskKind.REFRESH_WEIGHTS):
-            version = step + (task.kind is TaskKind.REFRESH_WEIGHTS)
+        if task.operation in (CAST_WEIGHTS, REFRESH_WEIGHTS):
+            version = step + (task.operation == REFRESH_WEIGHTS)
             self._find(task, Role.MASTER, ("weights", unit, version))
-            self._put(task, Role.HOST_WEIGHTS, ("weights", unit, version))
-        elif task.kind is TaskKind.CLIP_GRADIENT:
-            self._find(task, Role.HOST_GRADIENT, self._whole_gradient(unit, step))
-            self._put(task, Role.HOST_GRADIENT, ("clipped", self._whole_gradient(unit, step)))
-        elif task.kind is TaskKind.LOAD_WEIGHTS:
-            self._find(task, Role.HOST_WEIGHTS, ("weights", unit, step))
-            self._put(task, Role.WEIGHTS, ("weights", unit, step))
-        elif task.kind is TaskKind.OFFLOAD_BOUNDARY:
-            self._find(task, Role.INPUT, ("boundary", unit, micro, step))
-            self._put(task, Role.HOST_BOUNDARY, ("boundary", unit, micro, step))
-        elif task.kind is TaskKind.FETCH_BOUNDARY:
-            self._find(task, Role.HOST_BOUNDARY, ("boundary", unit, micro, step))
-            self._put(task, Role.INPUT, ("boundary", unit, micro, step))
-        elif task.kind is TaskKind.OFFLOAD_INNER:
-            self._find(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
-            self._put(task, Role.HOST_FEED_FORWARD, ("wide", unit, micro, step))
-        elif task.kind is TaskKind.FETCH_INNER:
-            self._find(task, Role.HOST_FEED_FORWARD, ("wide", unit, micro, step))
-            self._put(task, Role.FEED_FORWARD, ("wide", unit, micro, step))
-        elif task.kind is TaskKind.LOAD_STATE:
-            for on_host, role in HOST_STATE.items():
-                self._find(task, on_host, (role, unit, task.chunk, step))
-                self._put(task, role, (role, unit, task.chunk, step))
-        elif task.kind is TaskKind.UPDATE_PASSING:
+            self._put(task, Role.WEIGHTS, ("weights", unit, version))
+        elif task.operation == CLIP_GRADIENT:
             self._find(task, Role.GRADIENT, self._whole_gradient(unit, step))
-            for role in HOST_STATE.values():
-                self._find(task, role, (role, unit, task.chunk, step))
-                self._put(task, role, (role, unit, task.chunk, step + 1))
-            # Its chunks are updated one after the other.
-            self._find(task, Role.WEIGHTS, ("weights", unit, step) if not task.chunk else ("partly", unit, task.chunk, step))
-            last = task.chunk == self.chunks - 1
-            self._put(task, Role.WEIGHTS, ("weights", unit, step + 1) if last else ("partly", unit, task.chunk + 1, step))
-        elif task.kind is TaskKind.OFFLOAD_STATE:
-            for on_host, role in HOST_STATE.items():
-                self._find(task, role, (role, unit, task.chunk, step + 1))
-                self._put(task, on_host, (role, unit, task.chunk, step + 1))
-        elif task.kind is TaskKind.OFFLOAD_GRADIENT:
-            self._find(task, Role.GRADIENT, self._whole_gradient(unit, step))
-            self._put(task, Role.HOST_GRADIENT, self._whole_gradient(unit, step))
-        elif task.kind in (TaskKind.UPDATE_HOST, TaskKind.UPDATE_GPU):
-            source = Role.HOST_GRADIENT if task.kind is TaskKind.UPDATE_HOST else Role.GRADIENT
-            whole = self._whole_gradient(unit, step)
-            self._find(task, source, ("clipped", whole) if self.clips else whole)
-            for role in self._state(task):
-                self._find(task, role, (role, unit, step))
-                self._put(task, role, (role, unit, step + 1))
-            self._find(task, self._master(task), ("weights", unit, step))
-            self._put(task, self._master(task), ("weights", unit, step + 1))
+            self._put(task, Role.GRADIENT, ("clipped", self._whole_gradient(unit, step)))
+        elif task.kind is TaskKind.COPY:
+            for tensor in task.operation.tensors:
+                self._copy(task, tensor, step)
+        elif task.kind is TaskKind.UPDATE:
+            self._update(task, step)
         else:
             self._compute(task, step)
+
+    def _copy(self, task: Task, tensor: TensorClass, step: int) -> None:
+        """What a class of the unit must be when it is copied; whatever it is, the copy is the same."""
+        role, unit = COPIED_AS[tensor], task.unit
+        source, target = (task.slot(role, tier) for tier in (task.operation.source, task.operation.target))
+        leaves = task.operation.target is not Tier.GPU
+        wanted = {
+            TensorClass.WEIGHTS: ("weights", unit, step),
+            TensorClass.BOUNDARY: ("boundary", unit, task.micro, step),
+            TensorClass.FEED_FORWARD: ("wide", unit, task.micro, step),
+            TensorClass.GRADIENT: self._whole_gradient(unit, step),
+            TensorClass.REMAINDER: (role, unit, task.chunk, step + leaves),
+            TensorClass.MOMENTS: (role, unit, task.chunk, step + leaves),
+        }[tensor]
+        assert self.slots.get(source) == wanted, f"{task.name} finds {self.slots.get(source)} as {role}, needs {wanted}"
+        self.slots[target] = wanted
+
+    def _update(self, task: Task, step: int) -> None:
+        unit, whole = task.unit, self._whole_gradient(task.unit, step)
+        chunk = None if task.chunk is UNSET else task.chunk
+        self._find(task, Role.GRADIENT, ("clipped", whole) if self.clips else whole)
+        for role in self._state(task):
+            self._find(task, role, (role, unit, chunk, step))
+            self._put(task, role, (role, unit, chunk, step + 1))
+        # Chunks of a unit are updated one after the other.
+        self._find(task, self._master(task), ("partly", unit, chunk, step) if chunk else ("weights", unit, step))
+        last = chunk is None or chunk == self.chunks - 1
+        self._put(task, self._master(task), ("weights", unit, step + 1) if last else ("partly", unit, chunk + 1, step))
 
     def _compute(self, task: Task, step: int) -> None:
         unit, micro = task.unit, task.micro

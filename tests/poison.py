@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contents import HOST_STATE
 from runtime.lanes.executor import Handler
 from runtime.memory.buffers import Buffers
-from slideplan.graph.tasks import Task, TaskGraph
+from slideplan.graph.tasks import Access, Role, Task, TaskGraph
+from slideplan.placement import Tier
 
 POISON, POISON_INTEGER = float("nan"), 0x5555
 
@@ -23,7 +23,7 @@ class Poisoned:
         self._handler(task, step)
         for access in task.accesses:
             slot = access.pool, access.slot
-            if access.role in HOST_STATE:
+            if _is_home_of_state(access):
                 continue  # state lives as long as the run, also where copies take it away and bring it back
             if access.mode == "w":
                 self._left[slot] = self._readers[task.name, slot]
@@ -34,11 +34,16 @@ class Poisoned:
                     dead.fill_(POISON if dead.dtype.is_floating_point else POISON_INTEGER)
 
 
+def _is_home_of_state(access: Access) -> bool:
+    """Where state lies between steps, also if copies take it away and bring it back. It lives as long as the run."""
+    return access.role in (Role.REMAINDER, Role.MOMENTS) and access.tier is Tier.HOST
+
+
 def _readers_of_writes(graph: TaskGraph) -> dict[tuple[str, tuple[str, int]], int]:
     """For each overwriting access, how many accesses build on it or read it before the next overwrites."""
     accesses: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for task in graph.tasks:
-        for access in (access for access in task.accesses if access.role not in HOST_STATE):
+        for access in (access for access in task.accesses if not _is_home_of_state(access)):
             accesses.setdefault((access.pool, access.slot), []).append((access.mode, task.name))
     counts: dict[tuple[str, tuple[str, int]], int] = {}
     for slot, uses in accesses.items():

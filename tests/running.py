@@ -19,8 +19,8 @@ from runtime.session import Session
 from slideplan import __version__
 from slideplan.codec import digest
 from slideplan.footprint import Footprint
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.replay import replay
-from slideplan.graph.tasks import Lane
 from slideplan.hf_config import config_of
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
@@ -70,7 +70,7 @@ def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Back
             lower_bound_ns=0,
             critical_ns={},
             cost_sources={},
-            host_updates_ns=1000 * len(graph.lanes.get(Lane.HOST_UPDATE, ())),
+            host_updates_ns=1000 * len(graph.queue(LaneKind.HOST_UPDATE)),
         ),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=True,
@@ -119,7 +119,7 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
     return {
         model.unit_prefix(unit) + name: value.cpu()
         for unit in range(model.units)
-        for name, value in session.master_weights(unit).items()
+        for name, value in session.state(unit).master().items()
     }
 
 
@@ -218,7 +218,7 @@ def check_norms(session: Session, expected: list[dict[str, float]], rel: float) 
         sum(squares[model.unit_prefix(unit) + each.name] for each in model.parameters(model.role(unit)))
         for unit in range(model.units)
     ]
-    assert session.compute._square_sums.tolist() == pytest.approx(of_units, rel=2 * rel)
+    assert session.buffers["gpu.norm", 0].tolist() == pytest.approx(of_units, rel=2 * rel)
 
 
 def elementary_adamw(

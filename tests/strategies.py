@@ -11,8 +11,10 @@ from slideplan.footprint import Footprint
 from slideplan.graph.tasks import TaskGraph
 from slideplan.lowering.lower import lower
 from slideplan.model import ModelSpec
-from slideplan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.placement import Placement, Tier
+from slideplan.policy import OtherSystem, Policy, Workload
 
+INNER = {"recompute": (None, None), "keep": (Tier.GPU, Tier.GPU), "offload": (Tier.GPU, Tier.HOST)}
 FOOTPRINT = Footprint(inner_bytes=4096, workspace_bytes=8192)
 
 
@@ -30,7 +32,7 @@ def cases(draw: st.DrawFn) -> Case:
     """Any policy that `Policy.check` accepts and whose host gradients have room for its update order."""
     model = tiny_model(layers=draw(st.integers(1, 6)), tied_embeddings=draw(st.booleans()))
     micro_batch, micro_batches = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    units: list[UnitPolicy] = []
+    units: list[Placement] = []
     kernels = draw(st.sampled_from(["eager", "fused"]))
     inners = ["recompute", "keep"] if kernels == "eager" else ["recompute", "keep", "offload"]
     for unit in range(model.units):
@@ -39,12 +41,22 @@ def cases(draw: st.DrawFn) -> Case:
         weights = state if not is_layer or state is Tier.GPU else draw(st.sampled_from([Tier.HOST, Tier.GPU]))
         boundary = draw(st.sampled_from([Tier.HOST, Tier.GPU])) if unit < model.layers else Tier.GPU
         may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
-        inner = draw(st.sampled_from(inners)) if may_keep else "recompute"
+        inner, feed_forward = INNER[draw(st.sampled_from(inners)) if may_keep else "recompute"]
         passes = is_layer and (weights, state) == (Tier.GPU, Tier.HOST) and draw(st.booleans())
-        units.append(UnitPolicy(weights=weights, state=state, boundary=boundary, inner=inner, streams_state=passes))
+        units.append(
+            Placement(
+                weights=weights,
+                remainder=state,
+                moments=state,
+                boundary=boundary,
+                inner=inner,
+                feed_forward=feed_forward,
+                update=Tier.GPU if passes else state,
+            )
+        )
     streams = any(units[unit].weights is Tier.HOST for unit in range(1, model.head_unit))
     window = draw(st.integers(2, model.layers + 2)) if streams else 0
-    arrival = [unit for unit in reversed(range(model.units)) if units[unit].updated_on_host]
+    arrival = [unit for unit in reversed(range(model.units)) if units[unit].update is Tier.HOST]
     order = draw(st.permutations(arrival))
     host_layers = sum(0 < unit < model.head_unit for unit in arrival)
     in_order = list(order) == arrival and host_layers > 0
@@ -57,9 +69,9 @@ def cases(draw: st.DrawFn) -> Case:
         gradient_slots=draw(st.integers(1, 3)),
         host_gradient_slots=draw(st.integers(1, host_layers)) if in_order else host_layers,
         boundary_slots=micro_batches + draw(st.integers(1, 4)) if offloads else 0,
-        inner_slots=draw(st.integers(1, 3)) if any(unit.inner == "offload" for unit in units) else 0,
-        state_slots=draw(st.integers(1, 3)) if any(unit.streams_state for unit in units) else 0,
-        state_chunks=draw(st.integers(1, 4)) if any(unit.streams_state for unit in units) else 0,
+        inner_slots=draw(st.integers(1, 3)) if any(unit.feed_forward is Tier.HOST for unit in units) else 0,
+        state_slots=draw(st.integers(1, 3)) if any(unit.passing for unit in units) else 0,
+        state_chunks=draw(st.integers(1, 4)) if any(unit.passing for unit in units) else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=kernels,
         gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
@@ -106,19 +118,22 @@ def foreign_cases(draw: st.DrawFn) -> Case:
         gradient_norms=False,
         update_order=tuple(order),
         units=tuple(
-            UnitPolicy(
+            Placement(
                 weights=Tier.GPU if tied and uniform and unit == model.head_unit else Tier.HOST,
                 boundary=Tier.HOST if offloads and unit < model.layers else Tier.GPU,
             )
             for unit in range(model.units)
         ),
-        master=master,
-        staging=staging,
-        step_barrier=draw(st.booleans()),
-        clipping="serial" if clips else "none",
-        copy_lanes=draw(st.sampled_from(["separate", "shared"])),
-        unit_slots="uniform" if uniform else "sized",
-        pinned_sizes=draw(st.sampled_from(["exact", "power_of_two"])),
-        checkpoint_interval=interval,
+        other=OtherSystem(
+            name="other",
+            master=master,
+            staging=staging,
+            step_barrier=draw(st.booleans()),
+            clipping="serial" if clips else "none",
+            copy_lanes=draw(st.sampled_from(["separate", "shared"])),
+            unit_slots="uniform" if uniform else "sized",
+            pinned_sizes=draw(st.sampled_from(["exact", "power_of_two"])),
+            checkpoint_interval=interval,
+        ),
     )
     return Case(model, policy, Workload(seq_len=32, global_batch=micro_batch * micro_batches))

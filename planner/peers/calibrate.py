@@ -25,7 +25,8 @@ from slideplan.graph.tasks import tier_bytes
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import Curve, Efficiency, MachineProfile, RatePoint, Spread
 from slideplan.model import ModelSpec
-from slideplan.policy import Tier, Workload
+from slideplan.placement import Tier
+from slideplan.policy import Workload
 
 ROUNDS = 3
 HALVINGS = 24

@@ -11,19 +11,23 @@ from planner.search.shortfall import DoesNotFit
 from simulator import predict
 from slideplan import __version__
 from slideplan.codec import Document, Spec
-from slideplan.graph.tasks import LANE_OF, Lane, TaskGraph, TaskKind, TensorClass
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import CAST_WEIGHTS, LOAD_WEIGHTS, REFRESH_WEIGHTS, TaskKind
+from slideplan.graph.tasks import TaskGraph
 from slideplan.graph.validate import validate
 from slideplan.ledger import Ledger, ledger
 from slideplan.lowering.lower import lower
-from slideplan.lowering.pools import WEIGHT_BYTES
+from slideplan.lowering.sizes import WEIGHT_BYTES
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
+from slideplan.placement import TensorClass, Tier
 from slideplan.plan import MachineReference, Plan, Prediction
-from slideplan.policy import Kernels, Policy, Tier, Workload
+from slideplan.policy import Kernels, Policy, Workload
 from slideplan.quantities import format_bytes, format_ns
 from slideplan.timeline import Span
 
 OURS = "slideplan"
+ACTIVATIONS = {TensorClass.BOUNDARY, TensorClass.FEED_FORWARD}
 NOTABLE = 0.02  # parts of a step, or of a tier, from which a cause is worth a word
 
 
@@ -132,15 +136,15 @@ def reasons(model: ModelSpec, policy: Policy, graph: TaskGraph, prediction: Pred
         casts = f", {cast / model.parameter_count:.0f} of them for casts" if cast else ""
         yield f"moves {traffic / model.parameter_count:.0f} B of DRAM traffic per parameter{casts}"
     idle_ns = cpu_idle_in_forward_ns(graph, spans, record.step_ns)
-    if policy.step_barrier and idle_ns > notable_ns:
+    if policy.system.step_barrier and idle_ns > notable_ns:
         yield f"no CPU update runs in forward, {format_ns(idle_ns)}"
-    waiting_ns = record.lanes[Lane.COMPUTE].idle_ns
-    if policy.clipping == "serial" and waiting_ns > notable_ns:
+    waiting_ns = record.lanes[LaneKind.COMPUTE].idle_ns
+    if policy.system.clipping == "serial" and waiting_ns > notable_ns:
         yield f"clipping, then updates, after backward: the GPU waits {format_ns(waiting_ns)} a step"
     elif waiting_ns > notable_ns:
         yield f"the GPU waits {format_ns(waiting_ns)} a step"
-    if policy.copy_lanes == "shared":
-        share = record.lanes[Lane.COPY].busy_ns / record.step_ns
+    if policy.system.copy_lanes == "shared":
+        share = record.lanes[LaneKind.COPY].busy_ns / record.step_ns
         yield f"copies of both directions share one FIFO, busy {share:.0%}"
     passes = max(_loads_per_unit(graph).values(), default=0)
     if passes > 2:
@@ -161,24 +165,23 @@ def dram_bytes(graph: TaskGraph) -> tuple[int, int]:
 
     Passes of the CPU over host memory, and what copies read or write there; activations aside.
     """
-    on_host = (Lane.HOST_UPDATE, Lane.HOST_CAST, Lane.H2D, Lane.D2H)
-    activations = (TaskKind.OFFLOAD_BOUNDARY, TaskKind.FETCH_BOUNDARY, TaskKind.OFFLOAD_INNER, TaskKind.FETCH_INNER)
-    casts = (TaskKind.CAST_WEIGHTS, TaskKind.REFRESH_WEIGHTS)
+    casts = (CAST_WEIGHTS, REFRESH_WEIGHTS)
+    on_host = [task for task in graph.tasks if Tier.HOST in (task.operation.source, task.operation.target)]
     return (
-        sum(task.bytes_moved for task in graph.tasks if LANE_OF[task.kind] in on_host and task.kind not in activations),
-        sum(task.bytes_moved for task in graph.tasks if task.kind in casts),
+        sum(task.bytes_moved for task in on_host if not set(task.operation.tensors) & ACTIVATIONS),
+        sum(task.bytes_moved for task in on_host if task.operation in casts),
     )
 
 
 def cpu_idle_in_forward_ns(graph: TaskGraph, spans: Sequence[Span], step_ns: int) -> int:
     """How long the steady step's forward runs without an update on the host, or 0 where the host updates nothing."""
-    if Lane.HOST_UPDATE not in graph.lanes:
+    if not graph.queue(LaneKind.HOST_UPDATE):
         return 0
     loss = next(number for number, task in enumerate(graph.tasks) if task.kind is TaskKind.LOSS)
     forward_ns = spans[loss].start_ns
     busy_ns = sum(
         max(0, min(span.end_ns - shift, forward_ns) - max(span.start_ns - shift, 0))
-        for span in (spans[number] for number in graph.lanes[Lane.HOST_UPDATE])
+        for span in (spans[number] for number in graph.queue(LaneKind.HOST_UPDATE))
         for shift in range(0, span.end_ns + 1, max(1, step_ns))  # updates of earlier steps that reach into this one
     )
     return max(0, forward_ns - busy_ns)
@@ -200,14 +203,14 @@ def recomputed_flops(graph: TaskGraph) -> int:
 def _loads_per_unit(graph: TaskGraph) -> dict[int, int]:
     counts: dict[int, int] = {}
     for task in graph.tasks:
-        if task.kind is TaskKind.LOAD_WEIGHTS:
+        if task.operation == LOAD_WEIGHTS:
             counts[task.unit] = counts.get(task.unit, 0) + 1
     return counts
 
 
 def _oversized_bytes(model: ModelSpec, policy: Policy, graph: TaskGraph) -> int:
     """What slots of uniform size take on the GPU beyond what a layer needs."""
-    if policy.unit_slots == "sized":
+    if policy.system.unit_slots == "sized":
         return 0
     layer = model.flat_elements(UnitRole.LAYER)
     need = {TensorClass.WEIGHTS: WEIGHT_BYTES * layer, TensorClass.GRADIENT: policy.gradient_element_bytes * layer}

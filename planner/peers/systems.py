@@ -22,9 +22,10 @@ from collections.abc import Callable
 
 from slideplan.codec import Spec
 from slideplan.footprint import Footprint
-from slideplan.lowering.pools import WEIGHT_BYTES
+from slideplan.lowering.sizes import WEIGHT_BYTES
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import Policy, Tier, UnitPolicy, Workload
+from slideplan.placement import Placement, Tier
+from slideplan.policy import OtherSystem, Policy, Workload
 
 # Defaults of DeepSpeed's ZeRO-3 configuration, in elements.
 ZERO3_MAX_LIVE_PARAMETERS = 10**9
@@ -67,18 +68,21 @@ def slideformer(model: ModelSpec, workload: Workload) -> Policy:
         gradient_norms=False,
         update_order=tuple(reversed(range(model.units))),
         units=tuple(
-            UnitPolicy(
+            Placement(
                 weights=Tier.GPU if unit == tied_head else Tier.HOST,
                 boundary=Tier.HOST if unit < model.layers else Tier.GPU,
             )
             for unit in range(model.units)
         ),
-        master="fp32",
-        staging="per_load",
-        step_barrier=True,
-        copy_lanes="shared",
-        unit_slots="uniform",
-        pinned_sizes="power_of_two",
+        other=OtherSystem(
+            name="slideformer",
+            master="fp32",
+            staging="per_load",
+            step_barrier=True,
+            copy_lanes="shared",
+            unit_slots="uniform",
+            pinned_sizes="power_of_two",
+        ),
     )
 
 
@@ -111,12 +115,15 @@ def zero3_offload(model: ModelSpec, workload: Workload) -> Policy:
         gpu_moments="fp32",
         gradient_norms=False,
         update_order=tuple(range(model.units)),
-        units=tuple(UnitPolicy() for _ in range(model.units)),
-        master="fp32",
-        staging="per_update",
-        step_barrier=True,
-        clipping="serial",
-        pinned_sizes="power_of_two",
+        units=tuple(Placement() for _ in range(model.units)),
+        other=OtherSystem(
+            name="zero3-offload",
+            master="fp32",
+            staging="per_update",
+            step_barrier=True,
+            clipping="serial",
+            pinned_sizes="power_of_two",
+        ),
     )
 
 
@@ -145,12 +152,15 @@ def megatrain(model: ModelSpec, workload: Workload) -> Policy:
         gpu_moments="fp32",
         gradient_norms=False,
         update_order=tuple(range(model.units)),
-        units=tuple(UnitPolicy() for _ in range(model.units)),
-        master="bf16",
-        staging="per_update",
-        step_barrier=True,
-        clipping="serial",
-        checkpoint_interval=interval,
+        units=tuple(Placement() for _ in range(model.units)),
+        other=OtherSystem(
+            name="megatrain",
+            master="bf16",
+            staging="per_update",
+            step_barrier=True,
+            clipping="serial",
+            checkpoint_interval=interval,
+        ),
     )
 
 

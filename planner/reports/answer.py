@@ -8,11 +8,12 @@ from rich.table import Table
 from planner.peers.compare import Contender, PeerComparison
 from planner.reports.tables import facts, new_table, parameter_count, section
 from planner.search.shortfall import DoesNotFit
-from slideplan.graph.tasks import Lane, TensorClass
+from slideplan.graph.lanes import LaneKind
 from slideplan.ledger import Ledger
 from slideplan.model import ModelSpec, UnitRole
+from slideplan.placement import TensorClass, Tier
 from slideplan.plan import MachineReference, Plan, SearchRecord
-from slideplan.policy import Kernels, Policy, Tier, Workload
+from slideplan.policy import Kernels, Policy, Workload
 from slideplan.quantities import format_bytes, format_ns
 
 # -- a plan, or why there is none --------------------------------------------------------------
@@ -72,15 +73,15 @@ def _setting(model: ModelSpec, machine: MachineReference, workload: Workload) ->
 def _advice(answer: DoesNotFit) -> list[tuple[str, str]]:
     tiers = answer.ledger.tiers
     found: list[tuple[str, str]] = []
-    host, gpu = answer.host_bytes_needed, answer.gpu_bytes_needed
+    host, gpu = answer.bytes_needed[Tier.HOST], answer.bytes_needed[Tier.GPU]
     if host is not None:
         found.append(("host", f"at least {format_bytes(host)} of RAM beside this GPU"))
     # Where host memory alone would do, a GPU many times as large is no advice.
     if gpu is not None and (tiers[Tier.GPU].headroom_bytes < 0 or gpu <= 2 * tiers[Tier.GPU].capacity_bytes):
         found.append(("GPU", f"at least {format_bytes(gpu)} of memory beside this host"))
     if host is None and gpu is None:
-        need = {name: format_bytes(tier.capacity_bytes - tier.headroom_bytes) for name, tier in tiers.items()}
-        found.append(("both", f"about {need[Tier.GPU]} of GPU memory and {need[Tier.HOST]} of RAM"))
+        need = (f"{format_bytes(tier.capacity_bytes - tier.headroom_bytes)} of {name.upper()}" for name, tier in tiers.items())
+        found.append(("together", f"about {' and '.join(need)} memory"))
     if answer.global_batch is not None:
         found.append(("workload", f"a global batch of at most {answer.global_batch} at this sequence length"))
     known = ", ".join(answer.machines) or "none of the known machines has the memory"
@@ -92,42 +93,52 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     """What the policy does, one line per tensor class."""
     layers = range(1, model.head_unit)
     units = policy.units
-    on_gpu = [unit for unit in range(model.units) if units[unit].state is Tier.GPU]
     streaming = [unit for unit in layers if policy.streams_weights(unit)]
     resident = [unit for unit in layers if unit not in streaming]
-    kept = [unit for unit in layers if units[unit].inner == "keep"]
-    away = [unit for unit in range(model.units) if units[unit].boundary is Tier.HOST]
+    away = [unit for unit in range(model.units) if units[unit].boundary is not Tier.GPU]
     weights = []
     if streaming:
         ahead = f"loaded up to {policy.prefetch_depth} ahead"
         weights.append(f"{_named(model, streaming)} stream through {policy.window} slots, {ahead}")
     if resident:
         weights.append(f"{_named(model, resident)} stay on the GPU")
-    state = []
-    if policy.update_order:
-        state.append(f"{_named(model, sorted(policy.update_order))} on the host, updated by the CPU")
-    if passing := [unit for unit in layers if units[unit].streams_state]:
-        state.append(f"{_named(model, passing)} on the host, updated by the GPU through {policy.state_slots} slots")
-    if on_gpu:
-        lossy = ", moments in 8 bits (lossy)" if policy.gpu_moments == "8bit" else ""
-        state.append(f"{_named(model, on_gpu)} on the GPU, updated there{lossy}")
     boundary = [f"outputs of {_named(model, away)} wait on the host"] if away else ["all stay on the GPU"]
     inner = []
-    if kept:
-        inner.append(f"kept for {_named(model, kept)}")
-    for how, wanted in (("offload", "kept with the feed-forward's part on the host for"), ("recompute", "recomputed for")):
-        if found := [unit for unit in layers if units[unit].inner == how]:
-            inner.append(f"{wanted} {_named(model, found)}")
+    for (kept, feed_forward), what in _INNER.items():
+        if found := [unit for unit in layers if (units[unit].inner, units[unit].feed_forward) == (kept, feed_forward)]:
+            inner.append(f"{what} {_named(model, found)}")
     lines = [
         ("micro-batches", f"{policy.micro_batches} of {policy.micro_batch} sequences each"),
         ("weights", "; ".join(weights)),
-        ("state", "; ".join(state)),
+        ("state", "; ".join(_state(model, policy))),
         ("gradients", _gradients(policy)),
         ("boundaries", "; ".join(boundary)),
         ("activations", "; ".join(inner)),
         ("kernels", _KERNELS[policy.kernels]),
     ]
     return [*lines, ("CPU updates", _update_order(model, policy))] if policy.update_order else lines
+
+
+_PROCESSORS = {Tier.GPU: "GPU", Tier.HOST: "CPU"}
+_INNER = {
+    (Tier.GPU, Tier.GPU): "kept for",
+    (Tier.GPU, Tier.HOST): "kept with the feed-forward's part on the host for",
+    (None, None): "recomputed for",
+}
+
+
+def _state(model: ModelSpec, policy: Policy) -> list[str]:
+    """Where remainder and moments lie, and who updates them: one phrase for every pair of tiers."""
+    groups: dict[tuple[Tier, Tier], list[int]] = {}
+    for unit, placement in enumerate(policy.units):
+        groups.setdefault((placement.moments, placement.update), []).append(unit)
+    found = []
+    for (tier, update), units in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        where = "the GPU" if tier is Tier.GPU else f"the {tier}"
+        through = f" through {policy.state_slots} slots" if tier is not update else ""
+        lossy = ", moments in 8 bits (lossy)" if update is Tier.GPU and policy.gpu_moments == "8bit" else ""
+        found.append(f"{_named(model, units)} on {where}, updated by the {_PROCESSORS[update]}{through}{lossy}")
+    return found
 
 
 _KERNELS: dict[Kernels, str] = {
@@ -200,7 +211,7 @@ def _lane_table(plan: Plan) -> Table:
             lane, f"{use.tasks:,}", format_ns(use.busy_ns), format_ns(use.idle_ns), f"{use.busy_ns / step:.1%}",
             f"{critical.get(lane, 0) / step:.1%}",
         )  # fmt: skip
-    others = {name: share for name, share in critical.items() if name not in set(Lane)}
+    others = {name: share for name, share in critical.items() if name not in record.lanes}
     for name, share in others.items():
         table.add_row(name, "", "", "", "", f"{share / step:.1%}")
     table.add_section()
@@ -240,22 +251,23 @@ def _certificate(plan: Plan) -> str:
 
 
 def _front_table(search: SearchRecord) -> Table:
-    table = new_table("tokens/s", "GPU", "HOST", "batch", "policy", left=0)
+    tiers = list(search.front[0].peak_bytes)
+    table = new_table("tokens/s", *(tier.upper() for tier in tiers), "batch", "policy", left=0)
     table.columns[-1].justify = "left"
     for point in search.front:
-        memory = format_bytes(point.gpu_bytes), format_bytes(point.host_bytes)
+        memory = (format_bytes(point.peak_bytes[tier]) for tier in tiers)
         table.add_row(f"{point.tokens_per_s:,.0f}", *memory, str(point.global_batch), point.policy)
     return table
 
 
 def _alternatives_table(plan: Plan) -> Table:
-    table = new_table("knob", "plan", "next best", "tokens/s", "GPU", "HOST")
     record = plan.prediction.record
+    table = new_table("knob", "plan", "next best", "tokens/s", *(tier.upper() for tier in record.peak_bytes))
     for other in plan.search.alternatives:
         change = other.tokens_per_s / record.tokens_per_s - 1
         table.add_row(
             other.knob, other.value, other.other_value, f"{'' if other.proven else '~'}{change:+.1%}",
-            _change(other.gpu_bytes - record.peak_bytes[Tier.GPU]), _change(other.host_bytes - record.peak_bytes[Tier.HOST]),
+            *(_change(other.peak_bytes[tier] - taken) for tier, taken in record.peak_bytes.items()),
         )  # fmt: skip
     return table
 
@@ -311,7 +323,7 @@ def _speed(contender: Contender, ours: Contender) -> list[str]:
     gain = ""
     if ours.prediction is not None and contender is not ours:
         gain = f"{record.step_ns / ours.prediction.record.step_ns:.2f}x"
-    busy = record.lanes[Lane.COMPUTE].busy_ns / max(1, record.step_ns)
+    busy = record.lanes[LaneKind.COMPUTE].busy_ns / max(1, record.step_ns)
     return [
         format_ns(record.step_ns), f"{record.tokens_per_s:,.0f}", gain, *memory, f"{busy:.0%}", contender.binding,
     ]  # fmt: skip

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from planner.reports.tables import new_table, parameter_count
-from slideplan.graph.tasks import Lane
-from slideplan.lowering.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
+from slideplan.graph.lanes import LaneKind
+from slideplan.lowering.sizes import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
 from slideplan.machine.figures import Change, cost_name, launch_name
 from slideplan.machine.profile import Interference, MachineProfile, Spread
 from slideplan.model import ModelSpec
@@ -79,7 +79,7 @@ def _interference_table(met: Interference) -> Table:
         for place, each in enumerate(combination):
             rates = (f"{rate.p50 / 1e9:,.2f}" for rate in (met.alone[each.lane], each.rate))
             # Compute is counted in operations; only its speed compares.
-            shown = ("", "") if each.lane is Lane.COMPUTE else tuple(rates)
+            shown = ("", "") if each.lane is LaneKind.COMPUTE else tuple(rates)
             name = " + ".join(other.lane for other in combination) if place == 0 else ""
             table.add_row(name, each.lane, *shown, f"{each.speed:.2f}", f"{each.predicted:.2f}", f"{each.residual:+.2f}")
         table.add_section()

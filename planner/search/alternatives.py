@@ -9,8 +9,8 @@ from planner.search.searcher import Budget, Sample, Searcher
 from planner.search.space import evenly
 from slideplan.ledger import fixed_bytes_of
 from slideplan.machine.profile import MachineProfile
+from slideplan.placement import Tier
 from slideplan.plan import Alternative, FrontPoint
-from slideplan.policy import Tier
 
 FRONT_ROWS = 12
 LEVELS = 5  # memory limits below the best's own, per tier, at which the fastest is looked for
@@ -39,36 +39,41 @@ def look_for_less_memory(searcher: Searcher) -> None:
     searcher.number([builder.leaner(candidate) for candidate in tuple(searcher.candidates)])
     best = min(searcher.samples.values(), key=lambda sample: sample.step_ns)
     numbers = range(len(searcher.candidates))
-    for taken, most in ((searcher.host_bytes, best.host_bytes), (searcher.gpu_bytes, best.gpu_bytes)):
-        least = min(map(taken, numbers))
+    for tier, most in best.slot_bytes.items():
+        taken = {number: searcher.taken_bytes(number, tier) for number in numbers}
+        least = min(taken.values())
         for limit in evenly(least, max(least, most), LEVELS + 1)[:-1]:
-            within = [number for number in numbers if taken(number) <= limit]
-            searcher.fastest(within, _side_budget(searcher))
+            searcher.fastest([number for number in numbers if taken[number] <= limit], _side_budget(searcher))
 
 
 def front(searchers: Sequence[Searcher], machine: MachineProfile) -> tuple[FrontPoint, ...]:
-    """What was simulated and is beaten by nothing in speed, GPU and host memory at once, fastest first.
+    """What was simulated and is beaten by nothing in speed and in memory of every tier at once, fastest first.
 
     Where there are more than FRONT_ROWS, some evenly spaced ones, the fastest and the slowest among them.
     """
-    points = {
-        FrontPoint(
-            tokens_per_s=tokens_per_s(searcher, sample.step_ns),
-            global_batch=searcher.builder.workload.global_batch,
-            gpu_bytes=sample.gpu_bytes + fixed_bytes_of(machine, Tier.GPU),
-            host_bytes=sample.host_bytes + fixed_bytes_of(machine, Tier.HOST),
-            policy=in_brief(sample.candidate),
-        ): None
-        for searcher in searchers
-        for sample in searcher.samples.values()
-        if searcher.builder.may_choose(sample.candidate)
-    }
-    order = sorted(points, key=lambda point: (-point.tokens_per_s, point.host_bytes, point.gpu_bytes, point.policy))
+    points: dict[tuple[float, tuple[int, ...], str], FrontPoint] = {}
+    for searcher in searchers:
+        for sample in searcher.samples.values():
+            if searcher.builder.may_choose(sample.candidate):
+                point = FrontPoint(
+                    tokens_per_s=tokens_per_s(searcher, sample.step_ns),
+                    global_batch=searcher.builder.workload.global_batch,
+                    peak_bytes=peak_bytes(sample, machine),
+                    policy=in_brief(sample.candidate),
+                )
+                # Nothing that comes later is faster; of equally fast ones those of less host memory come first.
+                taken = tuple(point.peak_bytes[tier] for tier in (Tier.HOST, Tier.GPU))
+                points[-point.tokens_per_s, taken, point.policy] = point
     kept: list[FrontPoint] = []
-    for point in order:  # nothing that comes later is faster
-        if not any(other.gpu_bytes <= point.gpu_bytes and other.host_bytes <= point.host_bytes for other in kept):
+    for _, point in sorted(points.items()):
+        if not any(all(other.peak_bytes[tier] <= taken for tier, taken in point.peak_bytes.items()) for other in kept):
             kept.append(point)
     return tuple(kept[place] for place in evenly(0, len(kept) - 1, FRONT_ROWS))
+
+
+def peak_bytes(sample: Sample, machine: MachineProfile) -> dict[Tier, int]:
+    """What a run of the candidate takes of each tier, fixed use included."""
+    return {tier: taken + fixed_bytes_of(machine, tier) for tier, taken in sample.slot_bytes.items()}
 
 
 def in_brief(candidate: Candidate) -> str:
@@ -135,8 +140,7 @@ def alternatives(searcher: Searcher, best: Sample, machine: MachineProfile) -> t
                 value=value,
                 other_value=value_of(other.candidate),
                 tokens_per_s=tokens_per_s(searcher, other.step_ns),
-                gpu_bytes=other.gpu_bytes + fixed_bytes_of(machine, Tier.GPU),
-                host_bytes=other.host_bytes + fixed_bytes_of(machine, Tier.HOST),
+                peak_bytes=peak_bytes(other, machine),
                 proven=all(bound >= other.step_ns * closer for bound in left),
             )
         )

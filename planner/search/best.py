@@ -24,6 +24,7 @@ from slideplan.graph.validate import validate
 from slideplan.ledger import ledger
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec
+from slideplan.placement import Tier
 from slideplan.plan import Alternative, MachineReference, Plan, SearchRecord
 from slideplan.policy import Workload
 
@@ -203,7 +204,7 @@ def certificate(looked: Sequence[tuple[Searcher, Space]], chosen: Found, slowest
                 if not slowest_ns:
                     still += bound.step_ns < threshold
                 elif bound.step_ns <= slowest_ns * here // batch:
-                    host_bytes = searcher.host_bytes(number)
+                    host_bytes = searcher.taken_bytes(number, Tier.HOST)
                     still += host_bytes < best.host_bytes
                     bound_host_bytes = min(bound_host_bytes, host_bytes)
     return SearchRecord(

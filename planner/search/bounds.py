@@ -9,25 +9,54 @@ other unit's, that unit's load, and the compute from its forward back to the fir
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
-from planner.search.candidate import Candidate
+from planner.search.candidate import AWAY, Candidate
 from planner.search.space import state_chunks
 from simulator import Resource, TaskCost, capacities, price, resource_time
 from slideplan.codec import Spec
 from slideplan.footprint import Footprint
-from slideplan.graph.tasks import LANE_OF, Lane, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import (
+    BACKWARD,
+    BACKWARD_RECOMPUTE,
+    FETCH_BOUNDARY,
+    FETCH_FEED_FORWARD,
+    FORWARD,
+    FORWARD_KEEP,
+    LOAD_STATE,
+    LOAD_WEIGHTS,
+    LOSS,
+    OFFLOAD_BOUNDARY,
+    OFFLOAD_FEED_FORWARD,
+    OFFLOAD_GRADIENT,
+    OFFLOAD_STATE,
+    UPDATE_GPU,
+    UPDATE_HOST,
+    Operation,
+)
 from slideplan.lowering.lower import lower
+from slideplan.lowering.pools import PASSING, Holding
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
+from slideplan.placement import TensorClass, Tier
 from slideplan.policy import ComputePolicy, Moments, Workload
 
 LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one
 
-Kind = tuple[TaskKind, UnitRole]
-Way = tuple[TaskKind, UnitRole, bool]  # whether it adds to gradients of earlier micro-batches
+
+class Way(NamedTuple):
+    """What tells tasks of different cost apart: whether they add to gradients of earlier micro-batches, and of units
+    that are updated in chunks, whose chunks count as a whole.
+    """
+
+    operation: Operation
+    role: UnitRole
+    adds: bool = False
+    in_chunks: bool = False
 
 
 class Durations(Spec, frozen=True):
@@ -77,9 +106,8 @@ def durations(
         graph = lower(short, candidate.policy(short), workload, footprint)
         of_wholes: dict[tuple[Way, int | str], list[TaskCost]] = {}
         for task, cost in zip(graph.tasks, price(graph, short, work, seq_len, machine), strict=True):
-            way = task.kind, short.role(task.unit), task.accumulates
-            # What is done in chunks counts as a whole.
-            of_wholes.setdefault((way, task.name if task.chunk is UNSET else task.unit), []).append(cost)
+            way = Way(task.operation, short.role(task.unit), task.accumulates, task.chunk is not UNSET)
+            of_wholes.setdefault((way, task.unit if way.in_chunks else task.name), []).append(cost)
         for (way, _), costs in of_wholes.items():
             duration_ns = sum(cost.duration_ns for cost in costs)
             if duration_ns <= found.time_ns.get(way, duration_ns):
@@ -107,9 +135,7 @@ class Bound(Spec, frozen=True):
         return self.step_ns + self.other_ns // 32
 
 
-_INNER_COPIES = (TaskKind.OFFLOAD_INNER, TaskKind.FETCH_INNER)
-_STATE_PASSAGE = (TaskKind.LOAD_STATE, TaskKind.UPDATE_PASSING, TaskKind.OFFLOAD_STATE)
-_LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
+_LANES = (LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE, LaneKind.GPU_UPDATE)
 
 
 class _HostUnits:
@@ -146,17 +172,17 @@ class BoundModel:
         counts = self._counts(candidate)
         lanes = self._busy(counts)
         busiest = max(lanes.values())
-        step_ns = max(busiest, self._resources(counts), *self._cycles(candidate, lanes[Lane.COMPUTE]))
+        step_ns = max(busiest, self._resources(counts), *self._cycles(candidate, lanes[LaneKind.COMPUTE]))
         return Bound(step_ns=step_ns, other_ns=sum(lanes.values()) - busiest)
 
-    def lanes(self, candidate: Candidate) -> dict[Lane, int]:
+    def lanes(self, candidate: Candidate) -> dict[LaneKind, int]:
         """Busy time of each lane in one step. Nanoseconds."""
         return self._busy(self._counts(candidate))
 
-    def _busy(self, counts: dict[Way, int]) -> dict[Lane, int]:
+    def _busy(self, counts: dict[Way, int]) -> dict[LaneKind, int]:
         busy = dict.fromkeys(_LANES, 0)
         for way, count in counts.items():
-            busy[LANE_OF[way[0]]] += count * self._times.time_ns[way]
+            busy[way.operation.lane] += count * self._times.time_ns[way]
         return busy
 
     def _resources(self, counts: dict[Way, int]) -> int:
@@ -168,57 +194,56 @@ class BoundModel:
         return resource_time(work, self._times.capacities)
 
     def _counts(self, candidate: Candidate) -> dict[Way, int]:
-        """How many tasks of each kind and way a step has."""
-        found = {}
-        for kind, count in self._kinds(candidate).items():
-            found.update(self._ways(*kind, count, candidate.micro_batches))
+        """How many tasks of each way a step has."""
+        layers, micros = self.model.layers, candidate.micro_batches
+        kept = candidate.kept_layers + candidate.offloaded_inner
+        found: dict[Way, int] = {}
+        for operation, role, count in (
+            (FORWARD, UnitRole.EMBEDDING, micros),
+            (FORWARD, UnitRole.LAYER, micros * (layers - kept)),
+            (FORWARD_KEEP, UnitRole.LAYER, micros * kept),
+            (LOSS, UnitRole.HEAD, micros),
+            (BACKWARD, UnitRole.LAYER, micros * kept),
+            (BACKWARD_RECOMPUTE, UnitRole.LAYER, micros * (layers - kept)),
+            (BACKWARD, UnitRole.EMBEDDING, micros),
+        ):
+            found.update(self._ways(operation, role, count, micros))
+        found.update({way: count for way, count in self._moves(candidate).items() if count})
         return found
 
-    def _ways(self, kind: TaskKind, role: UnitRole, count: int, micros: int) -> dict[Way, int]:
-        """Tasks of a kind by way: of those that may add to gradients, one in `micros` does not."""
-        first, more = (kind, role, False), (kind, role, True)
+    def _ways(self, operation: Operation, role: UnitRole, count: int, micros: int) -> dict[Way, int]:
+        """Tasks by way: of those that may add to gradients, one in `micros` does not."""
+        first, more = Way(operation, role), Way(operation, role, adds=True)
         if more not in self._times.time_ns:
             return {first: count}
         if first not in self._times.time_ns:  # a tied embedding's gradient builds on the head's
             return {more: count}
         return {first: count // micros, more: count - count // micros}
 
-    def _kinds(self, candidate: Candidate) -> dict[Kind, int]:
-        """How many tasks of each kind a step has."""
-        layers, micros, away = self.model.layers, candidate.micro_batches, candidate.offloaded_inner
-        kept = candidate.kept_layers + away
-        streaming = layers - candidate.weight_layers
-        hosted = layers - candidate.gpu_updated
-        embedding, head = int(not candidate.embedding_on_gpu), int(not candidate.head_on_gpu)
-        moved = candidate.offloaded_outputs * micros
-        return {
-            (TaskKind.FORWARD, UnitRole.EMBEDDING): micros,
-            (TaskKind.FORWARD, UnitRole.LAYER): micros * (layers - kept),
-            (TaskKind.FORWARD_KEEP, UnitRole.LAYER): micros * kept,
-            (TaskKind.LOSS, UnitRole.HEAD): micros,
-            (TaskKind.BACKWARD, UnitRole.LAYER): micros * kept,
-            (TaskKind.BACKWARD_RECOMPUTE, UnitRole.LAYER): micros * (layers - kept),
-            (TaskKind.BACKWARD, UnitRole.EMBEDDING): micros,
-            # A streaming layer is loaded for forward and for backward, but for those still in the window at
-            # the turn-around; any other unit that the host updates is loaded once.
-            (TaskKind.LOAD_WEIGHTS, UnitRole.LAYER): hosted + streaming - min(candidate.window, streaming),
-            (TaskKind.LOAD_WEIGHTS, UnitRole.EMBEDDING): embedding,
-            (TaskKind.LOAD_WEIGHTS, UnitRole.HEAD): head,
-            (TaskKind.OFFLOAD_GRADIENT, UnitRole.LAYER): hosted,
-            (TaskKind.OFFLOAD_GRADIENT, UnitRole.EMBEDDING): embedding,
-            (TaskKind.OFFLOAD_GRADIENT, UnitRole.HEAD): head,
-            (TaskKind.UPDATE_HOST, UnitRole.LAYER): hosted,
-            (TaskKind.UPDATE_HOST, UnitRole.EMBEDDING): embedding,
-            (TaskKind.UPDATE_HOST, UnitRole.HEAD): head,
-            (TaskKind.UPDATE_GPU, UnitRole.LAYER): candidate.state_layers,
-            (TaskKind.UPDATE_GPU, UnitRole.EMBEDDING): 1 - embedding,
-            (TaskKind.UPDATE_GPU, UnitRole.HEAD): 1 - head,
-            # What leaves is the embedding's output and the layers', all of one size.
-            (TaskKind.OFFLOAD_BOUNDARY, UnitRole.LAYER): moved,
-            (TaskKind.FETCH_BOUNDARY, UnitRole.LAYER): moved,
-            **({(kind, UnitRole.LAYER): away * micros for kind in _INNER_COPIES} if away else {}),
-            **{(kind, UnitRole.LAYER): candidate.streamed_state for kind in _STATE_PASSAGE},
-        }
+    def _moves(self, candidate: Candidate) -> dict[Way, int]:
+        """Copies and updates of a step, from what units hold where."""
+        held, layers, micros = candidate.holdings(self.model), self.model.layers, candidate.micro_batches
+        found: dict[Way, int] = {}
+        for role in UnitRole:
+            hosted = held.get(Holding(TensorClass.WEIGHTS, Tier.HOST, role), 0)
+            found |= {Way(operation, role): hosted for operation in (LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST)}
+            found[Way(UPDATE_GPU, role)] = held.get(Holding(TensorClass.MOMENTS, Tier.GPU, role, Tier.GPU), 0)
+        # A streaming layer is loaded for forward and for backward, but for those still in the window at
+        # the turn-around; any other unit that the host updates is loaded once.
+        streaming = layers - held[Holding(TensorClass.WEIGHTS, Tier.GPU, UnitRole.LAYER)]
+        found[Way(LOAD_WEIGHTS, UnitRole.LAYER)] += streaming - min(candidate.window, streaming)
+        # What leaves is the embedding's output and the layers', all of one size.
+        boundaries = held[Holding(TensorClass.BOUNDARY, Tier.HOST, "")]
+        products = held[Holding(TensorClass.FEED_FORWARD, Tier.HOST, "")]
+        passing = held[Holding(TensorClass.MOMENTS, Tier.HOST, PASSING, Tier.GPU)]
+        for operations, count in (
+            ((OFFLOAD_BOUNDARY, FETCH_BOUNDARY), boundaries * micros),
+            ((OFFLOAD_FEED_FORWARD, FETCH_FEED_FORWARD), products * micros),
+        ):
+            found |= {Way(operation, UnitRole.LAYER): count for operation in operations}
+        for operation in (LOAD_STATE, UPDATE_GPU, OFFLOAD_STATE):
+            found[Way(operation, UnitRole.LAYER, in_chunks=True)] = passing
+        return found
 
     def _cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
         hosted = _HostUnits(self.model, candidate)
@@ -238,7 +263,7 @@ class BoundModel:
         # A unit's own update on the GPU stands between its backward and its next forward.
         unit = 0 if candidate.embedding_on_gpu else 1
         if candidate.state_on_gpu(self.model, unit):
-            update = self._unit_time(TaskKind.UPDATE_GPU, unit)
+            update = self._unit_time(UPDATE_GPU, unit)
             yield self._forward(candidate, unit) + self._loss(candidate) + self._backward(candidate, unit) + update
 
     def _slot_cycles(self, candidate: Candidate, compute_ns: int) -> Iterator[int]:
@@ -249,12 +274,13 @@ class BoundModel:
         has freed its host slot; until then the backward that needs the GPU slot cannot begin.
         """
         layers, hosted = self.model.layers, self.model.layers - candidate.gpu_updated
-        offload, update = (self._time(kind, UnitRole.LAYER) for kind in (TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST))
+        offload, update = (self._time(kind, UnitRole.LAYER) for kind in (OFFLOAD_GRADIENT, UPDATE_HOST))
         if candidate.gradient_slots == 1:
             # The first layer's gradient is the last: none waits for its slot.
             on_gpu, resident = (max(0, count - 1) for count in (candidate.gpu_updated, candidate.state_layers))
-            leave = (layers - 1 - on_gpu) * offload + resident * self._time(TaskKind.UPDATE_GPU, UnitRole.LAYER)
-            yield compute_ns + leave + (on_gpu - resident) * self._time(TaskKind.UPDATE_PASSING, UnitRole.LAYER)
+            leave = (layers - 1 - on_gpu) * offload + resident * self._time(UPDATE_GPU, UnitRole.LAYER)
+            passing = Way(UPDATE_GPU, UnitRole.LAYER, in_chunks=True)
+            yield compute_ns + leave + (on_gpu - resident) * self._times.time_ns[passing]
         slots = candidate.host_gradient_slots
         for number in (slots, min(hosted - 1, layers - 1 - candidate.gradient_slots)):
             waiting = layers - number - candidate.gradient_slots  # the layer whose backward needs the GPU slot
@@ -268,7 +294,7 @@ class BoundModel:
         layers, first = self.model.layers, candidate.weight_layers + 1  # of those that stream
         waiting = layers - candidate.weight_layers - candidate.window  # loads of one pass that wait for a slot
         if candidate.window and waiting > 0:
-            loads = waiting * self._time(TaskKind.LOAD_WEIGHTS, UnitRole.LAYER)
+            loads = waiting * self._time(LOAD_WEIGHTS, UnitRole.LAYER)
             forward, backward = self._forward(candidate, 0), self._backward(candidate, 0)
             until_first = forward - self._forward(candidate, first + 1)
             from_first = backward - self._backward(candidate, first + 1)
@@ -281,49 +307,49 @@ class BoundModel:
         Forward loads follow each other in unit order, so the way leads along compute or along loads.
         """
         layers = self.model.layers
-        offload, load = self._unit_time(TaskKind.OFFLOAD_GRADIENT, first), self._unit_time(TaskKind.LOAD_WEIGHTS, last)
+        offload, load = self._unit_time(OFFLOAD_GRADIENT, first), self._unit_time(LOAD_WEIGHTS, last)
         later = max(0, layers - max(last, candidate.gpu_updated))  # layers after `last` that the host updates
-        loads = later * self._time(TaskKind.LOAD_WEIGHTS, UnitRole.LAYER) + self._forward(candidate, layers) if later else 0
+        loads = later * self._time(LOAD_WEIGHTS, UnitRole.LAYER) + self._forward(candidate, layers) if later else 0
         compute = self._loss(candidate) + self._backward(candidate, first)
         return offload + updates_ns + load + max(self._forward(candidate, last), loads) + compute
 
     def _updates(self, hosted: _HostUnits, count: int) -> int:
         """Updates of the first `count` host-state units."""
-        return sum(number * self._time(TaskKind.UPDATE_HOST, role) for role, number in hosted.roles(count).items())
+        return sum(number * self._time(UPDATE_HOST, role) for role, number in hosted.roles(count).items())
 
     # -- times of runs of tasks ------------------------------------------------------------------
 
     def _forward(self, candidate: Candidate, unit: int) -> int:
         """Forward of all micro-batches from `unit` to the last layer."""
-        kinds = TaskKind.FORWARD_KEEP, TaskKind.FORWARD
-        embedding = self._micros(candidate, TaskKind.FORWARD, UnitRole.EMBEDDING) if unit == 0 else 0
+        kinds = FORWARD_KEEP, FORWARD
+        embedding = self._micros(candidate, FORWARD, UnitRole.EMBEDDING) if unit == 0 else 0
         return embedding + self._layer_run(candidate, unit, *kinds)
 
     def _backward(self, candidate: Candidate, unit: int) -> int:
         """Backward of all micro-batches from the last layer down to `unit`."""
-        kinds = TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE
-        embedding = self._micros(candidate, TaskKind.BACKWARD, UnitRole.EMBEDDING) if unit == 0 else 0
+        kinds = BACKWARD, BACKWARD_RECOMPUTE
+        embedding = self._micros(candidate, BACKWARD, UnitRole.EMBEDDING) if unit == 0 else 0
         return embedding + self._layer_run(candidate, unit, *kinds)
 
-    def _layer_run(self, candidate: Candidate, unit: int, kept_kind: TaskKind, other_kind: TaskKind) -> int:
+    def _layer_run(self, candidate: Candidate, unit: int, kept_kind: Operation, other_kind: Operation) -> int:
         first = max(unit, 1)
         run = self.model.layers - first + 1
         kept = min(run, candidate.kept_layers)
         if candidate.offloaded_inner:
-            kept += candidate.inner(self.model)[first - 1 :].count("offload")
+            kept += candidate.inner(self.model)[first - 1 :].count(AWAY)
         kept_ns, other_ns = (self._micros(candidate, kind, UnitRole.LAYER) for kind in (kept_kind, other_kind))
         return kept * kept_ns + (run - kept) * other_ns
 
-    def _micros(self, candidate: Candidate, kind: TaskKind, role: UnitRole) -> int:
+    def _micros(self, candidate: Candidate, operation: Operation, role: UnitRole) -> int:
         """One unit's tasks of a kind, of all micro-batches."""
-        ways = self._ways(kind, role, candidate.micro_batches, candidate.micro_batches)
+        ways = self._ways(operation, role, candidate.micro_batches, candidate.micro_batches)
         return sum(count * self._times.time_ns[way] for way, count in ways.items())
 
     def _loss(self, candidate: Candidate) -> int:
-        return self._micros(candidate, TaskKind.LOSS, UnitRole.HEAD)
+        return self._micros(candidate, LOSS, UnitRole.HEAD)
 
-    def _unit_time(self, kind: TaskKind, unit: int) -> int:
-        return self._time(kind, self.model.role(unit))
+    def _unit_time(self, operation: Operation, unit: int) -> int:
+        return self._time(operation, self.model.role(unit))
 
-    def _time(self, kind: TaskKind, role: UnitRole) -> int:
-        return self._times.time_ns[kind, role, False]
+    def _time(self, operation: Operation, role: UnitRole) -> int:
+        return self._times.time_ns[Way(operation, role)]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from operator import mul
+
+import msgspec
+
 from slideplan.codec import Spec
 from slideplan.footprint import Footprint
-from slideplan.lowering.pools import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES, state_bytes
+from slideplan.lowering.pools import PASSING, Holding, pool_rows
+from slideplan.lowering.sizes import Sizes
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import (
-    GRADIENT_BYTES,
-    GradientDtype,
-    Inner,
-    Kernels,
-    Moments,
-    Policy,
-    Tier,
-    UnitPolicy,
-    chunk_elements,
-)
+from slideplan.placement import STATE, Placement, TensorClass, Tier
+from slideplan.policy import GradientDtype, Kernels, Moments, Policy
 
-STATE_BYTES = MOMENT_BYTES + REMAINDER_BYTES
+# Where a layer's inner activations and their feed-forward part lie.
+Inner = tuple[Tier | None, Tier | None]
+RECOMPUTED: Inner = (None, None)
+KEPT: Inner = (Tier.GPU, Tier.GPU)
+AWAY: Inner = (Tier.GPU, Tier.HOST)
 
 
 class Candidate(Spec, frozen=True):
@@ -83,31 +83,35 @@ class Candidate(Spec, frozen=True):
         return (*reversed(host[self.deferred_updates :]), *host[: self.deferred_updates])
 
     def inner(self, model: ModelSpec) -> list[Inner]:
-        """What becomes of each layer's inner activations.
+        """Where each layer's inner activations lie.
 
-        Layers that offload theirs are spread among those that may, so that copies have time to keep up with compute.
+        Layers whose feed-forward part waits on the host are spread among those that may, so that copies have time to
+        keep up with compute.
         """
         recomputed = model.layers - self.kept_layers
-        found: list[Inner] = ["recompute" if layer < recomputed else "keep" for layer in range(model.layers)]
+        found = [RECOMPUTED if layer < recomputed else KEPT for layer in range(model.layers)]
         room = recomputed - self.offloaded_outputs
         for number in range(self.offloaded_inner):
-            found[self.offloaded_outputs + (number + 1) * room // self.offloaded_inner - 1] = "offload"
+            found[self.offloaded_outputs + (number + 1) * room // self.offloaded_inner - 1] = AWAY
         return found
 
     def policy(self, model: ModelSpec) -> Policy:
         """The policy spelt out unit by unit."""
         units = []
-        inner = self.inner(model)
+        layers = self.inner(model)
         for unit in range(model.units):
             state = Tier.GPU if self.state_on_gpu(model, unit) else Tier.HOST
             layer = model.role(unit) is UnitRole.LAYER
+            inner, feed_forward = layers[unit - 1] if layer else RECOMPUTED
             units.append(
-                UnitPolicy(
-                    state=state,
+                Placement(
                     weights=Tier.GPU if layer and unit <= self.weight_layers else state,
+                    remainder=state,
+                    moments=state,
                     boundary=Tier.HOST if unit < self.offloaded_outputs else Tier.GPU,
-                    inner=inner[unit - 1] if layer else "recompute",
-                    streams_state=layer and self.state_layers < unit <= self.gpu_updated,
+                    inner=inner,
+                    feed_forward=feed_forward,
+                    update=Tier.GPU if layer and unit <= self.gpu_updated else state,
                 )
             )
         return Policy(
@@ -119,28 +123,93 @@ class Candidate(Spec, frozen=True):
             gradient_norms=self.gradient_norms, update_order=self.update_order(model), units=tuple(units),
         )  # fmt: skip
 
-    def slot_bytes(self, model: ModelSpec, seq_len: int, footprint: Footprint) -> dict[Tier, int]:
-        """What the pools of this policy take in each tier, without making them."""
-        embedding, layer, head = (model.flat_elements(role) for role in UnitRole)
-        gradient, micros, layers = GRADIENT_BYTES[self.gradient_dtype], self.micro_batches, model.layers
-        boundary = model.boundary_bytes(self.micro_batch * seq_len)
-        ends_on_host = embedding * (not self.embedding_on_gpu) + head * (not self.head_on_gpu)
-        gpu = WEIGHT_BYTES * (embedding + head + layer * (self.weight_layers + self.window))
-        chunk = chunk_elements(layer, self.state_chunks) if self.state_chunks else 0
-        on_gpu = (
-            (embedding, self.embedding_on_gpu),
-            (head, self.head_on_gpu),
-            (layer, self.state_layers),
-            (chunk, self.state_slots),
+    def unit_counts(self, model: ModelSpec) -> tuple[int, ...]:
+        """How many units hold each of HOLDINGS in slots of their own, counted without listing units."""
+        layers, hosted = model.layers, model.layers - self.gpu_updated
+        on_gpu = int(self.embedding_on_gpu), int(self.head_on_gpu)
+        ends = [count for gpu in on_gpu for count in (1, 1 - gpu, 1, 1 - gpu, *(gpu, 1 - gpu) * 2)]
+        state = (self.state_layers, hosted, self.streamed_state)
+        away, outputs = self.offloaded_inner, self.offloaded_outputs
+        return (
+            *ends, self.weight_layers, hosted, *state, *state, layers + 1 - outputs, outputs, self.kept_layers, away, away,
+        )  # fmt: skip
+
+    def holdings(self, model: ModelSpec) -> dict[Holding, int]:
+        """The same by what is held: `pools.holders` of the policy, counted."""
+        return dict(zip(HOLDINGS, self.unit_counts(model), strict=True))
+
+
+def _of_ends(role: UnitRole) -> tuple[Holding, ...]:
+    pairs = [(tensor, tier) for tensor in (TensorClass.WEIGHTS, TensorClass.GRADIENT) for tier in (Tier.GPU, Tier.HOST)]
+    return (
+        *(Holding(tensor, tier, role) for tensor, tier in pairs),
+        *(Holding(tensor, tier, role, tier) for tensor in STATE for tier in (Tier.GPU, Tier.HOST)),
+    )
+
+
+# All that units of a candidate's policy can have slots of their own for.
+HOLDINGS = (
+    *_of_ends(UnitRole.EMBEDDING),
+    *_of_ends(UnitRole.HEAD),
+    Holding(TensorClass.WEIGHTS, Tier.GPU, UnitRole.LAYER),
+    Holding(TensorClass.WEIGHTS, Tier.HOST, UnitRole.LAYER),
+    *(
+        Holding(tensor, tier, group, update)
+        for tensor in STATE
+        for tier, group, update in (
+            (Tier.GPU, UnitRole.LAYER, Tier.GPU),
+            (Tier.HOST, UnitRole.LAYER, Tier.HOST),
+            (Tier.HOST, PASSING, Tier.GPU),
         )
-        gpu += sum(count * state_bytes(elements, self.gpu_moments) for elements, count in on_gpu)
-        gpu += gradient * (embedding + head + layer * self.gradient_slots)
-        gpu += boundary * ((layers + 1 - self.offloaded_outputs + 1) * micros + self.boundary_slots)
-        feed_forward = model.feed_forward_bytes(self.micro_batch * seq_len)
-        kept_bytes = [micros * footprint.held_bytes(inner, feed_forward) for inner in self.inner(model)]
-        gpu += sum(kept_bytes) + footprint.workspace_beside(kept_bytes) + feed_forward * self.inner_slots
-        host = (WEIGHT_BYTES + STATE_BYTES) * (ends_on_host + layer * (layers - self.gpu_updated))
-        host += state_bytes(chunk, self.gpu_moments) * self.state_chunks * self.streamed_state
-        host += gradient * (ends_on_host + layer * self.host_gradient_slots)
-        host += (boundary * self.offloaded_outputs + feed_forward * self.offloaded_inner) * micros
-        return {Tier.GPU: gpu, Tier.HOST: host}
+    ),
+    Holding(TensorClass.BOUNDARY, Tier.GPU, ""),
+    Holding(TensorClass.BOUNDARY, Tier.HOST, ""),
+    Holding(TensorClass.INNER, Tier.GPU, ""),
+    Holding(TensorClass.INNER, Tier.GPU, "rest"),
+    Holding(TensorClass.FEED_FORWARD, Tier.HOST, ""),
+)
+_SLOT_KNOBS = ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots")
+
+
+class SlotBytes:
+    """What pools take in each tier, for candidates that compute alike: linear in counts of units and of shared slots.
+
+    How much one more of each takes is asked of `pools.pool_rows` once, and summed up for thousands of candidates.
+    """
+
+    def __init__(self, model: ModelSpec, alike: Candidate, seq_len: int, footprint: Footprint) -> None:
+        self._model = model
+        self._footprint = footprint
+        self._micro_batches = alike.micro_batches
+        sizes = Sizes(model, alike, seq_len, footprint)
+        nothing = msgspec.structs.replace(alike, **dict.fromkeys(_SLOT_KNOBS, 0))
+        held = {inner: self._micro_batches * sizes.held_bytes(*inner) for inner in (RECOMPUTED, KEPT, AWAY)}
+        self._held = held
+        idle = footprint.workspace_beside([0] * model.layers)
+
+        def total(knobs: Candidate, *holding: Holding) -> dict[Tier, int]:
+            found = {Tier.GPU: -idle, Tier.HOST: 0}
+            for row in pool_rows(sizes, dict.fromkeys(holding, 1), knobs, [0] * model.layers):
+                found[row.tier] += row.slot_bytes * row.slots
+            return found
+
+        self._base = total(nothing)
+        per_unit = [total(nothing, holding) for holding in HOLDINGS]
+        per_slot = [total(msgspec.structs.replace(nothing, **{knob: 1}), *_PASSING) for knob in _SLOT_KNOBS]
+        passing = total(nothing, *_PASSING)
+        self._of_units = {tier: [each[tier] - self._base[tier] for each in per_unit] for tier in self._base}
+        self._of_slots = {tier: [each[tier] - passing[tier] for each in per_slot] for tier in self._base}
+
+    def of(self, candidate: Candidate) -> dict[Tier, int]:
+        """Bytes of the candidate's slots by tier."""
+        units, held = candidate.unit_counts(self._model), self._held
+        slots = [getattr(candidate, knob) for knob in _SLOT_KNOBS]
+        found = {
+            tier: base + sum(map(mul, units, self._of_units[tier])) + sum(map(mul, slots, self._of_slots[tier]))
+            for tier, base in self._base.items()
+        }
+        found[Tier.GPU] += self._footprint.workspace_beside([held[inner] for inner in candidate.inner(self._model)])
+        return found
+
+
+_PASSING = tuple(holding for holding in HOLDINGS if holding.group == PASSING)

@@ -21,7 +21,8 @@ from slideplan.graph.tasks import TaskGraph
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import MachineProfile
-from slideplan.policy import ComputeWork, Tier
+from slideplan.placement import Tier
+from slideplan.policy import ComputeWork
 from slideplan.quantities import format_ns
 
 Progress = Callable[[str], None]
@@ -30,12 +31,19 @@ FOREVER = float("inf")
 
 
 class Sample(NamedTuple):
-    """A simulated candidate; bytes are what its slots take."""
+    """A simulated candidate; `slot_bytes` is what its slots take in each tier."""
 
     candidate: Candidate
     step_ns: int
-    gpu_bytes: int
-    host_bytes: int
+    slot_bytes: dict[Tier, int]
+
+    @property
+    def host_bytes(self) -> int:
+        return self.slot_bytes[Tier.HOST]
+
+    @property
+    def gpu_bytes(self) -> int:
+        return self.slot_bytes[Tier.GPU]
 
 
 class Budget(NamedTuple):
@@ -114,8 +122,8 @@ class Searcher:
 
         `best` is what is had already.
         """
-        for number in sorted(set(numbers), key=lambda n: (self.host_bytes(n), self.bounds[n].estimate_ns, n)):
-            if self.host_bytes(number) >= best.host_bytes:
+        for number in sorted(set(numbers), key=lambda n: (self.taken_bytes(n, Tier.HOST), self.bounds[n].estimate_ns, n)):
+            if self.taken_bytes(number, Tier.HOST) >= best.host_bytes:
                 break
             if number not in self.samples:
                 if self.bounds[number].step_ns > slowest_ns or self.spent.lowered_tasks >= budget.lowered_tasks:
@@ -148,22 +156,17 @@ class Searcher:
             candidate = self.candidates[number]
             assert ledger(graph, self._machine).fits, f"the byte count let through a policy that does not fit: {candidate}"
             step_ns, _ = simulate(graph, costs, capacities(self._machine), self._machine.handoffs)
-            need = self._slot_bytes(candidate)
             step_ns = max(step_ns, self._lowered[number])  # as in `predict`
-            self.samples[number] = Sample(candidate, step_ns, need[Tier.GPU], need[Tier.HOST])
+            self.samples[number] = Sample(candidate, step_ns, self.builder.slot_bytes(candidate))
             shortest = min(sample.step_ns for sample in self.samples.values())
             self._progress(
                 f"{len(self.candidates):,} candidates, {len(self.samples)} simulated, best step {format_ns(shortest)}"
             )
         return self.samples[number]
 
-    def host_bytes(self, number: int) -> int:
-        """Host bytes that the candidate's slots take."""
-        return self._slot_bytes(self.candidates[number])[Tier.HOST]
-
-    def gpu_bytes(self, number: int) -> int:
-        """GPU bytes that the candidate's slots take."""
-        return self._slot_bytes(self.candidates[number])[Tier.GPU]
+    def taken_bytes(self, number: int, tier: Tier) -> int:
+        """Bytes of a tier that the candidate's slots take."""
+        return self.builder.slot_bytes(self.candidates[number])[tier]
 
     def lower(self, candidate: Candidate) -> TaskGraph:
         """The candidate's task graph."""
@@ -181,10 +184,6 @@ class Searcher:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[number] = graph, costs
         return self._graphs[number]
-
-    def _slot_bytes(self, candidate: Candidate) -> dict[Tier, int]:
-        builder = self.builder
-        return candidate.slot_bytes(builder.model, builder.workload.seq_len, builder.footprint(candidate))
 
     def _bound_model(self, candidate: Candidate) -> BoundModel:
         key = ComputeWork.of(candidate)

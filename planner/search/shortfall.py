@@ -10,20 +10,20 @@ from planner.search.space import SpaceBuilder, divisors
 from slideplan import __version__, codec
 from slideplan.codec import Document
 from slideplan.graph.tasks import TaskGraph
-from slideplan.ledger import RESERVE_PERCENT, Ledger, ledger
+from slideplan.ledger import RESERVE_PERCENT, Ledger, fixed_bytes_of, ledger
 from slideplan.lowering.pools import PoolLayout
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec
+from slideplan.placement import Tier
 from slideplan.plan import MachineReference
-from slideplan.policy import Policy, Tier, Workload
+from slideplan.policy import Policy, Workload
 
 
 class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
     """No policy fits. Bytes are capacities of the whole tier, reserve and fixed use included.
 
     policy, ledger:    the least demanding policy (fits the GPU if any does; lacks least) and its memory
-    host_bytes_needed: host memory with which the model would fit beside this GPU; None: no amount
-    gpu_bytes_needed:  GPU memory with which it would fit beside this host; None: no amount
+    bytes_needed:      of each tier, with which the model would fit while all others are what they are; None: no amount
     global_batch:      largest divisor of the global batch that fits; None: none
     machines:          known profiles on which it fits
     """
@@ -34,8 +34,7 @@ class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
     workload: Workload
     policy: Policy
     ledger: Ledger
-    host_bytes_needed: int | None
-    gpu_bytes_needed: int | None
+    bytes_needed: dict[Tier, int | None]
     global_batch: int | None
     machines: tuple[str, ...]
 
@@ -43,7 +42,7 @@ class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
 def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
     """What is missing for a workload of which nothing fits."""
     shorts = {candidate: _lacking(builder, candidate) for candidate in builder.least_demanding()}
-    # State moves between the tiers byte for byte, so where a policy fits the GPU, ask for host memory alone.
+    # State moves between the tiers byte for byte, so where a policy fits the GPU, ask for the other tiers' memory alone.
     least = min(shorts, key=lambda candidate: (shorts[candidate][Tier.GPU] > 0, sum(shorts[candidate].values())))
     assert any(shorts[least].values()), "something fits after all"
     model, policy = builder.model, least.policy(builder.model)
@@ -55,8 +54,7 @@ def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
         workload=builder.workload,
         policy=policy,
         ledger=ledger(TaskGraph(pools=tuple(layout.pools.values()), tasks=()), machine),
-        host_bytes_needed=_capacity_needed(builder, Tier.HOST, machine.host.process_bytes),
-        gpu_bytes_needed=_capacity_needed(builder, Tier.GPU, machine.gpu.context_bytes),
+        bytes_needed={tier: _capacity_needed(builder, tier, fixed_bytes_of(machine, tier)) for tier in (Tier.HOST, Tier.GPU)},
         global_batch=_largest_batch(builder, machine),
         machines=_fitting_machines(builder, machine),
     )
@@ -67,13 +65,12 @@ def _lacking(builder: SpaceBuilder, candidate: Candidate) -> dict[Tier, int]:
 
 
 def _capacity_needed(builder: SpaceBuilder, tier: Tier, fixed_bytes: int) -> int | None:
-    """Capacity of a tier with which some policy fits, the other tier being what it is."""
-    other = Tier.GPU if tier is Tier.HOST else Tier.HOST
+    """Capacity of a tier with which some policy fits, the other tiers being what they are."""
     needs = [
         builder.capacity[tier] - spare[tier]
         for spare in map(builder.spare, builder.least_demanding())
-        if spare[other] >= 0
-    ]  # fmt: skip
+        if all(left >= 0 for other, left in spare.items() if other is not tier)
+    ]
     return -(-(min(needs) + fixed_bytes) * 100 // (100 - RESERVE_PERCENT[tier])) if needs else None
 
 

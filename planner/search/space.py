@@ -14,16 +14,17 @@ from typing import Literal
 
 import msgspec
 
-from planner.search.candidate import STATE_BYTES, Candidate
+from planner.search.candidate import Candidate, SlotBytes
 from planner.search.kernels import check_kernels, faster_kernels
 from simulator import footprint
 from slideplan.codec import Spec
 from slideplan.footprint import Footprint
-from slideplan.ledger import slot_capacity
-from slideplan.lowering.pools import WEIGHT_BYTES, state_bytes
+from slideplan.ledger import slot_capacities
+from slideplan.lowering.sizes import TRAINING_BYTES, WEIGHT_BYTES, state_bytes
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import ComputeWork, GradientDtype, Kernels, Moments, Tier, Workload, check_seq_len, chunk_elements
+from slideplan.placement import Tier
+from slideplan.policy import ComputeWork, GradientDtype, Kernels, Moments, Workload, check_seq_len, chunk_elements
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
@@ -90,6 +91,7 @@ class SpaceBuilder:
         self._sizes = sorted(sizes)
         self._machine = machine
         self._footprints: dict[ComputeWork, Footprint] = {}
+        self._slot_bytes: dict[tuple[ComputeWork, int], SlotBytes] = {}
         self.capacity = capacity
         self.options = options
         self._too_large = 0
@@ -102,8 +104,7 @@ class SpaceBuilder:
         check_seq_len(model, workload.seq_len)
         check_kernels(options.kernels, machine)
         sizes = micro_batch_sizes(workload, options)
-        capacity = {tier: slot_capacity(machine, tier) for tier in (Tier.GPU, Tier.HOST)}
-        return cls(model, workload, sizes, machine, capacity, options)
+        return cls(model, workload, sizes, machine, slot_capacities(machine), options)
 
     def build(self) -> Space:
         """Without offloading if anything fits so; otherwise all that fits with it."""
@@ -122,10 +123,16 @@ class SpaceBuilder:
             self._footprints[key] = footprint(self.model, candidate, self.workload.seq_len, self._machine)
         return self._footprints[key]
 
+    def slot_bytes(self, candidate: Candidate) -> dict[Tier, int]:
+        """What the candidate's slots take in each tier."""
+        key = ComputeWork.of(candidate), candidate.state_chunks
+        if key not in self._slot_bytes:
+            self._slot_bytes[key] = SlotBytes(self.model, candidate, self.workload.seq_len, self.footprint(candidate))
+        return self._slot_bytes[key].of(candidate)
+
     def spare(self, candidate: Candidate) -> dict[Tier, int]:
         """Bytes of each tier that the candidate leaves; negative where it does not fit."""
-        need = candidate.slot_bytes(self.model, self.workload.seq_len, self.footprint(candidate))
-        return {tier: self.capacity[tier] - count for tier, count in need.items()}
+        return {tier: self.capacity[tier] - count for tier, count in self.slot_bytes(candidate).items()}
 
     def _fits(self, candidate: Candidate) -> bool:
         return min(self.spare(candidate).values()) >= 0
@@ -266,7 +273,7 @@ class SpaceBuilder:
 
     def _state_counts(self, base: Candidate) -> list[int]:
         """From as many as the host cannot hold to as many as the GPU can."""
-        layers, on_host = self.model.layers, (STATE_BYTES + WEIGHT_BYTES) * self._layer
+        layers, on_host = self.model.layers, TRAINING_BYTES * self._layer
         on_gpu = WEIGHT_BYTES * self._layer + state_bytes(self._layer, base.gpu_moments)
         spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), NO_SPARE_SLOTS))
         fewest = min(layers, max(0, -(spare[Tier.HOST] // on_host)))
@@ -374,7 +381,7 @@ STATE_CHUNK_BYTES, STATE_CHUNKS = 256 << 20, 16
 def state_chunks(model: ModelSpec) -> int:
     """Into how many chunks a layer's state is cut where it passes through the GPU."""
     elements = model.flat_elements(UnitRole.LAYER)
-    wanted = min(STATE_CHUNKS, -(-STATE_BYTES * elements // STATE_CHUNK_BYTES))
+    wanted = min(STATE_CHUNKS, -(-state_bytes(elements, "fp32") // STATE_CHUNK_BYTES))
     return -(-elements // chunk_elements(elements, wanted))  # fewer where blocks cannot be shared out
 
 

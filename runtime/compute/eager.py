@@ -20,7 +20,7 @@ from runtime.compute.gradients import GradientSink, GradientSlot
 from runtime.compute.head import Head, NormBackward
 from runtime.memory.buffers import parameter_views
 from slideplan.hf_config import config_of
-from slideplan.lowering.pools import PRODUCT_BYTES
+from slideplan.lowering.sizes import PRODUCT_BYTES
 from slideplan.model import ModelSpec, Parameter, UnitRole
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.memory.buffers import padding_views, parameter_views
-from slideplan.lowering.pools import PRODUCT_BYTES
+from slideplan.lowering.sizes import PRODUCT_BYTES
 from slideplan.model import Parameter
 
 

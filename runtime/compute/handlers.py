@@ -17,10 +17,12 @@ from runtime.compute.uploads import TokenUploads
 from runtime.inputs.data import MicroBatch, TokenWindows
 from runtime.lanes.backend import Backend
 from runtime.memory.buffers import Buffers, parameter_views
-from slideplan.graph.tasks import Lane, Role, Task, TaskGraph, TaskKind
-from slideplan.lowering.pools import loss_chunk_tokens
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import COMPUTE_KINDS, TaskKind
+from slideplan.graph.tasks import Role, Task, TaskGraph
+from slideplan.lowering.sizes import loss_chunk_tokens
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import Kernels
+from slideplan.policy import ComputePolicy, Kernels
 
 VOCABULARY = "model.embed_tokens.weight"
 
@@ -56,37 +58,19 @@ class ComputeHandlers:
         buffers: Buffers,
         device: torch.device,
         windows: TokenWindows,
-        micro_batch: int,
-        micro_batches: int,
+        knobs: ComputePolicy,
         seq_len: int,
-        kernels: Kernels,
-        gradient_norms: bool = False,
     ) -> None:
         self._model = model
         self._buffers = buffers
         self.device = device
+        micro_batch, micro_batches = knobs.micro_batch, knobs.micro_batches
         self._uploads = TokenUploads(windows, micro_batch, device)
         self._shape = (micro_batch, seq_len, model.hidden)
         self._scale = 1.0 / (micro_batch * micro_batches * seq_len)
-        parts = skeleton(model)
-        positions = rotary_positions(parts, seq_len, model.hidden, device)
-        chunk_tokens = loss_chunk_tokens(model.vocabulary, kernels)
-        layer_slots = {
-            task.slot(Role.WEIGHTS)
-            for task in graph.tasks
-            if task.has(Role.WEIGHTS) and model.role(task.unit) is UnitRole.LAYER
-        }
-        head_flat = buffers[next(task.slot(Role.WEIGHTS) for task in graph.tasks if task.kind is TaskKind.LOSS)]
         self._layers: dict[tuple[str, int], LayerKernels]
         self._head: Head
-        if kernels != "eager":
-            cos, sin = (table[0] for table in positions)
-            self._layers = {key: FusedLayer(model, buffers[key], cos, sin) for key in layer_slots}
-            self._head = FusedHead(model, head_flat, chunk_tokens)
-        else:
-            layout, own = (model.parameters(role) for role in (UnitRole.LAYER, UnitRole.HEAD))
-            self._layers = {key: EagerLayer(parts.layer, buffers[key], layout, positions) for key in layer_slots}
-            self._head = EagerHead(parts.norm, head_flat, own, chunk_tokens)
+        self._layers, self._head = _bind(model, graph, buffers, seq_len, knobs.kernels, device)
         self._embedding_sink = GradientSink(model.parameters(UnitRole.EMBEDDING))
         self._kept: dict[tuple[str, int], Any] = {}
         self._batches: dict[int, MicroBatch] = {}
@@ -94,8 +78,6 @@ class ComputeHandlers:
         # At one address for the whole run, as captured tasks need them; per micro-batch.
         self._labels = torch.zeros(micro_batches, tokens, dtype=torch.int64, device=device)
         self._loss_sum = torch.zeros(micro_batches, dtype=torch.float32, device=device)
-        self._square_sums = torch.zeros(model.units, dtype=torch.float32, device=device) if gradient_norms else None
-        self._micro_batches = micro_batches
         self._replay: dict[str, Callable[[], None]] = {}
         self.losses: dict[int, torch.Tensor] = {}
         self.norms: dict[int, torch.Tensor] = {}  # of all gradients of a step; empty unless they are measured
@@ -122,13 +104,13 @@ class ComputeHandlers:
                 self.losses[step] = self.losses[step] + loss if step in self.losses else loss
                 # Here, where the device has work for longer than the host needs to deal out tokens.
                 self._uploads.send(step + 1, task.micro)
-            elif self._square_sums is not None and task.unit == 0 and task.completes_gradient(self._micro_batches):
-                self.norms[step] = self._square_sums.sum().sqrt()  # the embedding's gradient is the last
+            elif task.unit == 0 and task.has(Role.NORM):  # the embedding's gradient is the last
+                self.norms[step] = self._buffers[task.slot(Role.NORM)].sum().sqrt()
 
     def _issue(self, task: Task, step: int) -> None:
         self._run[self._model.role(task.unit), task.kind](task, step)
-        if self._square_sums is not None and task.completes_gradient(self._micro_batches):
-            square_sum(self._buffers[task.slot(Role.GRADIENT)], self._square_sums[task.unit])
+        if task.has(Role.NORM):
+            square_sum(self._buffers[task.slot(Role.GRADIENT)], self._buffers[task.slot(Role.NORM)][task.unit])
 
     def capture(self, backend: Backend, tasks: Iterable[Task]) -> None:
         """Capture the layers' and the head's tasks of one step, in this order; slots that they write lose what they held.
@@ -139,11 +121,11 @@ class ComputeHandlers:
             captured = [task for task in tasks if self._model.role(task.unit) is not UnitRole.EMBEDDING]
             # What filled the slots ran on the default stream; the memory that it worked in serves no other.
             backend.release_unused()
-            with backend.lane(Lane.COMPUTE):
+            with backend.lane(LaneKind.COMPUTE):
                 for task in one_of_each_sort(captured):
                     self._issue(task, 0)
             backend.release_unused()
-            replays = backend.capture(Lane.COMPUTE, [partial(self._issue, task, 0) for task in captured])
+            replays = backend.capture(LaneKind.COMPUTE, [partial(self._issue, task, 0) for task in captured])
             self._replay = {task.name: replay for task, replay in zip(captured, replays, strict=True)}
 
     # -- embedding -----------------------------------------------------------------------------
@@ -229,6 +211,27 @@ class ComputeHandlers:
 
     def _gradient(self, task: Task, role: Role) -> GradientSlot:
         return GradientSlot(self._buffers[task.slot(role)], task.builds_on(role))
+
+
+def _bind(
+    model: ModelSpec, graph: TaskGraph, buffers: Buffers, seq_len: int, kernels: Kernels, device: torch.device
+) -> tuple[dict[tuple[str, int], LayerKernels], Head]:
+    """A layer for every weight slot that layers use, and the head on its own slot."""
+    parts = skeleton(model)
+    positions = rotary_positions(parts, seq_len, model.hidden, device)
+    chunk_tokens = loss_chunk_tokens(model.vocabulary, kernels)
+    slots = {
+        task.slot(Role.WEIGHTS)
+        for task in graph.tasks
+        if task.kind in COMPUTE_KINDS and task.has(Role.WEIGHTS) and model.role(task.unit) is UnitRole.LAYER
+    }
+    head_flat = buffers[next(task.slot(Role.WEIGHTS) for task in graph.tasks if task.kind is TaskKind.LOSS)]
+    if kernels != "eager":
+        cos, sin = (table[0] for table in positions)
+        return {key: FusedLayer(model, buffers[key], cos, sin) for key in slots}, FusedHead(model, head_flat, chunk_tokens)
+    layout, own = (model.parameters(role) for role in (UnitRole.LAYER, UnitRole.HEAD))
+    layers = {key: EagerLayer(parts.layer, buffers[key], layout, positions) for key in slots}
+    return dict(layers), EagerHead(parts.norm, head_flat, own, chunk_tokens)
 
 
 def one_of_each_sort(tasks: Sequence[Task]) -> list[Task]:

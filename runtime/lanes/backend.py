@@ -11,11 +11,11 @@ from typing import Literal, Protocol
 import torch
 
 from runtime.memory.host_memory import host_buffer
-from slideplan.graph.tasks import Lane
-from slideplan.policy import Tier
+from slideplan.graph.lanes import LaneKind
+from slideplan.placement import Tier
 from slideplan.quantities import format_bytes
 
-STREAM_LANES = (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.GPU_UPDATE)
+STREAM_LANES = (LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.GPU_UPDATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ class Backend(Protocol):
     def name(self) -> Literal["cuda", "cpu"]:
         """As in machine profiles."""
 
-    def lane(self, lane: Lane) -> contextlib.AbstractContextManager[None]:
+    def lane(self, lane: LaneKind) -> contextlib.AbstractContextManager[None]:
         """Everything a thread issues inside belongs to the lane."""
 
-    def mark(self, lane: Lane) -> Marker:
+    def mark(self, lane: LaneKind) -> Marker:
         """The point that the lane has reached with what was issued so far."""
 
-    def join(self, marker: Marker, lane: Lane) -> None:
+    def join(self, marker: Marker, lane: LaneKind) -> None:
         """What the lane issues from now on runs after the marker."""
 
     def wait(self, marker: Marker) -> None:
@@ -74,7 +74,7 @@ class Backend(Protocol):
     def peak_gpu_bytes(self) -> int | None:
         """Most device memory taken so far, driver and libraries included; None where nobody counts it."""
 
-    def capture(self, lane: Lane, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
+    def capture(self, lane: LaneKind, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
         """What each action issues, as one launch each; nothing is run now. Empty where there is no such thing.
 
         While no other thread uses the device, and to be replayed in this order: they share what they allocate.
@@ -93,13 +93,13 @@ class CpuBackend:
         self.device = torch.device("cpu")
 
     @contextlib.contextmanager
-    def lane(self, lane: Lane) -> Iterator[None]:
+    def lane(self, lane: LaneKind) -> Iterator[None]:
         yield
 
-    def mark(self, lane: Lane) -> Marker:
+    def mark(self, lane: LaneKind) -> Marker:
         return Marker(None, time.perf_counter_ns())
 
-    def join(self, marker: Marker, lane: Lane) -> None:
+    def join(self, marker: Marker, lane: LaneKind) -> None:
         pass
 
     def wait(self, marker: Marker) -> None:
@@ -129,7 +129,7 @@ class CpuBackend:
     def peak_gpu_bytes(self) -> int | None:
         return None
 
-    def capture(self, lane: Lane, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
+    def capture(self, lane: LaneKind, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
         return []
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class CudaBackend:
         self._registered: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def lane(self, lane: Lane) -> Iterator[None]:
+    def lane(self, lane: LaneKind) -> Iterator[None]:
         torch.cuda.set_device(self.device)
         if lane not in self._streams:
             yield
@@ -158,7 +158,7 @@ class CudaBackend:
         with torch.cuda.stream(self._streams[lane]):
             yield
 
-    def mark(self, lane: Lane) -> Marker:
+    def mark(self, lane: LaneKind) -> Marker:
         if lane not in self._streams:
             return Marker(None, time.perf_counter_ns())
         # Blocking events let a waiting thread sleep: spinning would take cores from the optimizer.
@@ -166,7 +166,7 @@ class CudaBackend:
         event.record(self._streams[lane])
         return Marker(event, 0)
 
-    def join(self, marker: Marker, lane: Lane) -> None:
+    def join(self, marker: Marker, lane: LaneKind) -> None:
         if marker.event is None:
             return  # work of a host lane is over when it is marked
         if lane in self._streams:
@@ -223,7 +223,7 @@ class CudaBackend:
     def peak_gpu_bytes(self) -> int:
         return torch.cuda.max_memory_reserved(self.device) + self.outside_bytes()
 
-    def capture(self, lane: Lane, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
+    def capture(self, lane: LaneKind, actions: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
         replays: list[Callable[[], None]] = []
         with self.lane(lane):
             pool = torch.cuda.graph_pool_handle()

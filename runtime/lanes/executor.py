@@ -12,7 +12,8 @@ from collections.abc import Callable, Generator, Iterator
 
 from runtime.lanes.backend import Backend, Marker
 from runtime.lanes.clock import LaneClock, LaneError, Stopped, StopSignal
-from slideplan.graph.tasks import Lane, Task, TaskGraph
+from slideplan.graph.lanes import Lane, LaneKind
+from slideplan.graph.tasks import Task, TaskGraph
 from slideplan.timeline import Span, first_compute
 
 # A handler issues one task of one step on the lane that calls it.
@@ -44,10 +45,11 @@ class Executor:
         try:
             for thread in self._threads:
                 thread.start()
+            compute = Lane(LaneKind.COMPUTE)
             for step in range(self.steps):
                 with self._failures(f"step {step}"):
                     self._anchors[step] = self.backend.anchor()
-                    self._over(Lane.COMPUTE, step, len(self.graph.lanes[Lane.COMPUTE]) - 1)
+                    self._over(compute, step, len(self.graph.lanes[compute]) - 1)
                 yield step
             for lane, queue in self.graph.lanes.items():
                 with self._failures(f"step {self.steps - 1}"):
@@ -75,8 +77,8 @@ class Executor:
             for lane, queue in graph.lanes.items():
                 self._wait(lane, min(step + 1, self.steps - 1), len(queue) - 1)
             anchor = self._anchors.pop(step)
-            for number, task in enumerate(graph.tasks):
-                start, end = self._over(task.lane, step, graph.lane_position[number])
+            for number, lane in enumerate(graph.lane_of):
+                start, end = self._over(lane, step, graph.lane_position[number])
                 absolute.append((self.backend.elapsed_ns(anchor, start), self.backend.elapsed_ns(anchor, end)))
         for lane, queue in graph.lanes.items():
             self._clocks[lane].forget((step + 1) * len(queue))
@@ -113,31 +115,31 @@ class Executor:
         task: Task | None = None
         step = 0
         try:
-            with self.backend.lane(lane):
+            with self.backend.lane(lane.kind):
                 for step in range(self.steps):
                     for number in self.graph.lanes[lane]:
                         task = self.graph.tasks[number]
-                        self._run_task(task, step)
+                        self._run_task(lane, task, step)
         except Stopped:
             pass
         except BaseException as error:
             self._signal.stop(_failure(_where(lane, step, task), error))
 
-    def _run_task(self, task: Task, step: int) -> None:
+    def _run_task(self, lane: Lane, task: Task, step: int) -> None:
         for dependency in task.dependencies:
             if step < dependency.distance:
                 continue
-            awaited = self.graph.tasks[dependency.task]
+            awaited = self.graph.lane_of[dependency.task]
             place = self.graph.lane_position[dependency.task]
             # First until the other lane has issued the task: a stream that waits for an event not yet
             # recorded does not wait at all. Then this lane runs after it.
-            end = self._wait(awaited.lane, step - dependency.distance, place)[1]
-            self.backend.join(end, task.lane)
+            end = self._wait(awaited, step - dependency.distance, place)[1]
+            self.backend.join(end, lane.kind)
         if self._signal.error is not None:
             raise Stopped
-        start = self.backend.mark(task.lane)
+        start = self.backend.mark(lane.kind)
         self._handler(task, self._first_step + step)
-        self._clocks[task.lane].advance(start, self.backend.mark(task.lane))
+        self._clocks[lane].advance(start, self.backend.mark(lane.kind))
 
 
 def _join(thread: threading.Thread) -> None:

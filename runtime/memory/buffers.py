@@ -8,9 +8,11 @@ from math import prod
 import torch
 
 from runtime.lanes.backend import Backend
-from slideplan.graph.tasks import Lane, SlotPool, TaskGraph, TensorClass
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import SlotPool, TaskGraph
 from slideplan.model import Parameter
-from slideplan.policy import GradientDtype, Tier
+from slideplan.placement import TensorClass, Tier
+from slideplan.policy import GradientDtype
 
 # Classes whose memory belongs to torch's allocator: autograd's saved tensors and transient results.
 DYNAMIC = (TensorClass.INNER, TensorClass.WORKSPACE)
@@ -35,11 +37,14 @@ class Buffers:
             TensorClass.GRADIENT: torch.float32 if gradient_dtype == "fp32" else torch.bfloat16,
             TensorClass.BOUNDARY: torch.bfloat16,
             TensorClass.FEED_FORWARD: torch.bfloat16,
+            TensorClass.NORM: torch.float32,
         }
         self.slots: dict[str, list[torch.Tensor]] = {}
         self._pools = graph.pools
         # What crosses PCIe is page-locked on the host.
-        copied = {access.pool for task in graph.tasks if task.lane in (Lane.H2D, Lane.D2H) for access in task.accesses}
+        copied = {
+            access.pool for task in graph.tasks if task.lane.kind in (LaneKind.H2D, LaneKind.D2H) for access in task.accesses
+        }
         # The device first: what does not fit there fails in milliseconds, not after touching all of RAM.
         for pool in sorted(graph.pools, key=lambda pool: pool.tier is not Tier.GPU):
             if pool.tensor_class in DYNAMIC or not wanted(pool):

@@ -12,10 +12,11 @@ from runtime.lanes.backend import Backend
 from runtime.machine import available_host_bytes
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.probes.timing import Effort, Work, rate_spread, timed
-from slideplan.graph.tasks import Lane
-from slideplan.lowering.pools import UPDATE_STATE_TRAFFIC_BYTES
+from slideplan.graph.lanes import LaneKind
+from slideplan.lowering.sizes import UPDATE_STATE_TRAFFIC_BYTES
 from slideplan.machine.profile import Spread
-from slideplan.policy import GRADIENT_BYTES, Tier
+from slideplan.placement import Tier
+from slideplan.policy import GRADIENT_BYTES
 
 # Of one update, in the effort's elements: from a head that is a norm alone to a vocabulary.
 UPDATE_SIZES = (1 / 4096, 1 / 256, 1 / 32, 0.25, 0.5, 1, 2)
@@ -30,8 +31,8 @@ class MemoryBuffers:
         self._backend = backend
         self._effort = effort
         size = effort.largest_copy_bytes
-        self._host = {lane: backend.allocate(Tier.HOST, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
-        self._gpu = {lane: backend.allocate(Tier.GPU, size, copied=True) for lane in (Lane.H2D, Lane.D2H)}
+        self._host = {lane: backend.allocate(Tier.HOST, size, copied=True) for lane in (LaneKind.H2D, LaneKind.D2H)}
+        self._gpu = {lane: backend.allocate(Tier.GPU, size, copied=True) for lane in (LaneKind.H2D, LaneKind.D2H)}
         # Host memory is not equally fast everywhere, and runs fill most of it.
         elements = round(effort.optimizer_elements * UPDATE_SIZES[-1])
         free = int(effort.host_share * available_host_bytes())
@@ -45,9 +46,9 @@ class MemoryBuffers:
         moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
         return weights, remainder, moments, gradient
 
-    def copy(self, lane: Lane, size: int) -> Work:
+    def copy(self, lane: LaneKind, size: int) -> Work:
         """A copy of this many bytes on a copy lane."""
-        source, destination = (self._host, self._gpu) if lane is Lane.H2D else (self._gpu, self._host)
+        source, destination = (self._host, self._gpu) if lane is LaneKind.H2D else (self._gpu, self._host)
         # On a CPU backend a copy returns when it is done; on streams it is queued like the executor's.
         return size, lambda: destination[lane][:size].copy_(source[lane][:size], non_blocking=True)
 
@@ -72,19 +73,19 @@ class MemoryBuffers:
 
         return act
 
-    def copies(self) -> dict[Lane, Work]:
+    def copies(self) -> dict[LaneKind, Work]:
         """Copies of the largest size, both ways."""
-        return {lane: self.copy(lane, self._effort.largest_copy_bytes) for lane in (Lane.H2D, Lane.D2H)}
+        return {lane: self.copy(lane, self._effort.largest_copy_bytes) for lane in (LaneKind.H2D, LaneKind.D2H)}
 
-    def work(self, threads: int) -> dict[Lane, Work]:
+    def work(self, threads: int) -> dict[LaneKind, Work]:
         """Copies of the largest size and updates of the effort's elements, as `together` takes them."""
         return self.copies() | {
-            Lane.HOST_UPDATE: self.host_update(threads, self._effort.optimizer_elements),
-            Lane.GPU_UPDATE: self.device_update(threads),
+            LaneKind.HOST_UPDATE: self.host_update(threads, self._effort.optimizer_elements),
+            LaneKind.GPU_UPDATE: self.device_update(threads),
         }
 
     def device_bytes_per_s(self) -> Spread:
         """Copy within device memory, read + write."""
-        source, destination = self._gpu[Lane.H2D], self._gpu[Lane.D2H]
-        durations = timed(self._backend, Lane.COMPUTE, lambda: destination.copy_(source), self._effort.repeats)
+        source, destination = self._gpu[LaneKind.H2D], self._gpu[LaneKind.D2H]
+        durations = timed(self._backend, LaneKind.COMPUTE, lambda: destination.copy_(source), self._effort.repeats)
         return rate_spread(2 * source.nbytes, durations)

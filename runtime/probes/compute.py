@@ -18,11 +18,14 @@ from runtime.lanes.backend import Backend, Marker
 from runtime.memory.buffers import Buffers, parameter_views
 from runtime.probes.timing import Effort, Work, rate_spread, spread, timed
 from slideplan.footprint import Footprint
-from slideplan.graph.tasks import Lane, Role, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import TaskKind
+from slideplan.graph.tasks import Role
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import GradientDtype, Kernels, Policy, Tier, UnitPolicy, Workload
+from slideplan.placement import Placement, Tier
+from slideplan.policy import GradientDtype, Kernels, Policy, Workload
 
 # Of short units as many that the head, which draws the most power, has about the share of a step that it has in models;
 # long ones settle at the clock of their own.
@@ -49,8 +52,8 @@ class UnitProbe:
         self._kernels, self._gradient_dtype = kernels, gradient_dtype
         layers = max(2, min(LAYERS, STEP_TOKENS // (micro_batch * seq_len)))
         self._model = msgspec.structs.replace(model, layers=layers)
-        units = [UnitPolicy() for _ in range(layers + 2)]
-        units[layers] = UnitPolicy(inner="keep")
+        units = [Placement() for _ in range(layers + 2)]
+        units[layers] = Placement(inner=Tier.GPU, feed_forward=Tier.GPU)
         policy = Policy(
             micro_batch=micro_batch,
             micro_batches=MICRO_BATCHES,
@@ -72,14 +75,12 @@ class UnitProbe:
         workload = Workload(seq_len=seq_len, global_batch=MICRO_BATCHES * micro_batch)
         # Inner activations and workspace are what this probe measures; nothing is reserved for them.
         self._graph = lower(self._model, policy, workload, Footprint(inner_bytes=1, workspace_bytes=1))
-        self._tasks = [task for task in self._graph.tasks if task.lane is Lane.COMPUTE]
+        self._tasks = [task for task in self._graph.tasks if task.lane.kind is LaneKind.COMPUTE]
         buffers = Buffers(self._graph, backend, gradient_dtype, wanted=lambda pool: pool.tier is Tier.GPU)
         self._initialise(buffers)
         tokens = np.random.default_rng(0).integers(0, model.vocabulary, 4 * MICRO_BATCHES * micro_batch * seq_len + 1)
         windows = TokenWindows(tokens.astype(np.uint32), seq_len, MICRO_BATCHES * micro_batch)
-        self._handlers = ComputeHandlers(
-            self._model, self._graph, buffers, backend.device, windows, micro_batch, MICRO_BATCHES, seq_len, kernels
-        )
+        self._handlers = ComputeHandlers(self._model, self._graph, buffers, backend.device, windows, policy, seq_len)
         self._steps = 0  # issued so far: tokens are sent ahead, step by step
         backend.synchronize()  # the slots were filled on the default stream, for which no lane waits
 
@@ -97,7 +98,7 @@ class UnitProbe:
         if self._kernels == "graphed":
             self._handlers.capture(self._backend, self._tasks)
         marks: list[list[tuple[Marker, Marker]]] = []
-        with self._backend.lane(Lane.COMPUTE):
+        with self._backend.lane(LaneKind.COMPUTE):
             self._backend.wait(self._step()[-1][1])
             before = time.perf_counter_ns()
             self._backend.wait(self._step()[-1][1])
@@ -135,9 +136,9 @@ class UnitProbe:
     def _step(self) -> list[tuple[Marker, Marker]]:
         marks = []
         for task in self._tasks:
-            start = self._backend.mark(Lane.COMPUTE)
+            start = self._backend.mark(LaneKind.COMPUTE)
             self._handlers(task, self._steps)
-            marks.append((start, self._backend.mark(Lane.COMPUTE)))
+            marks.append((start, self._backend.mark(LaneKind.COMPUTE)))
         self._steps += 1
         return marks
 
@@ -150,9 +151,9 @@ class UnitProbe:
         if self._backend.name == "cpu":
             return []
         taken: dict[tuple[TaskKind, UnitRole], list[int]] = {}
-        with self._backend.lane(Lane.COMPUTE):
+        with self._backend.lane(LaneKind.COMPUTE):
             for _ in range(repeats):
-                self._backend.wait(self._backend.mark(Lane.COMPUTE))
+                self._backend.wait(self._backend.mark(LaneKind.COMPUTE))
                 for task in self._tasks:
                     started = time.perf_counter_ns()
                     self._handlers(task, self._steps)
@@ -160,22 +161,22 @@ class UnitProbe:
                     taken.setdefault(key, []).append(time.perf_counter_ns() - started)
                 self._steps += 1
         return [
-            LaunchCost(kind=kind, role=role, duration_ns=spread(values), kernels=self._kernels)
+            LaunchCost(kind=kind, lane=LaneKind.COMPUTE, role=role, duration_ns=spread(values), kernels=self._kernels)
             for (kind, role), values in taken.items()
         ]
 
     def capture_bytes(self) -> int:
         """Device memory that the driver takes for one captured task, beside what its tensors take."""
         layers = [task for task in self._tasks if self._model.role(task.unit) is UnitRole.LAYER]
-        with self._backend.lane(Lane.COMPUTE):
+        with self._backend.lane(LaneKind.COMPUTE):
             self._backend.wait(self._step()[-1][1])
         before = self._backend.outside_bytes()
-        captured = self._backend.capture(Lane.COMPUTE, [partial(self._handlers, task, 0) for task in layers * CAPTURES])
+        captured = self._backend.capture(LaneKind.COMPUTE, [partial(self._handlers, task, 0) for task in layers * CAPTURES])
         return max(0, self._backend.outside_bytes() - before) // max(1, len(captured))
 
     def work(self) -> Work:
         """Forward of one layer, FLOPs and action: its input stays, so it can run again and again."""
-        with self._backend.lane(Lane.COMPUTE):
+        with self._backend.lane(LaneKind.COMPUTE):
             self._backend.wait(self._step()[-1][1])
         forward = next(task for task in self._tasks if task.kind is TaskKind.FORWARD and task.unit > 0)
         return forward.flops, lambda: self._handlers(forward, 0)
@@ -186,7 +187,7 @@ class UnitProbe:
             return [None] * len(self._tasks), [None] * len(self._tasks)
         saved: list[int | None] = []
         workspace: list[int | None] = []
-        with self._backend.lane(Lane.COMPUTE):
+        with self._backend.lane(LaneKind.COMPUTE):
             self._step()  # lazily made library handles and caches are no task's workspace
             for task in self._tasks:
                 torch.cuda.synchronize()
@@ -217,17 +218,17 @@ def efficiency(backend: Backend, effort: Effort) -> tuple[Efficiency, dict[str, 
     for side in sides:
         a, b = random(side, side), random(side, side)
         out = torch.empty_like(a)
-        durations = timed(backend, Lane.COMPUTE, partial(torch.mm, a, b, out=out), effort.repeats)
+        durations = timed(backend, LaneKind.COMPUTE, partial(torch.mm, a, b, out=out), effort.repeats)
         points.append(RatePoint(size=2 * side**3, rate=rate_spread(2 * side**3, durations)))
     batch, heads, seq_len, width = (1, 4, 256, 64) if backend.name == "cpu" else (8, 32, 2048, 128)
     query, key, value = (random(batch, heads, seq_len, width) for _ in range(3))
 
     flops = 2 * batch * seq_len * (seq_len + 1) * heads * width
-    attention = rate_spread(flops, timed(backend, Lane.COMPUTE, partial(attend, query, key, value), effort.repeats))
+    attention = rate_spread(flops, timed(backend, LaneKind.COMPUTE, partial(attend, query, key, value), effort.repeats))
     side = 1024 if backend.name == "cpu" else 8192
     left, right = random(side, side), random(side, side)
     out = torch.empty_like(left)
-    passes = timed(backend, Lane.COMPUTE, lambda: torch.mul(left, right, out=out), effort.repeats)
+    passes = timed(backend, LaneKind.COMPUTE, lambda: torch.mul(left, right, out=out), effort.repeats)
     elementwise = rate_spread(3 * left.nbytes, passes)
     rates = Efficiency(
         gemm=Curve(points=tuple(points)), attention_flops_per_s=attention.p50, elementwise_bytes_per_s=elementwise.p50

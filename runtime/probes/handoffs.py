@@ -11,9 +11,11 @@ from runtime.lanes.backend import Backend
 from runtime.lanes.executor import Executor
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.probes.timing import spread
-from slideplan.graph.tasks import Dependency, Lane, Task, TaskGraph, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import FORWARD, LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST, Operation
+from slideplan.graph.tasks import Dependency, Task, TaskGraph
 from slideplan.machine.profile import Spread
-from slideplan.policy import Tier
+from slideplan.placement import Tier
 
 # A copy long enough for the lanes behind it to have issued what they do before it ends, as in runs.
 COPY_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
@@ -23,7 +25,7 @@ ROUNDS, WARMUP_ROUNDS = 48, 8
 
 # Weights come, are used, a gradient leaves, the host updates the weights that come next. Then it goes on with other
 # weights, for which nobody waits: while a lane wakes, the optimizer's threads have work, as in runs.
-CYCLE = (TaskKind.LOAD_WEIGHTS, TaskKind.FORWARD, TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST)
+CYCLE = (LOAD_WEIGHTS, FORWARD, OFFLOAD_GRADIENT, UPDATE_HOST)
 
 
 def handoffs(backend: Backend, threads: int) -> dict[str, Spread]:
@@ -34,16 +36,16 @@ def handoffs(backend: Backend, threads: int) -> dict[str, Spread]:
     bf16 = [torch.zeros(elements, dtype=torch.bfloat16) for _ in range(2)]
     remainder, moments = torch.zeros(elements, dtype=torch.int16), torch.zeros(2, elements)
     update = HostUpdate(threads)
-    actions: dict[TaskKind, Callable[[], object]] = {
-        TaskKind.LOAD_WEIGHTS: lambda: on_gpu[0].copy_(on_host[0], non_blocking=True),
-        TaskKind.FORWARD: lambda: on_gpu[1].copy_(on_gpu[0]),
-        TaskKind.OFFLOAD_GRADIENT: lambda: on_host[1].copy_(on_gpu[1], non_blocking=True),
-        TaskKind.UPDATE_HOST: lambda: update(bf16[0], remainder, moments, bf16[1], AdamW(), 0),
+    actions: dict[Operation, Callable[[], object]] = {
+        LOAD_WEIGHTS: lambda: on_gpu[0].copy_(on_host[0], non_blocking=True),
+        FORWARD: lambda: on_gpu[1].copy_(on_gpu[0]),
+        OFFLOAD_GRADIENT: lambda: on_host[1].copy_(on_gpu[1], non_blocking=True),
+        UPDATE_HOST: lambda: update(bf16[0], remainder, moments, bf16[1], AdamW(), 0),
     }
     backend.synchronize()  # buffers were filled on the default stream, for which no lane waits
 
     def act(task: Task, step: int) -> None:
-        actions[task.kind]()
+        actions[task.operation]()
 
     graph = cycle_graph()
     executor = Executor(graph, backend, act, ROUNDS)
@@ -52,19 +54,19 @@ def handoffs(backend: Backend, threads: int) -> dict[str, Spread]:
         if step:
             rounds.append(_absolute(executor, step - 1))
     rounds.append(_absolute(executor, ROUNDS - 1))
-    gaps_ns: dict[Lane, list[int]] = {task.lane: [] for task in graph.tasks}
+    gaps_ns: dict[LaneKind, list[int]] = {task.lane.kind: [] for task in graph.tasks}
     for before, spans in list(pairwise(rounds))[WARMUP_ROUNDS:]:
         for task, (start, _) in zip(graph.tasks, spans, strict=True):
             for dependency in task.dependencies:
                 free = (before if dependency.distance else spans)[dependency.task][1]
-                if task.lane is Lane.HOST_UPDATE:
+                if task.lane.kind is LaneKind.HOST_UPDATE:
                     free = max(free, before[-1][1])  # the update for which nobody waits comes first
                 # Clocks of GPU and host agree to some microseconds only.
-                gaps_ns[task.lane].append(max(0, start - free))
+                gaps_ns[task.lane.kind].append(max(0, start - free))
     return {
-        "device_to_device_ns": spread(gaps_ns[Lane.COMPUTE] + gaps_ns[Lane.D2H]),
-        "device_to_host_ns": spread(gaps_ns[Lane.HOST_UPDATE]),
-        "host_to_device_ns": spread(gaps_ns[Lane.H2D]),
+        "device_to_device_ns": spread(gaps_ns[LaneKind.COMPUTE] + gaps_ns[LaneKind.D2H]),
+        "device_to_host_ns": spread(gaps_ns[LaneKind.HOST_UPDATE]),
+        "host_to_device_ns": spread(gaps_ns[LaneKind.H2D]),
     }
 
 
@@ -72,12 +74,12 @@ def cycle_graph() -> TaskGraph:
     """One round of the cycle as a step."""
     tasks = [
         Task(
-            name=str(kind), kind=kind, unit=1, micro=None, bytes_moved=0, flops=0, accesses=(),
+            name=str(operation), operation=operation, unit=1, micro=None, bytes_moved=0, flops=0, accesses=(),
             dependencies=(Dependency(task=(number - 1) % len(CYCLE), distance=0 if number else 1),),
         )
-        for number, kind in enumerate(CYCLE)
+        for number, operation in enumerate(CYCLE)
     ]  # fmt: skip
-    other = Task(name="other", kind=TaskKind.UPDATE_HOST, unit=2, micro=None, bytes_moved=0, flops=0, accesses=())
+    other = Task(name="other", operation=UPDATE_HOST, unit=2, micro=None, bytes_moved=0, flops=0, accesses=())
     return TaskGraph(pools=(), tasks=(*tasks, other))
 
 

@@ -23,7 +23,8 @@ from runtime.probes.timing import (
     timed,
     timed_in_turns,
 )
-from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import TaskKind
 from slideplan.machine.profile import Curve, LaunchCost, OptimizerProfile, RatePoint, SsdProfile, ThreadPoint
 
 SAMPLES = 24  # at least, of every size
@@ -44,14 +45,14 @@ class MemoryProbes:
         while sizes[-1] * 4 < effort.largest_copy_bytes:
             sizes.append(sizes[-1] * 4)
         sizes.append(effort.largest_copy_bytes)
-        self._sampled: dict[Lane, list[Work]] = {
-            Lane.H2D: [buffers.copy(Lane.H2D, size) for size in sizes],
-            Lane.D2H: [buffers.copy(Lane.D2H, size) for size in sizes],
-            Lane.HOST_UPDATE: [
+        self._sampled: dict[LaneKind, list[Work]] = {
+            LaneKind.H2D: [buffers.copy(LaneKind.H2D, size) for size in sizes],
+            LaneKind.D2H: [buffers.copy(LaneKind.D2H, size) for size in sizes],
+            LaneKind.HOST_UPDATE: [
                 buffers.host_update(threads, round(effort.optimizer_elements * times)) for times in UPDATE_SIZES
             ],
         }
-        self._durations: dict[Lane, list[list[int]]] = {lane: [[] for _ in runs] for lane, runs in self._sampled.items()}
+        self._durations: dict[LaneKind, list[list[int]]] = {lane: [[] for _ in runs] for lane, runs in self._sampled.items()}
 
     def sample(self, turns: int) -> None:
         """Time copies and host updates of all sizes once more, this many turns."""
@@ -62,48 +63,45 @@ class MemoryProbes:
 
     def complete(self) -> None:
         """Sample until there are turns enough."""
-        turns = SAMPLES - len(self._durations[Lane.H2D][0])
+        turns = SAMPLES - len(self._durations[LaneKind.H2D][0])
         if turns > 0:
             self.sample(turns)
 
-    def _curve(self, lane: Lane) -> Curve:
+    def _curve(self, lane: LaneKind) -> Curve:
         runs = zip(self._sampled[lane], self._durations[lane], strict=True)
-        rate = placed_rate_spread if lane is Lane.HOST_UPDATE else mean_rate_spread
+        rate = placed_rate_spread if lane is LaneKind.HOST_UPDATE else mean_rate_spread
         return Curve(points=tuple(RatePoint(size=size, rate=rate(size, durations)) for (size, _), durations in runs))
 
     def link_curves(self) -> tuple[Curve, Curve]:
         """Host to device and back, alone, over sizes."""
-        return self._curve(Lane.H2D), self._curve(Lane.D2H)
+        return self._curve(LaneKind.H2D), self._curve(LaneKind.D2H)
 
     def optimizer(self, threads: int, by_threads: tuple[ThreadPoint, ...], on_gpu: Work) -> OptimizerProfile:
         """AdamW on either side alone, and the host's over sizes, with what thread counts were chosen from."""
         size = self._effort.optimizer_elements * BF16_UPDATE_BYTES
-        by_size = self._curve(Lane.HOST_UPDATE)
+        by_size = self._curve(LaneKind.HOST_UPDATE)
         return OptimizerProfile(
             threads=threads,
             host_bytes_per_s=next(point.rate for point in by_size.points if point.size == size),
-            gpu_bytes_per_s=rate_spread(on_gpu[0], timed(self._backend, Lane.GPU_UPDATE, on_gpu[1], self._effort.repeats)),
+            gpu_bytes_per_s=rate_spread(on_gpu[0], timed(self._backend, LaneKind.GPU_UPDATE, on_gpu[1], self._effort.repeats)),
             by_threads=by_threads,
             host_by_bytes=by_size,
         )
 
-    def launches(self, work: dict[Lane, Work]) -> list[LaunchCost]:
+    def launches(self, work: dict[LaneKind, Work]) -> list[LaunchCost]:
         """Host time to queue a copy or an update on its stream; nothing where handlers return when all is done."""
         if self._backend.name == "cpu":
             return []
-        kinds = {
-            TaskKind.LOAD_WEIGHTS: Lane.H2D,
-            TaskKind.FETCH_BOUNDARY: Lane.H2D,
-            TaskKind.FETCH_INNER: Lane.H2D,
-            TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
-            TaskKind.OFFLOAD_BOUNDARY: Lane.D2H,
-            TaskKind.OFFLOAD_INNER: Lane.D2H,
-            TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
-        }
-        measured = {
-            lane: spread(issue_ns(self._backend, lane, work[lane][1], self._effort.repeats)) for lane in set(kinds.values())
-        }
-        return [LaunchCost(kind=kind, role=None, duration_ns=measured[lane]) for kind, lane in kinds.items()]
+        kinds = {LaneKind.H2D: TaskKind.COPY, LaneKind.D2H: TaskKind.COPY, LaneKind.GPU_UPDATE: TaskKind.UPDATE}
+        return [
+            LaunchCost(
+                kind=kind,
+                lane=lane,
+                role=None,
+                duration_ns=spread(issue_ns(self._backend, lane, work[lane][1], self._effort.repeats)),
+            )
+            for lane, kind in kinds.items()
+        ]
 
 
 class SsdProbe:
@@ -115,13 +113,13 @@ class SsdProbe:
         self._descriptor = descriptor
         self._effort = effort
         # Page-aligned, as direct I/O wants it; one for each direction.
-        self._blocks = {lane: mmap.mmap(-1, SSD_BLOCK_BYTES) for lane in (Lane.SSD_READ, Lane.SSD_WRITE)}
-        self._blocks[Lane.SSD_WRITE].write(os.urandom(SSD_BLOCK_BYTES))
+        self._blocks = {lane: mmap.mmap(-1, SSD_BLOCK_BYTES) for lane in (LaneKind.SSD_READ, LaneKind.SSD_WRITE)}
+        self._blocks[LaneKind.SSD_WRITE].write(os.urandom(SSD_BLOCK_BYTES))
         half = effort.ssd_bytes // SSD_BLOCK_BYTES // 2
         for place in range(2 * half):
-            os.pwrite(descriptor, self._blocks[Lane.SSD_WRITE], place * SSD_BLOCK_BYTES)
+            os.pwrite(descriptor, self._blocks[LaneKind.SSD_WRITE], place * SSD_BLOCK_BYTES)
         os.fsync(descriptor)
-        self._places = {Lane.SSD_READ: cycle(range(half)), Lane.SSD_WRITE: cycle(range(half, 2 * half))}
+        self._places = {LaneKind.SSD_READ: cycle(range(half)), LaneKind.SSD_WRITE: cycle(range(half, 2 * half))}
 
     @classmethod
     @contextlib.contextmanager
@@ -141,16 +139,16 @@ class SsdProbe:
             yield probe
 
     def _read(self) -> object:
-        place = next(self._places[Lane.SSD_READ]) * SSD_BLOCK_BYTES
-        return os.preadv(self._descriptor, [self._blocks[Lane.SSD_READ]], place)
+        place = next(self._places[LaneKind.SSD_READ]) * SSD_BLOCK_BYTES
+        return os.preadv(self._descriptor, [self._blocks[LaneKind.SSD_READ]], place)
 
     def _write(self) -> object:
-        place = next(self._places[Lane.SSD_WRITE]) * SSD_BLOCK_BYTES
-        return os.pwrite(self._descriptor, self._blocks[Lane.SSD_WRITE], place)
+        place = next(self._places[LaneKind.SSD_WRITE]) * SSD_BLOCK_BYTES
+        return os.pwrite(self._descriptor, self._blocks[LaneKind.SSD_WRITE], place)
 
-    def work(self) -> dict[Lane, Work]:
+    def work(self) -> dict[LaneKind, Work]:
         """Reading and writing, block by block."""
-        return {Lane.SSD_READ: (SSD_BLOCK_BYTES, self._read), Lane.SSD_WRITE: (SSD_BLOCK_BYTES, self._write)}
+        return {LaneKind.SSD_READ: (SSD_BLOCK_BYTES, self._read), LaneKind.SSD_WRITE: (SSD_BLOCK_BYTES, self._write)}
 
     def profile(self, duplex_bytes_per_s: int) -> SsdProfile:
         """Curves of both directions alone, with the sum of both at once as measured elsewhere."""

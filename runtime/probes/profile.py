@@ -30,7 +30,7 @@ from runtime.probes.threads import chosen_threads, thread_points
 from runtime.probes.timing import Effort, Work, mean_rate_spread, spread, timed, together
 from runtime.probes.together import COMBINATIONS, TogetherProbe
 from slideplan import __version__
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.machine.figures import cost_name, figure_name
 from slideplan.machine.handoffs import Handoffs
 from slideplan.machine.profile import (
@@ -106,7 +106,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
         h2d, d2h = probes.link_curves()
         memory_work = buffers.work(threads)
         steps.next("optimizer")
-        optimizer = probes.optimizer(threads, by_threads, memory_work[Lane.GPU_UPDATE])
+        optimizer = probes.optimizer(threads, by_threads, memory_work[LaneKind.GPU_UPDATE])
         launches = probes.launches(memory_work)
         told = handoffs(backend, threads)
         device_rate = buffers.device_bytes_per_s()
@@ -116,13 +116,13 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
             for what in lanes.measure(backend, work, effort.window_ns):
                 steps.next(what)
             steps.next("disk")
-            disk_duplex = lanes.total(Lane.SSD_READ, Lane.SSD_WRITE)
+            disk_duplex = lanes.total(LaneKind.SSD_READ, LaneKind.SSD_WRITE)
             ssd = disk.profile(disk_duplex.p50) if disk and disk_duplex else None
         del probes, buffers, work, memory_work
         steps.finish()
     finally:
         backend.close()
-    duplex = lanes.total(Lane.H2D, Lane.D2H)
+    duplex = lanes.total(LaneKind.H2D, LaneKind.D2H)
     dram = _host_dram(backend, lanes)
     assert duplex is not None, "every backend has both copy lanes"
     spreads |= {
@@ -234,9 +234,13 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
     if differences:
         raise ValueError(f"profile {profile.name} is of another machine: {'; '.join(differences)} (profile, here)")
     effort = Effort.of(profile.link.h2d.points[-1].size < Effort.of(False, backend.name).largest_copy_bytes, backend.name)
-    combinations = ((Lane.H2D, Lane.D2H), (Lane.HOST_UPDATE, Lane.H2D, Lane.D2H))
+    combinations = ((LaneKind.H2D, LaneKind.D2H), (LaneKind.HOST_UPDATE, LaneKind.H2D, LaneKind.D2H))
     largest = format_bytes(effort.largest_copy_bytes)
-    names = {Lane.H2D: f"h2d copy, {largest}", Lane.D2H: f"d2h copy, {largest}", Lane.HOST_UPDATE: "AdamW on the host"}
+    names = {
+        LaneKind.H2D: f"h2d copy, {largest}",
+        LaneKind.D2H: f"d2h copy, {largest}",
+        LaneKind.HOST_UPDATE: "AdamW on the host",
+    }
     steps = _Steps(progress, 2 + len(names) + len(combinations))
     found: dict[str, Spread] = {}
     try:
@@ -292,11 +296,11 @@ def _warm_up(backend: Backend, model: ModelSpec | None) -> None:
         UnitProbe(backend, _small(model), 1, 128).costs(1)
 
 
-def _layer_work(backend: Backend, request: ProfileRequest) -> dict[Lane, Work]:
+def _layer_work(backend: Backend, request: ProfileRequest) -> dict[LaneKind, Work]:
     """Forward of the first model's layer at the largest shape that fits; nothing where none does."""
     for micro_batch, seq_len in sorted(request.shapes, key=prod, reverse=True):
         try:
-            return {Lane.COMPUTE: UnitProbe(backend, request.models[0], micro_batch, seq_len).work()}
+            return {LaneKind.COMPUTE: UnitProbe(backend, request.models[0], micro_batch, seq_len).work()}
         except torch.OutOfMemoryError:
             _release(backend)
     return {}
@@ -320,11 +324,11 @@ def _host_dram(backend: Backend, lanes: TogetherProbe) -> Spread:
 
     On a CPU backend a copy reads and writes RAM, with a GPU it does one of the two.
     """
-    rates = lanes.combined[Lane.HOST_UPDATE, Lane.H2D, Lane.D2H]
+    rates = lanes.combined[LaneKind.HOST_UPDATE, LaneKind.H2D, LaneKind.D2H]
     passes = 2 if backend.name == "cpu" else 1
-    copies = [rates[Lane.H2D], rates[Lane.D2H]] * passes
+    copies = [rates[LaneKind.H2D], rates[LaneKind.D2H]] * passes
     return Spread(
-        *(sum(getattr(rate, field) for rate in (rates[Lane.HOST_UPDATE], *copies)) for field in ("p10", "p50", "p90"))
+        *(sum(getattr(rate, field) for rate in (rates[LaneKind.HOST_UPDATE], *copies)) for field in ("p10", "p50", "p90"))
     )
 
 

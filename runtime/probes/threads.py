@@ -10,8 +10,8 @@ from runtime.machine import usable_cores
 from runtime.optimizer.adamw import HostUpdate
 from runtime.probes.buffers import BF16_UPDATE_BYTES, MemoryBuffers
 from runtime.probes.timing import ROUNDS, Effort, mean_rate_spread, spread, timed_in_turns, together
-from slideplan.graph.tasks import Lane
-from slideplan.lowering.pools import WEIGHT_BYTES
+from slideplan.graph.lanes import LaneKind
+from slideplan.lowering.sizes import WEIGHT_BYTES
 from slideplan.machine.profile import BesideCopies, ThreadPoint
 from slideplan.policy import GRADIENT_BYTES
 
@@ -28,13 +28,13 @@ def thread_points(backend: Backend, effort: Effort, buffers: MemoryBuffers) -> t
     """The host's updates on every count of threads, alone in turns, then beside copies both ways in rounds."""
     counts, elements = thread_counts(), effort.optimizer_elements
     work = [buffers.host_update(count, elements) for count in counts]
-    alone = timed_in_turns(backend, Lane.HOST_UPDATE, [action for _, action in work], effort.repeats)
+    alone = timed_in_turns(backend, LaneKind.HOST_UPDATE, [action for _, action in work], effort.repeats)
     copies = buffers.copies()
-    lanes = (Lane.HOST_UPDATE, *copies)
-    beside: list[dict[Lane, list[float]]] = [{lane: [] for lane in lanes} for _ in counts]
+    lanes = (LaneKind.HOST_UPDATE, *copies)
+    beside: list[dict[LaneKind, list[float]]] = [{lane: [] for lane in lanes} for _ in counts]
     for _ in range(ROUNDS):
         for updates, pooled in zip(work, beside, strict=True):
-            for lane, rates in together(backend, {Lane.HOST_UPDATE: updates, **copies}, effort.window_ns).items():
+            for lane, rates in together(backend, {LaneKind.HOST_UPDATE: updates, **copies}, effort.window_ns).items():
                 pooled[lane] += rates
     return tuple(
         ThreadPoint(

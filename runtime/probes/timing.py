@@ -12,7 +12,7 @@ from itertools import chain, pairwise, repeat
 import numpy as np
 
 from runtime.lanes.backend import Backend
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.machine.profile import Spread
 
 
@@ -90,12 +90,12 @@ def placed_rate_spread(size: int, durations_ns: list[int]) -> Spread:
     return Spread(p10=min(single.p10, mean), p50=mean, p90=max(single.p90, mean))
 
 
-def timed(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:
+def timed(backend: Backend, lane: LaneKind, action: Callable[[], object], repeats: int) -> list[int]:
     """Durations on the lane of `repeats` runs after two warm-up runs. Nanoseconds."""
     return timed_in_turns(backend, lane, [action], repeats)[0]
 
 
-def timed_in_turns(backend: Backend, lane: Lane, actions: Sequence[Callable[[], object]], repeats: int) -> list[list[int]]:
+def timed_in_turns(backend: Backend, lane: LaneKind, actions: Sequence[Callable[[], object]], repeats: int) -> list[list[int]]:
     """Durations of each action, one run of every action after the other: what changes with time touches all alike."""
     backend.synchronize()  # what the actions work on was made on the default stream
     with backend.lane(lane):
@@ -113,7 +113,7 @@ def timed_in_turns(backend: Backend, lane: Lane, actions: Sequence[Callable[[], 
     return [durations[first :: len(actions)] for first in range(len(actions))]
 
 
-def issue_ns(backend: Backend, lane: Lane, action: Callable[[], object], repeats: int) -> list[int]:
+def issue_ns(backend: Backend, lane: LaneKind, action: Callable[[], object], repeats: int) -> list[int]:
     """Host time of `repeats` calls of an action that queues work on a stream, without the work. Nanoseconds."""
     found = []
     backend.synchronize()  # as in `timed`
@@ -131,7 +131,7 @@ Work = tuple[int, Callable[[], object]]  # units of one run, and what runs
 SLICES = 8  # parts of a common window, for the spread over time
 
 
-def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[Lane, list[float]]:
+def together(backend: Backend, work: dict[LaneKind, Work], window_ns: int) -> dict[LaneKind, list[float]]:
     """Units per second of each lane while all of them run, over equal parts of the time in which all do.
 
     Every lane repeats its action for `window_ns` and at least twice, one run queued behind the one that
@@ -141,12 +141,12 @@ def together(backend: Backend, work: dict[Lane, Work], window_ns: int) -> dict[L
     started = threading.Barrier(len(work) + 1)
     enough = {lane: threading.Event() for lane in work}
     finished = threading.Event()
-    marks: dict[Lane, list[int]] = {}
+    marks: dict[LaneKind, list[int]] = {}
     failures: list[BaseException] = []
     backend.synchronize()  # as in `timed`
     anchor = backend.anchor()
 
-    def run(lane: Lane, action: Callable[[], object]) -> None:
+    def run(lane: LaneKind, action: Callable[[], object]) -> None:
         try:
             with backend.lane(lane):
                 action()

@@ -6,43 +6,43 @@ from collections.abc import Collection, Iterator
 
 from runtime.lanes.backend import Backend
 from runtime.probes.timing import ROUNDS, Work, spread, together
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.machine.fitting import interference
 from slideplan.machine.profile import Interference, Spread
 
 # What meets in schedules: copies and updates in host memory, all of them beside compute, the disk beside itself
 # and the optimizer.
-COMBINATIONS: tuple[tuple[Lane, ...], ...] = (
-    (Lane.H2D, Lane.D2H),
-    (Lane.HOST_UPDATE, Lane.H2D),
-    (Lane.HOST_UPDATE, Lane.D2H),
-    (Lane.HOST_UPDATE, Lane.H2D, Lane.D2H),
-    (Lane.COMPUTE, Lane.H2D),
-    (Lane.COMPUTE, Lane.D2H),
-    (Lane.COMPUTE, Lane.H2D, Lane.D2H),
-    (Lane.COMPUTE, Lane.HOST_UPDATE),
-    (Lane.COMPUTE, Lane.GPU_UPDATE),
-    (Lane.SSD_READ, Lane.SSD_WRITE),
-    (Lane.HOST_UPDATE, Lane.SSD_READ),
-    (Lane.HOST_UPDATE, Lane.SSD_WRITE),
+COMBINATIONS: tuple[tuple[LaneKind, ...], ...] = (
+    (LaneKind.H2D, LaneKind.D2H),
+    (LaneKind.HOST_UPDATE, LaneKind.H2D),
+    (LaneKind.HOST_UPDATE, LaneKind.D2H),
+    (LaneKind.HOST_UPDATE, LaneKind.H2D, LaneKind.D2H),
+    (LaneKind.COMPUTE, LaneKind.H2D),
+    (LaneKind.COMPUTE, LaneKind.D2H),
+    (LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H),
+    (LaneKind.COMPUTE, LaneKind.HOST_UPDATE),
+    (LaneKind.COMPUTE, LaneKind.GPU_UPDATE),
+    (LaneKind.SSD_READ, LaneKind.SSD_WRITE),
+    (LaneKind.HOST_UPDATE, LaneKind.SSD_READ),
+    (LaneKind.HOST_UPDATE, LaneKind.SSD_WRITE),
 )
 
-Rates = dict[Lane, Spread]
+Rates = dict[LaneKind, Spread]
 
 
 class TogetherProbe:
     """Lanes alone and together, as far as they were measured."""
 
     def __init__(self) -> None:
-        self._measured: dict[tuple[Lane, ...], dict[Lane, list[float]]] = {}
+        self._measured: dict[tuple[LaneKind, ...], dict[LaneKind, list[float]]] = {}
 
     @staticmethod
-    def runs(lanes: Collection[Lane]) -> list[tuple[Lane, ...]]:
+    def runs(lanes: Collection[LaneKind]) -> list[tuple[LaneKind, ...]]:
         """What is measured where these lanes can be: each alone, then combinations of them; all of it in rounds."""
         once = [*((lane,) for lane in lanes), *(each for each in COMBINATIONS if set(each) <= set(lanes))]
         return once * ROUNDS
 
-    def measure(self, backend: Backend, work: dict[Lane, Work], window_ns: int) -> Iterator[str]:
+    def measure(self, backend: Backend, work: dict[LaneKind, Work], window_ns: int) -> Iterator[str]:
         """Measure; yields what comes next, for progress."""
         for lanes in self.runs(work):
             yield " with ".join(lanes)
@@ -57,7 +57,7 @@ class TogetherProbe:
         return {lane: spread(rates[lane]) for (lane, *others), rates in self._measured.items() if not others}
 
     @property
-    def combined(self) -> dict[tuple[Lane, ...], Rates]:
+    def combined(self) -> dict[tuple[LaneKind, ...], Rates]:
         """Lanes together."""
         return {
             lanes: {lane: spread(rates) for lane, rates in found.items()}
@@ -65,7 +65,7 @@ class TogetherProbe:
             if len(lanes) > 1
         }
 
-    def total(self, *lanes: Lane) -> Spread | None:
+    def total(self, *lanes: LaneKind) -> Spread | None:
         """Bytes/s of these lanes added up while they ran together; None where they did not."""
         rates = self.combined.get(lanes)
         if rates is None:

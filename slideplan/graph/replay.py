@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.lanes import Lane
+from slideplan.graph.tasks import TaskGraph
 from slideplan.machine.handoffs import IMMEDIATE, Handoffs
 from slideplan.timeline import Span, first_compute
 
@@ -38,15 +39,16 @@ def _next_step(
 ) -> tuple[list[Span], list[int]]:
     spans: list[Span] = []
     ends: list[int] = []
-    for task, duration in zip(graph.tasks, durations_ns, strict=True):
-        start = lane_free[task.lane]
+    lane_of = graph.lane_of
+    for task, lane, duration in zip(graph.tasks, lane_of, durations_ns, strict=True):
+        start = lane_free[lane]
         for dependency in task.dependencies:
-            later = later_on[task.lane][graph.tasks[dependency.task].lane]
+            later = later_on[lane][lane_of[dependency.task]]
             if dependency.distance == 0:
                 start = max(start, ends[dependency.task] + later)
             elif previous_ends:
                 start = max(start, previous_ends[dependency.task] + later)
-        lane_free[task.lane] = start + duration
+        lane_free[lane] = start + duration
         ends.append(start + duration)
         spans.append(Span(start_ns=start, end_ns=start + duration))
     return spans, ends

@@ -10,111 +10,57 @@ from typing import Literal
 from msgspec import UNSET, UnsetType
 
 from slideplan.codec import Spec
-from slideplan.policy import Tier
-
-
-class Lane(StrEnum):
-    """A FIFO of tasks on one resource: a GPU stream or a host thread."""
-
-    COMPUTE = "compute"
-    H2D = "h2d"
-    D2H = "d2h"
-    HOST_UPDATE = "host_update"
-    GPU_UPDATE = "gpu_update"
-    SSD_READ = "ssd_read"
-    SSD_WRITE = "ssd_write"
-    COPY = "copy"  # both directions in one FIFO
-    HOST_CAST = "host_cast"
-
-
-class TaskKind(StrEnum):
-    """What a task does; each kind has a lane of its own, but for copies that share one FIFO."""
-
-    LOAD_WEIGHTS = "load_weights"
-    FORWARD = "forward"  # keeps nothing but the boundary
-    FORWARD_KEEP = "forward_keep"  # keeps inner activations too
-    LOSS = "loss"  # head: forward, loss and backward in one
-    BACKWARD = "backward"  # from kept inner activations (embedding: scatter)
-    BACKWARD_RECOMPUTE = "backward_recompute"  # forward again, then backward
-    OFFLOAD_BOUNDARY = "offload_boundary"
-    FETCH_BOUNDARY = "fetch_boundary"
-    OFFLOAD_INNER = "offload_inner"  # the feed-forward's two wide products
-    FETCH_INNER = "fetch_inner"
-    OFFLOAD_GRADIENT = "offload_gradient"
-    LOAD_STATE = "load_state"  # a chunk of a unit's that lies on the host and is updated on the GPU
-    OFFLOAD_STATE = "offload_state"
-    UPDATE_HOST = "update_host"
-    UPDATE_GPU = "update_gpu"
-    UPDATE_PASSING = "update_passing"  # on the GPU, a chunk whose state passes through
-    CAST_WEIGHTS = "cast_weights"  # from the fp32 master into the staging buffer of a load
-    CLIP_GRADIENT = "clip_gradient"  # read for the global norm, read and written for the scaling
-    REFRESH_WEIGHTS = "refresh_weights"  # from the updated master into the bf16 copy that loads read
-
-
-LANE_OF = {
-    TaskKind.LOAD_WEIGHTS: Lane.H2D,
-    TaskKind.FORWARD: Lane.COMPUTE,
-    TaskKind.FORWARD_KEEP: Lane.COMPUTE,
-    TaskKind.LOSS: Lane.COMPUTE,
-    TaskKind.BACKWARD: Lane.COMPUTE,
-    TaskKind.BACKWARD_RECOMPUTE: Lane.COMPUTE,
-    TaskKind.OFFLOAD_BOUNDARY: Lane.D2H,
-    TaskKind.FETCH_BOUNDARY: Lane.H2D,
-    TaskKind.OFFLOAD_INNER: Lane.D2H,
-    TaskKind.FETCH_INNER: Lane.H2D,
-    TaskKind.OFFLOAD_GRADIENT: Lane.D2H,
-    TaskKind.LOAD_STATE: Lane.H2D,
-    TaskKind.OFFLOAD_STATE: Lane.D2H,
-    TaskKind.UPDATE_HOST: Lane.HOST_UPDATE,
-    TaskKind.UPDATE_GPU: Lane.GPU_UPDATE,
-    TaskKind.UPDATE_PASSING: Lane.GPU_UPDATE,
-    TaskKind.CAST_WEIGHTS: Lane.HOST_CAST,
-    TaskKind.CLIP_GRADIENT: Lane.HOST_UPDATE,
-    TaskKind.REFRESH_WEIGHTS: Lane.HOST_UPDATE,
-}
-
-
-# Compute tasks that write gradients of weights.
-GRADIENT_KINDS = (TaskKind.BACKWARD, TaskKind.BACKWARD_RECOMPUTE, TaskKind.LOSS)
-
-
-class TensorClass(StrEnum):
-    """What a buffer holds."""
-
-    WEIGHTS = "weights"
-    REMAINDER = "master_remainder"
-    MASTER = "master_weights"
-    MOMENTS = "moments"
-    MOMENTS_8BIT = "moments_8bit"
-    GRADIENT = "gradient"
-    BOUNDARY = "boundary_activation"
-    INNER = "inner_activation"
-    FEED_FORWARD = "feed_forward_activation"  # the part of inner activations that can leave the GPU
-    WORKSPACE = "workspace"
+from slideplan.graph.lanes import Lane, LaneKind, order_of
+from slideplan.graph.operations import GRADIENT_KINDS, Operation, TaskKind
+from slideplan.placement import TensorClass, Tier
 
 
 class Role(StrEnum):
-    """What a task uses a slot for; its handler finds its buffers by these names."""
+    """What a slot is to the task that uses it; with the slot's tier, its handler finds buffers by it."""
 
     WEIGHTS = "weights"
     TIED_WEIGHTS = "tied_weights"
-    HOST_WEIGHTS = "host_weights"
     REMAINDER = "remainder"
-    HOST_REMAINDER = "host_remainder"
     MASTER = "master"
     MOMENTS = "moments"
-    HOST_MOMENTS = "host_moments"
     GRADIENT = "gradient"
     TIED_GRADIENT = "tied_gradient"
-    HOST_GRADIENT = "host_gradient"
     INPUT = "input"  # boundary activation that enters the unit
     OUTPUT = "output"  # boundary activation that leaves it
-    HOST_BOUNDARY = "host_boundary"
-    BARRIER = "barrier"  # how many units are updated: the next step's first load waits for all
+    BOUNDARY = "boundary"  # the same, where nothing is computed from it
     BOUNDARY_GRADIENT = "boundary_gradient"  # gradient of the output, overwritten by that of the input
     INNER = "inner"
     FEED_FORWARD = "feed_forward"
-    HOST_FEED_FORWARD = "host_feed_forward"
+    NORM = "norm"  # sums of squares of the gradients of all units
+    BARRIER = "barrier"  # how many units are updated: the next step's first load waits for all
+
+
+TENSOR_OF = {
+    Role.WEIGHTS: TensorClass.WEIGHTS,
+    Role.TIED_WEIGHTS: TensorClass.WEIGHTS,
+    Role.REMAINDER: TensorClass.REMAINDER,
+    Role.MASTER: TensorClass.MASTER,
+    Role.MOMENTS: TensorClass.MOMENTS,
+    Role.GRADIENT: TensorClass.GRADIENT,
+    Role.TIED_GRADIENT: TensorClass.GRADIENT,
+    Role.INPUT: TensorClass.BOUNDARY,
+    Role.OUTPUT: TensorClass.BOUNDARY,
+    Role.BOUNDARY: TensorClass.BOUNDARY,
+    Role.BOUNDARY_GRADIENT: TensorClass.BOUNDARY,
+    Role.INNER: TensorClass.INNER,
+    Role.FEED_FORWARD: TensorClass.FEED_FORWARD,
+    Role.NORM: TensorClass.NORM,
+    Role.BARRIER: TensorClass.WORKSPACE,
+}
+# In which role a copy uses a class.
+COPIED_AS = {
+    TENSOR_OF[role]: role
+    for role in (Role.WEIGHTS, Role.REMAINDER, Role.MOMENTS, Role.GRADIENT, Role.BOUNDARY, Role.FEED_FORWARD)
+}
+
+Mode = Literal["r", "w", "rw"]
+# Why a task waits for another one: it reads what that one writes, overwrites what that one reads, or overwrites what it wrote.
+Hazard = Literal["reads", "overwrites_read", "overwrites_written"]
 
 
 class SlotPool(Spec, frozen=True):
@@ -131,20 +77,27 @@ class SlotPool(Spec, frozen=True):
         return self.slot_bytes * self.count
 
 
-class Access(Spec, frozen=True):
+class Access(Spec, frozen=True, array_like=True):
     """One use of one slot. "w" overwrites all of it, "rw" builds on what it holds."""
 
     role: Role
+    tier: Tier
     pool: str
     slot: int
-    mode: Literal["r", "w", "rw"]
+    mode: Mode
 
 
-class Dependency(Spec, frozen=True):
-    """The task waits for task `task` of the same step (distance 0) or of the step before (1)."""
+class Dependency(Spec, frozen=True, array_like=True):
+    """The task waits for task `task` of the same step (distance 0) or of the step before (1), because of a slot.
+
+    `pool` is "" for an order that no slot asks for, as graphs made by hand may have it.
+    """
 
     task: int
     distance: Literal[0, 1]
+    pool: str = ""
+    slot: int = 0
+    hazard: Hazard = "reads"
 
 
 class Task(Spec, frozen=True):
@@ -156,35 +109,41 @@ class Task(Spec, frozen=True):
     flops:        floating-point operations of a compute task, recompute included
     accesses:     slots it reads and writes
     dependencies: at most one per other lane; order within its own lane is the lane's
-    fifo:         lane that it shares with other kinds, where that is not its kind's own
+    fifo:         kind of lane that it shares with other operations, where that is not its operation's own
     chunk:        number of the chunk of the unit, where the task serves one
+    device:       number of the GPU that does it, or that it is done for
     """
 
     name: str
-    kind: TaskKind
+    operation: Operation
     unit: int
     micro: int | None
     bytes_moved: int
     flops: int
     accesses: tuple[Access, ...]
     dependencies: tuple[Dependency, ...] = ()
-    fifo: Lane | UnsetType = UNSET
+    fifo: LaneKind | UnsetType = UNSET
     chunk: int | UnsetType = UNSET
+    device: int = 0
+
+    @property
+    def kind(self) -> TaskKind:
+        return self.operation.kind
+
+    @property
+    def lane(self) -> Lane:
+        return Lane(self.operation.lane if self.fifo is UNSET else self.fifo, self.device)
 
     def completes_gradient(self, micro_batches: int) -> bool:
         """Whether its unit's gradient is summed over all of this many micro-batches when it ends."""
         return self.kind in GRADIENT_KINDS and self.micro == micro_batches - 1
 
-    @property
-    def lane(self) -> Lane:
-        return LANE_OF[self.kind] if self.fifo is UNSET else self.fifo
-
-    def slot(self, role: Role) -> tuple[str, int]:
-        """Pool name and slot number of the access in this role. Raises KeyError without one."""
+    def slot(self, role: Role, tier: Tier = Tier.GPU) -> tuple[str, int]:
+        """Pool name and slot number of the access in this role on this tier. Raises KeyError without one."""
         for access in self.accesses:
-            if access.role is role:
+            if access.role is role and access.tier is tier:
                 return access.pool, access.slot
-        raise KeyError(f"task {self.name} has no {role} access")
+        raise KeyError(f"task {self.name} has no {role} on tier {tier}")
 
     def has(self, role: Role) -> bool:
         return any(access.role is role for access in self.accesses)
@@ -206,12 +165,17 @@ class TaskGraph(Spec, frozen=True, dict=True):
     tasks: tuple[Task, ...]
 
     @cached_property
+    def lane_of(self) -> tuple[Lane, ...]:
+        """Lane of each task."""
+        return tuple([task.lane for task in self.tasks])
+
+    @cached_property
     def lanes(self) -> dict[Lane, tuple[int, ...]]:
         """Task numbers of each lane that has any, in FIFO order."""
         queues: dict[Lane, list[int]] = {}
-        for number, task in enumerate(self.tasks):
-            queues.setdefault(task.lane, []).append(number)
-        return {lane: tuple(queues[lane]) for lane in Lane if lane in queues}
+        for number, lane in enumerate(self.lane_of):
+            queues.setdefault(lane, []).append(number)
+        return {lane: tuple(queues[lane]) for lane in sorted(queues, key=order_of)}
 
     @cached_property
     def lane_position(self) -> tuple[int, ...]:
@@ -222,9 +186,28 @@ class TaskGraph(Spec, frozen=True, dict=True):
                 position[number] = place
         return tuple(position)
 
+    def queue(self, kind: LaneKind, device: int = 0) -> tuple[int, ...]:
+        """Task numbers of a lane in FIFO order; none where the graph has no such lane."""
+        return self.lanes.get(Lane(kind, device), ())
+
     @cached_property
     def pool(self) -> dict[str, SlotPool]:
         return {pool.name: pool for pool in self.pools}
+
+    def why(self, number: int) -> list[str]:
+        """In words, what a task waits for and because of which slot, one line per dependency."""
+        return [_reason(self, dependency) for dependency in self.tasks[number].dependencies]
+
+
+def _reason(graph: TaskGraph, dependency: Dependency) -> str:
+    """``slot 3 of gpu.weights.window, still read by backward/layer010/mb1 of the step before``."""
+    said = {
+        "reads": "written by",
+        "overwrites_read": "still read by",
+        "overwrites_written": "written before by",
+    }[dependency.hazard]
+    before = " of the step before" if dependency.distance else ""
+    return f"slot {dependency.slot} of {dependency.pool}, {said} {graph.tasks[dependency.task].name}{before}"
 
 
 def tier_bytes(pools: Iterable[SlotPool], tier: Tier) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slideplan.graph.clocks import clocks, knows
 from slideplan.graph.tasks import TaskGraph, tier_bytes
-from slideplan.policy import Tier
+from slideplan.placement import Tier
 from slideplan.quantities import format_bytes
 
 

@@ -7,36 +7,41 @@ next, so "update(i) before the next load(i)" and every write-after-read edge nee
 
 from __future__ import annotations
 
-from slideplan.graph.clocks import LANE_NUMBERS, Clock
-from slideplan.graph.tasks import Dependency, Task, TaskGraph
+import msgspec
+
+from slideplan.graph.clocks import Clock, lane_numbers
+from slideplan.graph.tasks import Dependency, Hazard, Task, TaskGraph
 
 
-def derive(tasks: list[Task], graph: TaskGraph) -> tuple[Task, ...]:
-    """The tasks with their dependencies, reduced to those that nothing else implies.
+def derive(graph: TaskGraph) -> tuple[Task, ...]:
+    """The graph's tasks with their dependencies, reduced to those that nothing else implies.
 
-    `graph` holds the same tasks without dependencies; it supplies lanes and places in them.
+    Each dependency names the first of its task's slots that asks for it. Dependencies that the graph has are not looked at.
     """
     # Lanes and slots as numbers: this runs for every policy that a search looks at closely.
+    tasks = graph.tasks
     total = len(tasks)
-    lane_of = [LANE_NUMBERS[task.lane] for task in tasks]
+    lane_of = lane_numbers(graph)
     position = graph.lane_position
-    counts = [lane_of.count(lane) for lane in range(len(LANE_NUMBERS))]
+    counts = [len(queue) for queue in graph.lanes.values()]
     slots: dict[tuple[str, int], int] = {}
     accesses = [[(slots.setdefault((a.pool, a.slot), len(slots)), a.mode) for a in task.accesses] for task in tasks]
+    names = list(slots)
     last_write: list[int | None] = [None] * len(slots)
     readers: list[list[int]] = [[] for _ in slots]
     clocks: list[Clock] = []
-    lane_clock: list[Clock] = [[0] * len(LANE_NUMBERS) for _ in LANE_NUMBERS]
+    lane_clock: list[Clock] = [[0] * len(counts) for _ in counts]
     found: list[tuple[Dependency, ...]] = []
     for instance in range(2 * total):
         step, number = divmod(instance, total)
-        needed: set[int] = set()
+        needed: dict[int, tuple[int, Hazard]] = {}
         for slot, mode in accesses[number]:
             if mode != "r":
-                needed.update(readers[slot])
+                for reader in readers[slot]:
+                    needed.setdefault(reader, (slot, "overwrites_read"))
             writer = last_write[slot]
             if writer is not None and (mode != "w" or not readers[slot]):
-                needed.add(writer)
+                needed.setdefault(writer, (slot, "overwrites_written" if mode == "w" else "reads"))
         own = lane_of[number]
         clock = lane_clock[own]
         kept = []
@@ -46,7 +51,8 @@ def derive(tasks: list[Task], graph: TaskGraph) -> tuple[Task, ...]:
             lane = lane_of[depended]
             if clock[lane] > depended_step * counts[lane] + position[depended]:
                 continue
-            kept.append(Dependency(task=depended, distance=1 if depended_step < step else 0))
+            slot, hazard = needed[dependency]
+            kept.append(Dependency(depended, 1 if depended_step < step else 0, *names[slot], hazard))
             clock = list(map(max, clock, clocks[dependency]))
         if step:
             found.append(tuple(sorted(kept, key=lambda d: (-d.distance, d.task))))
@@ -59,11 +65,4 @@ def derive(tasks: list[Task], graph: TaskGraph) -> tuple[Task, ...]:
             else:
                 last_write[slot] = instance
                 readers[slot] = []
-    return tuple(_with(task, dependencies) for task, dependencies in zip(tasks, found, strict=True))
-
-
-def _with(task: Task, dependencies: tuple[Dependency, ...]) -> Task:
-    return Task(
-        name=task.name, kind=task.kind, unit=task.unit, micro=task.micro, bytes_moved=task.bytes_moved,
-        flops=task.flops, accesses=task.accesses, dependencies=dependencies, fifo=task.fifo, chunk=task.chunk,
-    )  # fmt: skip
+    return tuple([msgspec.structs.replace(task, dependencies=edges) for task, edges in zip(tasks, found, strict=True)])

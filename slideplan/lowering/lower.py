@@ -3,7 +3,7 @@
 1. compute order   `order.compute_order`   units x micro-batches, vertical
 2. transfers       `order.with_transfers`  loads, offloads, fetches, updates where they are issued
 3. pools           `pools.PoolLayout`      every buffer a pool
-4. slots           `slots.SlotAssignment`  every action its slots
+4. slots           `slots.tasks_of`        every action its slots, by the recipes of its operation
 5. edges           `edges.derive`          dependencies, carried ones too, from slot accesses
 """
 
@@ -14,7 +14,7 @@ from slideplan.graph.tasks import TaskGraph
 from slideplan.lowering.edges import derive
 from slideplan.lowering.order import compute_order, visits, window_slots, with_transfers
 from slideplan.lowering.pools import PoolLayout
-from slideplan.lowering.slots import SlotAssignment
+from slideplan.lowering.slots import tasks_of
 from slideplan.model import ModelSpec
 from slideplan.policy import Policy, Workload
 
@@ -28,7 +28,6 @@ def lower(model: ModelSpec, policy: Policy, workload: Workload, footprint: Footp
     order = compute_order(model, policy)
     windows = window_slots(model, policy, visits(order))
     layout = PoolLayout(model, policy, workload, footprint)
-    slots = SlotAssignment(layout, workload.seq_len, windows)
-    tasks = [slots.task(action) for action in with_transfers(model, policy, order, windows)]
+    tasks = tasks_of(layout, with_transfers(model, policy, order, windows), windows)
     graph = TaskGraph(pools=tuple(layout.pools.values()), tasks=tuple(tasks))
-    return TaskGraph(pools=graph.pools, tasks=derive(tasks, graph))
+    return TaskGraph(pools=graph.pools, tasks=derive(graph))

@@ -11,15 +11,36 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from slideplan.graph.tasks import TaskKind
+from slideplan.graph.operations import (
+    BACKWARD,
+    BACKWARD_RECOMPUTE,
+    CAST_WEIGHTS,
+    CLIP_GRADIENT,
+    FETCH_BOUNDARY,
+    FETCH_FEED_FORWARD,
+    FORWARD,
+    FORWARD_KEEP,
+    LOAD_STATE,
+    LOAD_WEIGHTS,
+    LOSS,
+    OFFLOAD_BOUNDARY,
+    OFFLOAD_FEED_FORWARD,
+    OFFLOAD_GRADIENT,
+    OFFLOAD_STATE,
+    REFRESH_WEIGHTS,
+    UPDATE_GPU,
+    UPDATE_HOST,
+    Operation,
+)
 from slideplan.model import ModelSpec
-from slideplan.policy import Policy, Tier
+from slideplan.placement import Tier
+from slideplan.policy import Policy
 
 
 class Action(NamedTuple):
     """A task before it has slots."""
 
-    kind: TaskKind
+    operation: Operation
     unit: int
     micro: int | None = None
     chunk: int | None = None
@@ -38,15 +59,15 @@ def compute_order(model: ModelSpec, policy: Policy) -> list[Action]:
     micros = range(policy.micro_batches)
     actions = []
     for unit in range(model.head_unit):
-        kept = policy.units[unit].inner != "recompute"
-        actions += [Action(TaskKind.FORWARD_KEEP if kept else TaskKind.FORWARD, unit, micro) for micro in micros]
-    actions += [Action(TaskKind.LOSS, model.head_unit, micro) for micro in micros]
+        kept = policy.units[unit].keeps
+        actions += [Action(FORWARD_KEEP if kept else FORWARD, unit, micro) for micro in micros]
+    actions += [Action(LOSS, model.head_unit, micro) for micro in micros]
     for unit in reversed(range(model.head_unit)):
         if unit > 0 and not policy.runs_again(unit):  # the last layer of a block: those before it run forward once more
-            block = range(unit - (unit - 1) % policy.checkpoint_interval, unit)
-            actions += [Action(TaskKind.FORWARD, other, micro) for other in block for micro in micros]
-        kept = policy.units[unit].inner != "recompute" or unit == 0
-        kind = TaskKind.BACKWARD if kept else TaskKind.BACKWARD_RECOMPUTE
+            block = range(unit - (unit - 1) % policy.system.checkpoint_interval, unit)
+            actions += [Action(FORWARD, other, micro) for other in block for micro in micros]
+        kept = policy.units[unit].keeps or unit == 0
+        kind = BACKWARD if kept else BACKWARD_RECOMPUTE
         actions += [Action(kind, unit, micro) for micro in micros]
     return actions
 
@@ -129,21 +150,21 @@ def with_transfers(
     for now, (visit, window) in enumerate(zip(turns, windows, strict=True)):
         loads = [window.unit] if window is not None and window.load else []
         # Weights with a slot of their own are loaded once a step, if the host updates them.
-        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].updated_on_host
+        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].update is Tier.HOST
         if own and visit.unit not in loaded_once:
             loads.append(visit.unit)
             loaded_once.add(visit.unit)
         for unit in loads:
-            if policy.staging == "per_load":
-                before[turns[max(0, now - depth)].first].append(Action(TaskKind.CAST_WEIGHTS, unit))
-            before[turns[max(0, now - depth)].first].append(Action(TaskKind.LOAD_WEIGHTS, unit))
+            if policy.system.staging == "per_load":
+                before[turns[max(0, now - depth)].first].append(Action(CAST_WEIGHTS, unit))
+            before[turns[max(0, now - depth)].first].append(Action(LOAD_WEIGHTS, unit))
 
-    first_loss = next(place for place, action in enumerate(actions) if action.kind is TaskKind.LOSS)
+    first_loss = next(place for place, action in enumerate(actions) if action.operation == LOSS)
     for issue, fetch in _fetches(model, policy, actions, first_loss):
         before[issue].append(fetch)
-    passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]  # as gradients are made
+    passing = policy.passing_units(Tier.GPU)[::-1]  # as gradients are made
     chunks = range(policy.state_chunks)
-    states = iter([Action(TaskKind.LOAD_STATE, unit, chunk=chunk) for unit in passing for chunk in chunks])
+    states = iter([Action(LOAD_STATE, unit, chunk=chunk) for unit in passing for chunk in chunks])
     before[first_loss] += islice(states, policy.state_slots)
 
     issued: list[Action] = []
@@ -154,20 +175,20 @@ def with_transfers(
         issued += before[place]
         issued.append(action)
         if place < first_loss and policy.units[action.unit].boundary is Tier.HOST:
-            issued.append(Action(TaskKind.OFFLOAD_BOUNDARY, action.unit, action.micro))
-        if place < first_loss and policy.units[action.unit].inner == "offload":
-            issued.append(Action(TaskKind.OFFLOAD_INNER, action.unit, action.micro))
+            issued.append(Action(OFFLOAD_BOUNDARY, action.unit, action.micro))
+        if place < first_loss and policy.units[action.unit].feed_forward is Tier.HOST:
+            issued.append(Action(OFFLOAD_FEED_FORWARD, action.unit, action.micro))
         if place < first_loss or place != last_action[action.unit]:
             continue
-        if policy.units[action.unit].state is Tier.GPU:
-            issued.append(Action(TaskKind.UPDATE_GPU, action.unit))
-            continue
-        if policy.units[action.unit].streams_state:
+        if policy.units[action.unit].update is Tier.GPU:
+            if action.unit not in passing:
+                issued.append(Action(UPDATE_GPU, action.unit))
+                continue
             for chunk in chunks:
-                issued += [Action(kind, action.unit, chunk=chunk) for kind in (TaskKind.UPDATE_PASSING, TaskKind.OFFLOAD_STATE)]
+                issued += [Action(operation, action.unit, chunk=chunk) for operation in (UPDATE_GPU, OFFLOAD_STATE)]
                 issued += islice(states, 1)
             continue
-        issued.append(Action(TaskKind.OFFLOAD_GRADIENT, action.unit))
+        issued.append(Action(OFFLOAD_GRADIENT, action.unit))
         arrived.add(action.unit)
         issued += _host_updates(policy, arrived, waiting_updates)
     assert not waiting_updates, "every unit's gradient arrives within the step"
@@ -183,23 +204,23 @@ def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss
     again = [(place, action.unit, action.micro) for place, action in enumerate(actions) if place > first_loss]
     for place, unit, micro in again:
         if unit not in (0, model.head_unit) and policy.units[unit - 1].boundary is Tier.HOST:
-            yield max(first_loss, place - (policy.boundary_slots - 1)), Action(TaskKind.FETCH_BOUNDARY, unit - 1, micro)
-    inner = [(place, unit, micro) for place, unit, micro in again if policy.units[unit].inner == "offload"]
+            yield max(first_loss, place - (policy.boundary_slots - 1)), Action(FETCH_BOUNDARY, unit - 1, micro)
+    inner = [(place, unit, micro) for place, unit, micro in again if policy.units[unit].feed_forward is Tier.HOST]
     for number, (_, unit, micro) in enumerate(inner):
         ahead = number - (policy.inner_slots - 1)
-        yield inner[ahead][0] if ahead >= 0 else first_loss, Action(TaskKind.FETCH_INNER, unit, micro)
+        yield inner[ahead][0] if ahead >= 0 else first_loss, Action(FETCH_FEED_FORWARD, unit, micro)
 
 
 def _host_updates(policy: Policy, arrived: set[int], waiting: list[int]) -> list[Action]:
     """What the CPU can be told to do now that these gradients have arrived; units updated leave `waiting`."""
     issued: list[Action] = []
-    if policy.clipping == "serial":
+    if policy.system.clipping == "serial":
         if len(arrived) < len(waiting):
             return issued
-        issued += [Action(TaskKind.CLIP_GRADIENT, unit) for unit in waiting]
+        issued += [Action(CLIP_GRADIENT, unit) for unit in waiting]
     while waiting and waiting[0] in arrived:
         unit = waiting.pop(0)
-        issued.append(Action(TaskKind.UPDATE_HOST, unit))
-        if policy.staging == "per_update":
-            issued.append(Action(TaskKind.REFRESH_WEIGHTS, unit))
+        issued.append(Action(UPDATE_HOST, unit))
+        if policy.system.staging == "per_update":
+            issued.append(Action(REFRESH_WEIGHTS, unit))
     return issued

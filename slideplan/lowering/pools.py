@@ -1,161 +1,209 @@
-"""Every buffer a pool: how many slots of what size a policy takes in each tier, and whose they are."""
+"""Lowering, pass 3: every buffer a pool. How many slots of what size a policy takes in each tier, and whose they are."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
 from slideplan.footprint import Footprint
-from slideplan.graph.tasks import SlotPool, TensorClass
+from slideplan.graph.tasks import SlotPool
+from slideplan.lowering.sizes import BARRIER_BYTES, MASTER_BYTES, NORM_BYTES, Sizes
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import MOMENT_BLOCK, Kernels, Moments, Policy, Tier, Workload, chunk_elements
-from slideplan.quantities import MIB
+from slideplan.placement import STATE, TensorClass, Tier
+from slideplan.policy import OURS, OtherSystem, Policy, Workload, chunk_elements
 
-MOMENT_BYTES = 8  # fp32 m and v per element
-REMAINDER_BYTES = 2  # int16 low half of the fp32 master weight
-WEIGHT_BYTES = 2  # bf16 high half
-# All of a master weight, by format: the split one is weight and remainder.
-MASTER_BYTES = {"split": WEIGHT_BYTES + REMAINDER_BYTES, "fp32": 4, "bf16": 2}
-CLIP_PASSES = 3  # over the gradient: read for the norm, read and written for the scaling
-BARRIER_BYTES = 8  # a counter of updated units
-# AdamW reads and writes the master weights and both moments, and reads the gradient; this, for the split master.
-UPDATE_STATE_TRAFFIC_BYTES = 2 * (MASTER_BYTES["split"] + MOMENT_BYTES)
-
-
-def moment_bytes(elements: int, moments: Moments) -> int:
-    """Both moments of a unit: in fp32; or in 8 bits each, with an fp32 scale of each for every block."""
-    return MOMENT_BYTES * elements if moments == "fp32" else 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
+PASSING = "passing"  # group of units whose state passes through the tier that updates it
+_WORDS = {
+    TensorClass.WEIGHTS: "weights",
+    TensorClass.REMAINDER: "remainder",
+    TensorClass.MASTER: "master",
+    TensorClass.MOMENTS: "moments",
+    TensorClass.GRADIENT: "gradient",
+    TensorClass.BOUNDARY: "boundary",
+    TensorClass.INNER: "inner",
+    TensorClass.FEED_FORWARD: "feed_forward",
+}
 
 
-def state_bytes(elements: int, moments: Moments) -> int:
-    """Remainder and both moments of a unit, or of a part of it."""
-    return REMAINDER_BYTES * elements + moment_bytes(elements, moments)
+class Holding(NamedTuple):
+    """Slots of units' own: of which class, on which tier, for which group of units, updated where."""
+
+    tensor: TensorClass
+    tier: Tier
+    group: str
+    update: Tier = Tier.HOST
+
+    @property
+    def pool(self) -> str:
+        return f"{self.tier}.{_WORDS[self.tensor]}" + (f".{self.group}" if self.group else "")
 
 
-# The head computes its loss in chunks of tokens whose logits (in fp32, fused: in bf16) stay within this, so that
-# they are never whole, and eager gradients of the projection in blocks of rows whose bf16 product stays within that.
-LOSS_CHUNK_BYTES: dict[Kernels, int] = {"eager": 256 * MIB, "fused": 512 * MIB, "graphed": 512 * MIB}
-LOGIT_BYTES: dict[Kernels, int] = {"eager": 4, "fused": 2, "graphed": 2}
-PRODUCT_BYTES = 128 * MIB
+class Row(NamedTuple):
+    """A pool before it is one: searches sum up many."""
+
+    name: str
+    tier: Tier
+    tensor_class: TensorClass
+    slot_bytes: int
+    slots: int
 
 
-def loss_chunk_tokens(vocabulary: int, kernels: Kernels) -> int:
-    """Tokens whose logits fit in LOSS_CHUNK_BYTES; at least one."""
-    return max(1, LOSS_CHUNK_BYTES[kernels] // (LOGIT_BYTES[kernels] * vocabulary))
+class SlotKnobs(Protocol):
+    """The knobs of a policy that say how many slots units share."""
+
+    @property
+    def micro_batches(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def gradient_slots(self) -> int: ...
+    @property
+    def host_gradient_slots(self) -> int: ...
+    @property
+    def boundary_slots(self) -> int: ...
+    @property
+    def inner_slots(self) -> int: ...
+    @property
+    def state_slots(self) -> int: ...
+    @property
+    def state_chunks(self) -> int: ...
+    @property
+    def gradient_norms(self) -> bool: ...
 
 
-_MOMENTS: dict[Moments, TensorClass] = {"fp32": TensorClass.MOMENTS, "8bit": TensorClass.MOMENTS_8BIT}
+def holders(model: ModelSpec, policy: Policy) -> dict[Holding, list[int]]:
+    """Which units have slots of their own, by what they hold."""
+    found: dict[Holding, list[int]] = {}
+    system = policy.system
+    for unit, placement in enumerate(policy.units):
+        role = model.role(unit)
+        held: list[Holding] = []
+        on_host = placement.update is Tier.HOST
+        if not policy.streams_weights(unit):
+            held.append(Holding(TensorClass.WEIGHTS, Tier.GPU, role))
+        if on_host and system.staging != "per_load":
+            held.append(Holding(TensorClass.WEIGHTS, Tier.HOST, role))
+        if system.staging != "none":
+            held.append(Holding(TensorClass.MASTER, Tier.HOST, role))
+        for tensor in STATE if system.master == "split" else (TensorClass.MOMENTS,):
+            (tier,) = placement.tiers(tensor)
+            held.append(Holding(tensor, tier, PASSING if tensor in placement.passing else role, placement.update))
+        if role is not UnitRole.LAYER and system.unit_slots == "sized":
+            held.append(Holding(TensorClass.GRADIENT, Tier.GPU, role))
+            if on_host:
+                held.append(Holding(TensorClass.GRADIENT, Tier.HOST, role))
+        if unit < model.head_unit and policy.keeps_boundary(unit):
+            held.append(Holding(TensorClass.BOUNDARY, placement.boundary, ""))
+        if placement.inner is not None:
+            held.append(Holding(TensorClass.INNER, placement.inner, "" if placement.feed_forward is Tier.GPU else "rest"))
+        if placement.feed_forward not in (None, Tier.GPU):
+            held.append(Holding(TensorClass.FEED_FORWARD, placement.feed_forward, ""))
+        for holding in held:
+            found.setdefault(holding, []).append(unit)
+    return found
+
+
+def own_slots(holding: Holding, knobs: SlotKnobs) -> int:
+    """How many slots of a pool each of its units has: one per micro-batch of an activation, one per chunk of passing state."""
+    if holding.tensor in (TensorClass.BOUNDARY, TensorClass.INNER, TensorClass.FEED_FORWARD):
+        return knobs.micro_batches
+    return knobs.state_chunks if holding.group == PASSING else 1
+
+
+def pool_rows(
+    sizes: Sizes, counts: Mapping[Holding, int], knobs: SlotKnobs, kept_bytes: Sequence[int], system: OtherSystem = OURS
+) -> Iterator[Row]:
+    """All pools. `counts`: how many units hold what; `kept_bytes`: of each layer, in all micro-batches together."""
+    layer = sizes.elements[UnitRole.LAYER]
+    chunk = chunk_elements(layer, knobs.state_chunks) if knobs.state_chunks else 0
+    for holding, units in counts.items():
+        tensor, tier, group, update = holding
+        tensor_class = _class_of(sizes, tensor, update)
+        if tensor is TensorClass.INNER:
+            slot_bytes = sizes.held_bytes(Tier.GPU, Tier.HOST if group else Tier.GPU)
+        elif tensor is TensorClass.MASTER:
+            slot_bytes = MASTER_BYTES[system.master] * sizes.elements[UnitRole(group)]
+        else:
+            elements = chunk if group == PASSING else sizes.elements[UnitRole(group)] if group else 0
+            slot_bytes = _padded(sizes.of(tensor, elements, update), tensor, tier, system)
+        yield Row(holding.pool, tier, tensor_class, slot_bytes, own_slots(holding, knobs) * units)
+        if group == PASSING:
+            yield Row(f"{update}.{_WORDS[tensor]}.{PASSING}", update, tensor_class, slot_bytes, knobs.state_slots)
+    shared = max(sizes.elements.values()) if system.unit_slots == "uniform" else layer
+    gradient, gradients = sizes.of(TensorClass.GRADIENT, shared), gradient_pool(system)
+    host_gradient = _padded(gradient, TensorClass.GRADIENT, Tier.HOST, system)
+    weights = sizes.of(TensorClass.WEIGHTS, shared)
+    boundary = sizes.boundary_bytes
+    yield Row("gpu.weights.window", Tier.GPU, TensorClass.WEIGHTS, weights, knobs.window)
+    yield Row(f"gpu.{gradients}", Tier.GPU, TensorClass.GRADIENT, gradient, knobs.gradient_slots)
+    yield Row(f"host.{gradients}", Tier.HOST, TensorClass.GRADIENT, host_gradient, knobs.host_gradient_slots)
+    yield Row("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, knobs.boundary_slots)
+    yield Row("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, knobs.micro_batches)
+    yield Row("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, sizes.feed_forward_bytes, knobs.inner_slots)
+    yield Row("gpu.norm", Tier.GPU, TensorClass.NORM, NORM_BYTES * sizes.model.units, int(knobs.gradient_norms))
+    yield Row("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, sizes.footprint.workspace_beside(kept_bytes), 1)
+    if system.staging == "per_load":
+        staged = sizes.of(TensorClass.WEIGHTS, max(sizes.elements.values()))
+        staged = _padded(staged, TensorClass.WEIGHTS, Tier.HOST, system)
+        yield Row("host.staging", Tier.HOST, TensorClass.WEIGHTS, staged, 1)
+    if system.step_barrier:
+        yield Row("host.barrier", Tier.HOST, TensorClass.WORKSPACE, BARRIER_BYTES, 1)
+
+
+def gradient_pool(system: OtherSystem) -> str:
+    """Name, without its tier, of the pools that share gradient slots: layers', or with slots of uniform size all units'."""
+    return "gradient.window" if system.unit_slots == "uniform" else f"gradient.{UnitRole.LAYER}"
+
+
+def _class_of(sizes: Sizes, tensor: TensorClass, update: Tier) -> TensorClass:
+    if tensor is TensorClass.MOMENTS and sizes.moments(update) == "8bit":
+        return TensorClass.MOMENTS_8BIT
+    return tensor
+
+
+def _padded(size_bytes: int, tensor: TensorClass, tier: Tier, system: OtherSystem) -> int:
+    """Bytes that a buffer takes: of other systems, what copies touch on the host may be rounded up."""
+    copied = tensor in (TensorClass.WEIGHTS, TensorClass.GRADIENT, TensorClass.BOUNDARY)
+    if system.pinned_sizes == "exact" or tier is not Tier.HOST or not copied:
+        return size_bytes
+    return 1 << max(0, size_bytes - 1).bit_length()
 
 
 class PoolLayout:
-    """Pools of a policy by name, and which slots of theirs belong to which unit."""
+    """Pools of a policy by name, and where a unit's tensors lie in them."""
 
     def __init__(self, model: ModelSpec, policy: Policy, workload: Workload, footprint: Footprint) -> None:
         self.model = model
         self.policy = policy
-        self.tokens = policy.micro_batch * workload.seq_len
-        self.footprint = footprint
-        self.pools: dict[str, SlotPool] = {}
-        self.rank: dict[tuple[str, int], int] = {}  # (pool, unit) -> first slot of its own
-        self._make_pools()
-
-    def _add_pool(
-        self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, owners: list[int], each: int = 1
-    ) -> None:
-        """Slots of units' own, `each` many per unit."""
-        self.rank.update({(name, unit): each * place for place, unit in enumerate(owners)})
-        self._add_shared(name, tier, tensor_class, slot_bytes, each * len(owners))
-
-    def _add_shared(self, name: str, tier: Tier, tensor_class: TensorClass, slot_bytes: int, count: int) -> None:
-        if count and slot_bytes:
-            self.pools[name] = SlotPool(name=name, tier=tier, tensor_class=tensor_class, slot_bytes=slot_bytes, count=count)
-
-    def _pinned(self, size_bytes: int) -> int:
-        """Bytes that a host buffer takes which copies touch."""
-        return size_bytes if self.policy.pinned_sizes == "exact" else 1 << max(0, size_bytes - 1).bit_length()
-
-    def gradient_ring_of(self, role: UnitRole) -> str | None:
-        """Name of the gradient slots that units of the role share; None where they have their own."""
-        if self.policy.unit_slots == "uniform":
-            return "window"
-        return role if role is UnitRole.LAYER else None
-
-    def _make_pools(self) -> None:
-        model, policy = self.model, self.policy
-        largest = max(model.flat_elements(role) for role in UnitRole)
-        for role in UnitRole:
-            units = [unit for unit in range(model.units) if model.role(unit) is role]
-            elements = model.flat_elements(role)
-            streaming = sum(policy.streams_weights(unit) for unit in units)
-            resident = [unit for unit in units if not policy.streams_weights(unit)]
-            self._add_pool(f"gpu.weights.{role}", Tier.GPU, TensorClass.WEIGHTS, WEIGHT_BYTES * elements, resident)
-            if streaming:
-                slot_bytes = WEIGHT_BYTES * (largest if policy.unit_slots == "uniform" else elements)
-                self._add_shared("gpu.weights.window", Tier.GPU, TensorClass.WEIGHTS, slot_bytes, policy.window)
-            for tier in (Tier.GPU, Tier.HOST):
-                owners = [unit for unit in units if policy.units[unit].state is tier and not policy.units[unit].streams_state]
-                if policy.master == "split":
-                    self._add_pool(f"{tier}.remainder.{role}", tier, TensorClass.REMAINDER, REMAINDER_BYTES * elements, owners)
-                moments = policy.gpu_moments if tier is Tier.GPU else "fp32"
-                moments_bytes = moment_bytes(elements, moments)
-                self._add_pool(f"{tier}.moments.{role}", tier, _MOMENTS[moments], moments_bytes, owners)
-            on_host = [unit for unit in units if policy.units[unit].updated_on_host]
-            if policy.staging != "none":
-                master_bytes = MASTER_BYTES[policy.master] * elements
-                self._add_pool(f"host.master.{role}", Tier.HOST, TensorClass.MASTER, master_bytes, on_host)
-            if policy.staging != "per_load":
-                weight_bytes = self._pinned(WEIGHT_BYTES * elements)
-                self._add_pool(f"host.weights.{role}", Tier.HOST, TensorClass.WEIGHTS, weight_bytes, on_host)
-            self._add_gradients(role, elements, len(on_host))
-        self._make_state_pools()
-        if policy.unit_slots == "uniform":
-            self._add_gradients(UnitRole.LAYER, largest, len(policy.update_order))
-        if policy.staging == "per_load":
-            self._add_shared("host.staging", Tier.HOST, TensorClass.WEIGHTS, self._pinned(WEIGHT_BYTES * largest), 1)
-        if policy.step_barrier:
-            self._add_shared("host.barrier", Tier.HOST, TensorClass.WORKSPACE, BARRIER_BYTES, 1)
-        self._make_activation_pools()
-
-    def _make_state_pools(self) -> None:
-        """State that passes through the GPU: its chunks on the host, apart from what no copy touches, and its slots."""
-        policy = self.policy
-        passing = [unit for unit in range(self.model.units) if policy.units[unit].streams_state]
-        if not passing:
-            return
-        elements = chunk_elements(self.model.flat_elements(UnitRole.LAYER), policy.state_chunks)
-        for tensor, tensor_class, size_bytes in (
-            ("remainder", TensorClass.REMAINDER, REMAINDER_BYTES * elements),
-            ("moments", _MOMENTS[policy.gpu_moments], moment_bytes(elements, policy.gpu_moments)),
-        ):
-            self._add_pool(f"host.{tensor}.passing", Tier.HOST, tensor_class, size_bytes, passing, policy.state_chunks)
-            self._add_shared(f"gpu.{tensor}.passing", Tier.GPU, tensor_class, size_bytes, policy.state_slots)
-
-    def _add_gradients(self, role: UnitRole, elements: int, on_host: int) -> None:
-        """Slots of the ring for layers, one each for embedding and head; units of uniform size share one ring."""
-        policy, ring = self.policy, self.gradient_ring_of(role)
-        size_bytes = policy.gradient_element_bytes * elements
-        name, gpu, host = (role, 1, on_host) if ring is None else (ring, policy.gradient_slots, policy.host_gradient_slots)
-        self._add_shared(f"gpu.gradient.{name}", Tier.GPU, TensorClass.GRADIENT, size_bytes, gpu)
-        self._add_shared(f"host.gradient.{name}", Tier.HOST, TensorClass.GRADIENT, self._pinned(size_bytes), host)
-
-    def _make_activation_pools(self) -> None:
-        model, policy = self.model, self.policy
-        boundary = model.boundary_bytes(self.tokens)
-        micros = policy.micro_batches
-        held = [unit for unit in range(model.head_unit) if policy.keeps_boundary(unit)]
-        stay = [unit for unit in held if policy.units[unit].boundary is Tier.GPU]
-        leave = [unit for unit in held if policy.units[unit].boundary is Tier.HOST]
-        kept = [unit for unit in range(model.units) if policy.units[unit].inner == "keep"]
-        away = [unit for unit in range(model.units) if policy.units[unit].inner == "offload"]
-        self._add_pool("gpu.boundary", Tier.GPU, TensorClass.BOUNDARY, boundary, stay, micros)
-        self._add_pool("host.boundary", Tier.HOST, TensorClass.BOUNDARY, self._pinned(boundary), leave, micros)
-        self._add_shared("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, policy.boundary_slots)
-        self._add_shared("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, micros)
-        feed_forward = model.feed_forward_bytes(self.tokens)
-        whole, rest = (self.footprint.held_bytes(inner, feed_forward) for inner in ("keep", "offload"))
-        self._add_pool("gpu.inner", Tier.GPU, TensorClass.INNER, whole, kept, micros)
-        self._add_pool("gpu.inner.rest", Tier.GPU, TensorClass.INNER, rest, away, micros)
-        self._add_shared("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, feed_forward, policy.inner_slots)
-        self._add_pool("host.feed_forward", Tier.HOST, TensorClass.FEED_FORWARD, feed_forward, away, micros)
+        self.seq_len = workload.seq_len
+        self.sizes = sizes = Sizes(model, policy, workload.seq_len, footprint)
+        self._own: dict[tuple[TensorClass, Tier, int], tuple[str, int]] = {}
+        held = holders(model, policy)
+        for holding, units in held.items():
+            each = own_slots(holding, policy)
+            for place, unit in enumerate(units):
+                self._own[holding.tensor, holding.tier, unit] = holding.pool, each * place
+        counts = {holding: len(units) for holding, units in held.items()}
         layers = policy.units[1 : model.head_unit]
-        workspace = self.footprint.workspace_beside(
-            [micros * self.footprint.held_bytes(layer.inner, feed_forward) for layer in layers]
-        )
-        self._add_shared("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, workspace, 1)
+        kept_bytes = [policy.micro_batches * sizes.held_bytes(layer.inner, layer.feed_forward) for layer in layers]
+        rows = pool_rows(sizes, counts, policy, kept_bytes, policy.system)
+        self.pools = {row.name: SlotPool(*row) for row in rows if row.slots and row.slot_bytes}
+
+    def own(self, tensor: TensorClass, tier: Tier, unit: int) -> tuple[str, int] | None:
+        """Pool and first slot of what the unit has there for itself; None where it shares slots with other units."""
+        return self._own.get((tensor, tier, unit))
+
+    def shared(self, tensor: TensorClass, tier: Tier) -> str:
+        """The pool whose slots units take in turn for this class on this tier."""
+        if tensor is TensorClass.GRADIENT:
+            return f"{tier}.{gradient_pool(self.policy.system)}"
+        return _SHARED[tensor, tier]
+
+
+_SHARED = {
+    (TensorClass.WEIGHTS, Tier.GPU): "gpu.weights.window",
+    (TensorClass.WEIGHTS, Tier.HOST): "host.staging",
+    (TensorClass.BOUNDARY, Tier.GPU): "gpu.boundary.cycle",
+    (TensorClass.FEED_FORWARD, Tier.GPU): "gpu.feed_forward",
+    **{(tensor, tier): f"{tier}.{_WORDS[tensor]}.{PASSING}" for tensor in STATE for tier in (Tier.GPU, Tier.HOST)},
+}

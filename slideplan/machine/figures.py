@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from slideplan.codec import Spec
-from slideplan.graph.tasks import GRADIENT_KINDS, Lane
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import GRADIENT_KINDS
 from slideplan.machine.profile import ComputeCost, Curve, LaunchCost, MachineProfile, Spread
 from slideplan.quantities import format_bytes
 
@@ -39,7 +40,7 @@ class Change(Spec, frozen=True):
         return apart <= TOLERANCE_PERCENT / 100 * self.before.p50
 
 
-def figure_name(lane: Lane, lanes: tuple[Lane, ...]) -> str:
+def figure_name(lane: LaneKind, lanes: tuple[LaneKind, ...]) -> str:
     """Rate of a lane while these run."""
     others = [str(other) for other in lanes if other is not lane]
     return f"{lane} with {' and '.join(others)}" if others else f"{lane} alone"
@@ -53,7 +54,7 @@ def cost_name(cost: ComputeCost) -> str:
 
 def launch_name(launch: LaunchCost) -> str:
     """Time to issue a task."""
-    return f"launch of {launch.kind}{f' {launch.role}, {launch.kernels}' if launch.role else ''}"
+    return f"launch of {launch.kind} {f'{launch.role}, {launch.kernels}' if launch.role else f'on {launch.lane}'}"
 
 
 def figures(machine: MachineProfile) -> dict[str, Figure]:

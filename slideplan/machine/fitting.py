@@ -16,22 +16,22 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.machine.profile import Interference, LaneSpeed, Spread
 from slideplan.machine.sharing import Resource, Sharing
 
-Speeds = Mapping[Lane, float]  # relative to each lane alone
+Speeds = Mapping[LaneKind, float]  # relative to each lane alone
 Vector = NDArray[np.float64]
 
 _LINKS = {
-    Lane.H2D: Resource.PCIE,
-    Lane.D2H: Resource.PCIE,
-    Lane.SSD_READ: Resource.SSD,
-    Lane.SSD_WRITE: Resource.SSD,
+    LaneKind.H2D: Resource.PCIE,
+    LaneKind.D2H: Resource.PCIE,
+    LaneKind.SSD_READ: Resource.SSD,
+    LaneKind.SSD_WRITE: Resource.SSD,
 }
-_ON_GPU = (Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE)
+_ON_GPU = (LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE, LaneKind.GPU_UPDATE)
 # The lane whose share weight is 1 there. On the GPU all have 1 but compute, and who gives way to it.
-_REFERENCE = {Resource.PCIE: Lane.D2H, Resource.SSD: Lane.SSD_WRITE, Resource.HOST_DRAM: Lane.HOST_UPDATE}
+_REFERENCE = {Resource.PCIE: LaneKind.D2H, Resource.SSD: LaneKind.SSD_WRITE, Resource.HOST_DRAM: LaneKind.HOST_UPDATE}
 
 # What meets compute on a GPU takes a small part of it and hardly waits: compute starts with a low weight.
 _COMPUTE_WEIGHT = 1 / 16
@@ -51,7 +51,7 @@ _ROUNDS = 100
 class _Parameter:
     """One unknown: a capacity or weight as the logarithm of its ratio to `start`, a usage as itself."""
 
-    of: tuple[Literal["capacity", "usage", "part", "weight"], Lane | None, Resource]
+    of: tuple[Literal["capacity", "usage", "part", "weight"], LaneKind | None, Resource]
     start: float
     low: float
     high: float
@@ -68,7 +68,9 @@ class _Parameter:
         return self.start * float(np.exp(x)) if self._is_ratio else x
 
 
-def interference(alone: Mapping[Lane, Spread], together: Sequence[Mapping[Lane, Spread]], gpu_bytes_per_s: int) -> Interference:
+def interference(
+    alone: Mapping[LaneKind, Spread], together: Sequence[Mapping[LaneKind, Spread]], gpu_bytes_per_s: int
+) -> Interference:
     """Rates measured alone and together, with the model fitted to their middles and what it says of each.
 
     As for `fit`, but rates in bytes/s throughout; every lane of `together` must be in `alone`.
@@ -81,7 +83,7 @@ def interference(alone: Mapping[Lane, Spread], together: Sequence[Mapping[Lane, 
     ]
     # No lane gains by company: what is above 1 is noise in the rate alone.
     fitted = fit(middle, [{lane: min(1.0, speed) for lane, speed in each.items()} for each in speeds], gpu_bytes_per_s)
-    demands = middle | {Lane.COMPUTE: float(gpu_bytes_per_s)}
+    demands = middle | {LaneKind.COMPUTE: float(gpu_bytes_per_s)}
     combinations = []
     for measured, rates in zip(speeds, together, strict=True):
         predicted = fitted.speeds({lane: demands[lane] for lane in measured})
@@ -94,7 +96,7 @@ def interference(alone: Mapping[Lane, Spread], together: Sequence[Mapping[Lane, 
     return Interference(alone=dict(alone), together=tuple(combinations), fitted=fitted)
 
 
-def fit(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> Sharing:
+def fit(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> Sharing:
     """The model whose relative speeds differ least from those measured, in the sum of squares.
 
     `alone`: bytes/s of each lane by itself (of compute, any figure); `together`: relative speeds in
@@ -105,7 +107,7 @@ def fit(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s
     for speeds in together:
         if len(speeds) < 2 or not set(speeds) <= set(alone):
             raise ValueError(f"combination {sorted(speeds)}: needs two or more of the lanes measured alone, {sorted(alone)}")
-    alone = {lane: float(gpu_bytes_per_s) if lane is Lane.COMPUTE else rate for lane, rate in alone.items()}
+    alone = {lane: float(gpu_bytes_per_s) if lane is LaneKind.COMPUTE else rate for lane, rate in alone.items()}
     unknowns = _unknowns(alone, together, gpu_bytes_per_s)
     measured = np.array([speed for speeds in together for speed in speeds.values()])
     start = np.array([unknown.at_start for unknown in unknowns])
@@ -119,9 +121,9 @@ def fit(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s
     return _sharing(unknowns, _least_squares(residuals, start, low, high), alone, gpu_bytes_per_s)
 
 
-def _unknowns(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> list[_Parameter]:
+def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> list[_Parameter]:
     found = []
-    weights: dict[tuple[Lane, Resource], float] = {}
+    weights: dict[tuple[LaneKind, Resource], float] = {}
     for resource, reference in _REFERENCE.items():
         users = [lane for lane in alone if _LINKS.get(lane) is resource or (resource is Resource.HOST_DRAM and _on_dram(lane))]
         if users:
@@ -131,14 +133,14 @@ def _unknowns(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes
             found.append(_Parameter(("capacity", None, resource), start, float(np.log(largest / start)), 1.0))
         if reference in users:
             weights |= {(lane, resource): 1.0 for lane in users if lane is not reference}
-    if Lane.HOST_UPDATE in alone:
+    if LaneKind.HOST_UPDATE in alone:
         found += [_Parameter(("usage", lane, Resource.HOST_DRAM), 1.0, 0.0, 4.0) for lane in _LINKS if lane in alone]
-    if Lane.COMPUTE in alone:
-        weights[Lane.COMPUTE, Resource.GPU] = _COMPUTE_WEIGHT
+    if LaneKind.COMPUTE in alone:
+        weights[LaneKind.COMPUTE, Resource.GPU] = _COMPUTE_WEIGHT
         for speeds in together:
             for lane in _ON_GPU:
-                if set(speeds) == {Lane.COMPUTE, lane}:
-                    compute, other = speeds[Lane.COMPUTE], speeds[lane]
+                if set(speeds) == {LaneKind.COMPUTE, lane}:
+                    compute, other = speeds[LaneKind.COMPUTE], speeds[lane]
                     part = min(1.0, max(0.0, 1.0 - compute) / other)
                     found.append(_Parameter(("part", lane, Resource.GPU), part, 0.0, 1.0))
                     if other < _FULL_SPEED:  # the two shared what there is
@@ -146,15 +148,15 @@ def _unknowns(alone: Mapping[Lane, float], together: Sequence[Speeds], gpu_bytes
     return found + [_Parameter(("weight", lane, resource), start, -3.0, 3.0) for (lane, resource), start in weights.items()]
 
 
-def _on_dram(lane: Lane) -> bool:
-    return lane in _LINKS or lane is Lane.HOST_UPDATE
+def _on_dram(lane: LaneKind) -> bool:
+    return lane in _LINKS or lane is LaneKind.HOST_UPDATE
 
 
-def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[Lane, float], gpu_bytes_per_s: int) -> Sharing:
+def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[LaneKind, float], gpu_bytes_per_s: int) -> Sharing:
     """The model with these values. A part of the GPU is of the lane at its rate alone; usage is per byte."""
     value = {unknown.of: unknown.value(float(at)) for unknown, at in zip(unknowns, x, strict=True)}
     capacities = {of: round(value["capacity", None, of]) for of in Resource if ("capacity", None, of) in value}
-    usage: dict[Lane, dict[Resource, float]] = {}
+    usage: dict[LaneKind, dict[Resource, float]] = {}
     for lane in alone:
         of: dict[Resource, float] = {_LINKS[lane]: 1.0} if lane in _LINKS else {}
         if _on_dram(lane):
@@ -165,8 +167,8 @@ def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[Lane, flo
         usage[lane] = of
     if any(Resource.GPU in of for of in usage.values()):
         capacities[Resource.GPU] = gpu_bytes_per_s
-        usage[Lane.COMPUTE] = {Resource.GPU: 1.0}
-    weights: dict[Lane, dict[Resource, float]] = {}
+        usage[LaneKind.COMPUTE] = {Resource.GPU: 1.0}
+    weights: dict[LaneKind, dict[Resource, float]] = {}
     for (what, shared_by, resource), found in value.items():
         if what == "weight" and shared_by is not None and resource in usage[shared_by]:
             weights.setdefault(shared_by, {})[resource] = found

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from slideplan.codec import Spec
-from slideplan.graph.tasks import Lane
-
-HOST_LANES = (Lane.HOST_UPDATE, Lane.HOST_CAST, Lane.SSD_READ, Lane.SSD_WRITE)
+from slideplan.graph.lanes import HOST_LANES, Lane
 
 
 class Handoffs(Spec, frozen=True):
@@ -28,11 +26,11 @@ class Handoffs(Spec, frozen=True):
 
     def between(self, before: Lane, after: Lane) -> int:
         """From one lane to another. Between host lanes: a thread wakes another, as one that feeds a stream."""
-        if before is after:
+        if before == after:
             return 0
-        if before in HOST_LANES:
+        if before.kind in HOST_LANES:
             return self.host_to_device_ns
-        return self.device_to_host_ns if after in HOST_LANES else self.device_to_device_ns
+        return self.device_to_host_ns if after.kind in HOST_LANES else self.device_to_device_ns
 
     def table(self, lanes: Collection[Lane]) -> dict[Lane, dict[Lane, int]]:
         """The same for all of these lanes: first the lane that goes on, then the one that it waited for."""

@@ -9,7 +9,8 @@ from typing import Literal
 import msgspec
 
 from slideplan.codec import Document, Spec
-from slideplan.graph.tasks import GRADIENT_KINDS, Lane, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import GRADIENT_KINDS, TaskKind
 from slideplan.machine.handoffs import IMMEDIATE, Handoffs
 from slideplan.machine.sharing import Sharing
 from slideplan.model import ModelSpec, UnitRole
@@ -236,6 +237,7 @@ class LaunchCost(Spec, frozen=True):
     """
 
     kind: TaskKind
+    lane: LaneKind
     role: UnitRole | None
     duration_ns: Spread
     kernels: Kernels = "eager"
@@ -249,7 +251,7 @@ class LaneSpeed(Spec, frozen=True):
     predicted: the same by the fitted model
     """
 
-    lane: Lane
+    lane: LaneKind
     rate: Spread
     speed: float
     predicted: float
@@ -268,7 +270,7 @@ class Interference(Spec, frozen=True):
     fitted:   what `simulator` prices contention with
     """
 
-    alone: dict[Lane, Spread]
+    alone: dict[LaneKind, Spread]
     together: tuple[tuple[LaneSpeed, ...], ...]
     fitted: Sharing
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 import msgspec
 
 from slideplan.codec import Spec
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 
 Demand = Mapping["Resource", int]
 Weights = Mapping["Resource", float]
@@ -38,8 +38,8 @@ class Sharing(Spec, frozen=True):
     """
 
     capacities: dict[Resource, int]
-    usage: dict[Lane, dict[Resource, float]]
-    weights: dict[Lane, dict[Resource, float]] = msgspec.field(default_factory=dict)
+    usage: dict[LaneKind, dict[Resource, float]]
+    weights: dict[LaneKind, dict[Resource, float]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for resource, capacity in self.capacities.items():
@@ -58,16 +58,16 @@ class Sharing(Spec, frozen=True):
                 if taken and resource not in self.capacities:
                     raise ValueError(f"usage.{lane} names {resource}, which has no entry in capacities")
 
-    def demand(self, lane: Lane, bytes_per_s: float) -> dict[Resource, int]:
+    def demand(self, lane: LaneKind, bytes_per_s: float) -> dict[Resource, int]:
         """Bytes/s that a task of the lane takes from each resource while it runs at this rate."""
         usage = self.usage.get(lane, {})
         return {resource: taken for resource, each in usage.items() if (taken := round(bytes_per_s * each))}
 
-    def weights_of(self, lane: Lane) -> dict[Resource, float]:
+    def weights_of(self, lane: LaneKind) -> dict[Resource, float]:
         """Share weights of the lane's tasks, where they are not 1."""
         return self.weights.get(lane, {})
 
-    def speeds(self, alone: Mapping[Lane, float]) -> dict[Lane, float]:
+    def speeds(self, alone: Mapping[LaneKind, float]) -> dict[LaneKind, float]:
         """Relative speed of each lane while all of these run at once. `alone`: bytes/s of each by itself."""
         demands = [within(self.demand(lane, rate), self.capacities) for lane, rate in alone.items()]
         weights = [self.weights_of(lane) for lane in alone]

@@ -25,8 +25,8 @@ from planner.catalogue.models import find_model
 from runtime.cli import app
 from runtime.probes.profile import ProfileRequest, profile_machine
 from slideplan.codec import load, save
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.replay import replay
-from slideplan.graph.tasks import Lane
 from slideplan.machine.profile import MachineProfile
 
 ENOUGH_S = 1000.0
@@ -159,7 +159,7 @@ def test_figures_of_the_report_agree(report: Path, finished: CampaignFolder) -> 
     assert summary.rehearsed.mean == pytest.approx(fmean(rehearsed))
     assert f"before the first step: mean \\|error\\| **{fmean(map(abs, rehearsed)):.1%}**" in text
     for entry in finished.manifest().entries:
-        updates = finished.plan(entry).graph.lanes.get(Lane.HOST_UPDATE)
+        updates = finished.plan(entry).graph.lanes.get(LaneKind.HOST_UPDATE)
         assert (next(run for run in runs if run.name == entry.name).rehearsed_error is None) == (updates is None)
     assert f"mean \\|error\\| **{summary.step.mean_size:.1%}**, worst **{summary.step.worst:+.1%}**" in text
     assert sum(summary.histogram.counts) == len(runs)
@@ -184,7 +184,7 @@ def test_what_is_left_of_an_error_without_one_lane_of_it(finished: CampaignFolde
     plan, measurement = finished.plan(entry), finished.measurement(entry)
     predicted_ns = [span.end_ns - span.start_ns for span in plan.prediction.record.spans]
     task_ns = tuple(
-        ns * (2 if task.lane is Lane.COMPUTE else 1) for ns, task in zip(predicted_ns, plan.graph.tasks, strict=True)
+        ns * (2 if task.lane.kind is LaneKind.COMPUTE else 1) for ns, task in zip(predicted_ns, plan.graph.tasks, strict=True)
     )
     step_ns = replay(plan.graph, task_ns, plan.prediction.handoffs)[0]
     record = msgspec.structs.replace(measurement.record, step_ns=step_ns)

@@ -17,7 +17,8 @@ from slideplan.graph.validate import validate
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import MachineProfile
-from slideplan.policy import Policy, Tier, Workload
+from slideplan.placement import Tier
+from slideplan.policy import Policy, Workload
 from slideplan.quantities import GIB, KIB
 
 MODEL = tiny_model(layers=6)
@@ -70,10 +71,10 @@ def test_every_knob_takes_its_values_in_200_draws() -> None:
         "host_gradient_slots": {policy.host_gradient_slots for policy in policies},
         "boundary_slots": {policy.boundary_slots - policy.micro_batches for policy in policies if policy.boundary_slots},
         "boundaries": {sum(unit.boundary is Tier.HOST for unit in policy.units) for policy in policies},
-        "kept": {sum(unit.inner == "keep" for unit in policy.units) for policy in policies},
-        "state": {sum(policy.units[unit].state is Tier.GPU for unit in layers) for policy in policies},
+        "kept": {sum(unit.feed_forward is Tier.GPU for unit in policy.units) for policy in policies},
+        "state": {sum(policy.units[unit].moments is Tier.GPU for unit in layers) for policy in policies},
         "weights": {
-            sum(policy.units[unit].weights is Tier.GPU and policy.units[unit].state is Tier.HOST for unit in layers)
+            sum(policy.units[unit].weights is Tier.GPU and policy.units[unit].moments is Tier.HOST for unit in layers)
             for policy in policies
         },
         "embedding": {policy.units[0].state for policy in policies},

@@ -8,7 +8,7 @@ import pytest
 import targets
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from campaign_draw import fixed_plan
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.measurement import Measurement
 from slideplan.plan import Plan
 from slideplan.timeline import Span
@@ -35,7 +35,7 @@ def test_mechanisms_are_switched_off_one_at_a_time() -> None:
 def test_waits_of_compute_and_what_of_them_nothing_accounts_for() -> None:
     """Every task takes 10 ns and starts when all it depends on is over; one begins 7 ns late."""
     plan = plan_of()
-    graph, late = plan.graph, plan.graph.lanes[Lane.COMPUTE][3]
+    graph, late = plan.graph, plan.graph.queue(LaneKind.COMPUTE)[3]
     spans: list[Span] = []
     free = dict.fromkeys(graph.lanes, 0)
     for number, task in enumerate(graph.tasks):
@@ -50,7 +50,7 @@ def test_waits_of_compute_and_what_of_them_nothing_accounts_for() -> None:
         step_ns=(step_ns,), losses=(1.0,), task_ns=(10,) * len(spans), record=record,
     )  # fmt: skip
     found = targets.compute_gaps(plan, measurement)
-    compute = [spans[number] for number in graph.lanes[Lane.COMPUTE]]
+    compute = [spans[number] for number in graph.queue(LaneKind.COMPUTE)]
     waits = [after.start_ns - before.end_ns for before, after in pairwise(compute)]
     assert found["idle"] * step_ns == pytest.approx(7)
     assert found["within"] * step_ns == pytest.approx(sum(waits))

@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.machine.fitting import fit
 from slideplan.machine.sharing import Resource, Sharing
 
 G = 10**9
 GPU_BYTES_PER_S = 3000 * G
-COMPUTE, UPDATE, H2D, D2H, GPU_UPDATE = Lane.COMPUTE, Lane.HOST_UPDATE, Lane.H2D, Lane.D2H, Lane.GPU_UPDATE
-READ, WRITE = Lane.SSD_READ, Lane.SSD_WRITE
+COMPUTE, UPDATE, H2D, D2H, GPU_UPDATE = LaneKind.COMPUTE, LaneKind.HOST_UPDATE, LaneKind.H2D, LaneKind.D2H, LaneKind.GPU_UPDATE
+READ, WRITE = LaneKind.SSD_READ, LaneKind.SSD_WRITE
 PCIE, DRAM, SSD, GPU = Resource.PCIE, Resource.HOST_DRAM, Resource.SSD, Resource.GPU
 
 ALONE = {UPDATE: 140 * G, H2D: 54 * G, D2H: 55 * G, READ: 1.5 * G, WRITE: 1.8 * G, COMPUTE: 700_000 * G, GPU_UPDATE: 2980 * G}
@@ -42,7 +42,7 @@ TRUTH = Sharing(
 )
 
 
-def speeds(model: Sharing, alone: dict[Lane, float], lanes: tuple[Lane, ...]) -> dict[Lane, float]:
+def speeds(model: Sharing, alone: dict[LaneKind, float], lanes: tuple[LaneKind, ...]) -> dict[LaneKind, float]:
     return model.speeds({lane: GPU_BYTES_PER_S if lane is COMPUTE else alone[lane] for lane in lanes})
 
 
@@ -117,9 +117,9 @@ def test_compute_that_nothing_slows_shares_nothing() -> None:
 def test_any_figures_give_a_model(seed: int) -> None:
     """However little they agree with each other, also where the best model lies at the edge of what may be."""
     draw = random.Random(seed)
-    lanes = (Lane.H2D, Lane.D2H, Lane.HOST_UPDATE)
+    lanes = (LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE)
     alone = {lane: draw.choice([1, 5, 20]) * 1e9 for lane in lanes}
-    pairs = [(Lane.H2D, Lane.D2H), (Lane.HOST_UPDATE, Lane.H2D), (Lane.HOST_UPDATE, Lane.D2H), lanes]
+    pairs = [(LaneKind.H2D, LaneKind.D2H), (LaneKind.HOST_UPDATE, LaneKind.H2D), (LaneKind.HOST_UPDATE, LaneKind.D2H), lanes]
     together = [{lane: round(draw.uniform(0.3, 1.3), 2) for lane in each} for each in pairs]
     found = fit(alone, together, 10**12)
     for speeds in together:
@@ -128,7 +128,7 @@ def test_any_figures_give_a_model(seed: int) -> None:
 
 
 @pytest.mark.parametrize("together", [{H2D: 1.0}, {H2D: 0.5, READ: 0.5}])
-def test_combinations_are_of_lanes_measured_alone(together: dict[Lane, float]) -> None:
+def test_combinations_are_of_lanes_measured_alone(together: dict[LaneKind, float]) -> None:
     with pytest.raises(ValueError, match="two or more of the lanes measured alone"):
         fit({H2D: 1.0 * G, D2H: 1.0 * G}, [together], GPU_BYTES_PER_S)
 

@@ -13,10 +13,21 @@ from hypothesis import strategies as st
 from builders import tiny_model, tiny_policy, tiny_workload
 from contents import Contents, run_lanes
 from slideplan.graph.clocks import clocks, knows
-from slideplan.graph.tasks import Lane, Role, TaskGraph, TaskKind, tier_bytes
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import (
+    FETCH_BOUNDARY,
+    LOAD_WEIGHTS,
+    OFFLOAD_BOUNDARY,
+    OFFLOAD_GRADIENT,
+    UPDATE_HOST,
+    Operation,
+    TaskKind,
+)
+from slideplan.graph.tasks import Role, TaskGraph, tier_bytes
 from slideplan.graph.validate import validate
 from slideplan.lowering.lower import lower
-from slideplan.policy import Policy, Tier, UnitPolicy
+from slideplan.placement import Placement, Tier
+from slideplan.policy import Policy
 from strategies import FOOTPRINT, Case, foreign_cases
 
 
@@ -25,17 +36,17 @@ def graph_of(model=None, workload=None, **knobs) -> TaskGraph:
     return lower(model, tiny_policy(model, **knobs), workload or tiny_workload(), FOOTPRINT)
 
 
-def by_kind(graph: TaskGraph, kind: TaskKind) -> list:
-    return [task for task in graph.tasks if task.kind is kind]
+def by_kind(graph: TaskGraph, kind: TaskKind | Operation) -> list:
+    return [task for task in graph.tasks if kind in (task.kind, task.operation)]
 
 
 def loads_that_wait_for_all_updates(graph: TaskGraph) -> list[bool]:
     """For each load of a step, whether all updates of the step before are known to have ended."""
-    updates = [number for number, task in enumerate(graph.tasks) if task.kind is TaskKind.UPDATE_HOST]
+    updates = [number for number, task in enumerate(graph.tasks) if task.operation == UPDATE_HOST]
     return [
         all(knows(clock, graph, 0, update) for update in updates)
         for step, number, clock in clocks(graph, steps=2)
-        if step == 1 and graph.tasks[number].kind is TaskKind.LOAD_WEIGHTS
+        if step == 1 and graph.tasks[number].operation == LOAD_WEIGHTS
     ]
 
 
@@ -78,16 +89,16 @@ def test_no_dependency_is_superfluous(case: Case):
 @given(foreign_cases())
 def test_with_a_step_barrier_every_load_waits_for_all_updates_of_the_step_before(case: Case):
     graph = case.graph()
-    assert all(loads_that_wait_for_all_updates(graph)) or not case.policy.step_barrier
+    assert all(loads_that_wait_for_all_updates(graph)) or not case.policy.system.step_barrier
 
 
 @settings(deadline=None)
 @given(foreign_cases())
 def test_clipping_passes_over_all_gradients_before_the_first_update(case: Case):
     graph = case.graph()
-    queue = [graph.tasks[number] for number in graph.lanes[Lane.HOST_UPDATE]]
+    queue = [graph.tasks[number] for number in graph.queue(LaneKind.HOST_UPDATE)]
     clipped = [task.unit for task in queue if task.kind is TaskKind.CLIP_GRADIENT]
-    if case.policy.clipping == "none":
+    if case.policy.system.clipping == "none":
         assert not clipped
         return
     assert sorted(clipped) == [*range(case.model.units)]
@@ -102,14 +113,14 @@ def test_without_a_barrier_the_first_load_waits_for_its_own_update_only():
 
 def test_each_load_of_an_fp32_master_casts_into_the_one_staging_buffer():
     graph = graph_of(master="fp32", staging="per_load")
-    loads, casts = by_kind(graph, TaskKind.LOAD_WEIGHTS), by_kind(graph, TaskKind.CAST_WEIGHTS)
+    loads, casts = by_kind(graph, LOAD_WEIGHTS), by_kind(graph, TaskKind.CAST_WEIGHTS)
     assert [task.unit for task in casts] == [task.unit for task in loads]
     assert graph.pool["host.staging"].count == 1
-    assert {task.slot(Role.HOST_WEIGHTS) for task in (*loads, *casts)} == {("host.staging", 0)}
-    assert all(cast.lane is Lane.HOST_CAST for cast in casts)
+    assert {task.slot(Role.WEIGHTS, Tier.HOST) for task in (*loads, *casts)} == {("host.staging", 0)}
+    assert all(cast.lane.kind is LaneKind.HOST_CAST for cast in casts)
     layer = next(task for task in casts if task.unit == 1)
     assert layer.bytes_moved == (4 + 2) * 36992
-    update = next(task for task in by_kind(graph, TaskKind.UPDATE_HOST) if task.unit == 1)
+    update = next(task for task in by_kind(graph, UPDATE_HOST) if task.unit == 1)
     assert update.bytes_moved == (24 + 4) * 36992
 
 
@@ -130,17 +141,17 @@ def test_bytes_per_element_of_each_weight_format(master: str, staging: str, byte
     state = sum(pool.total_bytes for pool in graph.pools if pool.tier is Tier.HOST and ".gradient." not in pool.name)
     staged = 2 * 36992 if staging == "per_load" else 0
     assert state - staged == bytes_per_element * elements
-    update = next(task for task in by_kind(graph, TaskKind.UPDATE_HOST) if task.unit == 1)
+    update = next(task for task in by_kind(graph, UPDATE_HOST) if task.unit == 1)
     assert update.bytes_moved == (update_bytes + 4) * 36992
 
 
 def test_shared_copy_lanes_are_one_fifo_in_issue_order():
     graph = graph_of(copy_lanes="shared", offload_boundaries=True)
-    assert Lane.H2D not in graph.lanes
-    assert Lane.D2H not in graph.lanes
-    kinds = {graph.tasks[number].kind for number in graph.lanes[Lane.COPY]}
+    assert not graph.queue(LaneKind.H2D)
+    assert not graph.queue(LaneKind.D2H)
+    kinds = {graph.tasks[number].kind for number in graph.queue(LaneKind.COPY)}
     assert kinds == {
-        TaskKind.LOAD_WEIGHTS, TaskKind.OFFLOAD_GRADIENT, TaskKind.OFFLOAD_BOUNDARY, TaskKind.FETCH_BOUNDARY,
+        LOAD_WEIGHTS, OFFLOAD_GRADIENT, OFFLOAD_BOUNDARY, FETCH_BOUNDARY,
     }  # fmt: skip
     separate = graph_of(offload_boundaries=True)
     assert [task.name for task in graph.tasks] == [task.name for task in separate.tasks]
@@ -150,7 +161,7 @@ def uniform(model, **knobs) -> Policy:
     policy = tiny_policy(model, unit_slots="uniform", host_gradient_slots=1, **knobs)
     if not model.tied_embeddings:
         return policy
-    units = (*policy.units[:-1], UnitPolicy(weights=Tier.GPU))
+    units = (*policy.units[:-1], Placement(weights=Tier.GPU))
     return msgspec.structs.replace(policy, units=units)
 
 
@@ -162,7 +173,7 @@ def test_uniform_slots_are_of_the_largest_unit_and_serve_every_unit(tied: bool):
     assert graph.pool["gpu.weights.window"].total_bytes == 2 * 2 * largest
     assert graph.pool["gpu.gradient.window"].total_bytes == 2 * 4 * largest
     assert graph.pool["host.gradient.window"].total_bytes == 4 * largest
-    loads = Counter(task.unit for task in by_kind(graph, TaskKind.LOAD_WEIGHTS))
+    loads = Counter(task.unit for task in by_kind(graph, LOAD_WEIGHTS))
     # A tied vocabulary is loaded for its gather and again for the loss; its backward reads no weights.
     assert loads[0] == (2 if tied else 1)
     assert loads[model.head_unit] == 1
@@ -194,21 +205,21 @@ def test_checkpoint_interval_runs_all_but_the_last_layer_of_a_block_again():
     graph = graph_of(model, checkpoint_interval=2, boundary_slots=6)
     again = [task.unit for task in graph.tasks if task.name.endswith("/again")]
     assert again == [3, 3, 1, 1]
-    loads = Counter(task.unit for task in by_kind(graph, TaskKind.LOAD_WEIGHTS) if 0 < task.unit <= 5)
+    loads = Counter(task.unit for task in by_kind(graph, LOAD_WEIGHTS) if 0 < task.unit <= 5)
     assert loads == {1: 2, 2: 2, 3: 2, 4: 2, 5: 1}  # a window of two keeps both layers of a block for its backward
     wide = graph_of(tiny_model(layers=6), checkpoint_interval=3, boundary_slots=6)
-    assert max(Counter(task.unit for task in by_kind(wide, TaskKind.LOAD_WEIGHTS)).values()) == 3
+    assert max(Counter(task.unit for task in by_kind(wide, LOAD_WEIGHTS)).values()) == 3
     assert graph.pool["gpu.boundary"].count == 2 * 4  # embedding, layers 2 and 4, and 5 for the loss
 
 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"master": "fp32"}, "policy.master fp32 does not go with staging none"),
-        ({"staging": "per_load"}, "policy.master split does not go with staging per_load"),
+        ({"master": "fp32"}, "policy.other.master fp32 does not go with staging none"),
+        ({"staging": "per_load"}, "policy.other.master split does not go with staging per_load"),
         (
             {"step_barrier": True, "resident_state": (1,)},
-            "policy.step_barrier: needs all state on the host and updated there, that of unit 1 is not",
+            "policy.other (other) needs all state on the host and updated there, that of unit 1 is not",
         ),
         ({"checkpoint_interval": 0}, "policy.checkpoint_interval is 0"),
         ({"checkpoint_interval": 2, "offload_boundaries": True}, "needs all boundary activations on the gpu"),

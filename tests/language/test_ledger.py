@@ -4,9 +4,9 @@ import msgspec
 from hypothesis import given
 
 from builders import tiny_machine
-from slideplan.graph.tasks import SlotPool, TaskGraph, TensorClass, tier_bytes
+from slideplan.graph.tasks import SlotPool, TaskGraph, tier_bytes
 from slideplan.ledger import ledger, slot_capacity
-from slideplan.policy import Tier
+from slideplan.placement import TensorClass, Tier
 from slideplan.quantities import GIB
 from strategies import Case, cases
 
@@ -76,17 +76,17 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     def size(unit: int, parts: int = 1) -> int:
         """Of a unit's state, or of one of the chunks of it that passes through, which are of whole blocks."""
         elements = model.flat_elements(model.role(unit))
-        if policy.units[unit].streams_state:
+        if policy.units[unit].passing:
             elements = -(-elements // (256 * parts)) * 256
-        lossy = policy.gpu_moments == "8bit" and not policy.units[unit].updated_on_host
+        lossy = policy.gpu_moments == "8bit" and policy.units[unit].update is not Tier.HOST
         return 4 * elements + 8 * -(-elements // 256) if lossy else 10 * elements
 
-    passing = [unit for unit in range(model.units) if policy.units[unit].streams_state]
+    passing = [unit for unit in range(model.units) if policy.units[unit].passing]
     for tier, pools in items.items():
         state = sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name)
         there = sum(size(u) for u in range(model.units) if policy.units[u].state is tier and u not in passing)
         count = policy.state_slots if tier is Tier.GPU else len(passing) * policy.state_chunks
         assert state == there + (count * size(passing[0], policy.state_chunks) if passing else 0)
     weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)
-    updated_there = [model.role(unit) for unit in range(model.units) if policy.units[unit].updated_on_host]
+    updated_there = [model.role(unit) for unit in range(model.units) if policy.units[unit].update is Tier.HOST]
     assert weights == 2 * sum(map(model.flat_elements, updated_there))

@@ -12,10 +12,21 @@ from hypothesis import strategies as st
 from builders import tiny_model, tiny_policy, tiny_workload
 from contents import Contents, run_lanes
 from slideplan.graph.clocks import clocks, knows
-from slideplan.graph.tasks import Lane, Role, TaskGraph, TaskKind, TensorClass
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import (
+    LOAD_STATE,
+    LOAD_WEIGHTS,
+    OFFLOAD_GRADIENT,
+    OFFLOAD_STATE,
+    UPDATE_GPU,
+    UPDATE_HOST,
+    Operation,
+    TaskKind,
+)
+from slideplan.graph.tasks import Role, TaskGraph
 from slideplan.graph.validate import validate
 from slideplan.lowering.lower import lower
-from slideplan.policy import Tier
+from slideplan.placement import TensorClass, Tier
 from strategies import FOOTPRINT, Case, cases
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,8 +37,8 @@ def graph_of(model=None, workload=None, **knobs) -> TaskGraph:
     return lower(model, tiny_policy(model, **knobs), workload or tiny_workload(), FOOTPRINT)
 
 
-def by_kind(graph: TaskGraph, kind: TaskKind) -> list:
-    return [task for task in graph.tasks if task.kind is kind]
+def by_kind(graph: TaskGraph, kind: TaskKind | Operation) -> list:
+    return [task for task in graph.tasks if kind in (task.kind, task.operation)]
 
 
 @given(cases())
@@ -60,11 +71,11 @@ def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
     ]
     assert forward == [(unit, micro) for unit in range(model.units) for micro in micros]
     assert backward == [(unit, micro) for unit in reversed(range(model.units)) for micro in micros]
-    assert tuple(task.unit for task in by_kind(graph, TaskKind.UPDATE_HOST)) == policy.update_order
-    on_gpu = {task.unit for task in by_kind(graph, TaskKind.UPDATE_GPU)}
-    assert on_gpu == {unit for unit in range(model.units) if policy.units[unit].state is Tier.GPU}
-    passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].streams_state]
-    for kind in (TaskKind.LOAD_STATE, TaskKind.UPDATE_PASSING, TaskKind.OFFLOAD_STATE):
+    assert tuple(task.unit for task in by_kind(graph, UPDATE_HOST)) == policy.update_order
+    on_gpu = {task.unit for task in by_kind(graph, UPDATE_GPU)}
+    assert on_gpu == {unit for unit in range(model.units) if policy.units[unit].moments is Tier.GPU}
+    passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].passing]
+    for kind in (LOAD_STATE, UPDATE_GPU, OFFLOAD_STATE):
         found = [(task.unit, task.chunk) for task in by_kind(graph, kind)]
         assert found == [(unit, chunk) for unit in passing for chunk in range(policy.state_chunks)]
 
@@ -72,10 +83,10 @@ def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
 @given(cases())
 def test_a_load_waits_for_the_update_of_the_step_before(case: Case):
     graph = case.graph()
-    updates = {task.unit: number for number, task in enumerate(graph.tasks) if task.kind is TaskKind.UPDATE_HOST}
+    updates = {task.unit: number for number, task in enumerate(graph.tasks) if task.operation == UPDATE_HOST}
     for step, number, clock in clocks(graph, steps=2):
         task = graph.tasks[number]
-        if step == 1 and task.kind is TaskKind.LOAD_WEIGHTS:
+        if step == 1 and task.operation == LOAD_WEIGHTS:
             assert knows(clock, graph, 0, updates[task.unit])
 
 
@@ -92,13 +103,13 @@ def test_at_most_one_dependency_per_other_lane(case: Case):
 @pytest.mark.parametrize("window", [2, 3, 4, 6, 7])
 def test_turn_around_keeps_the_last_layers_in_the_window(layers: int, window: int):
     graph = graph_of(tiny_model(layers=layers), window=window, prefetch_depth=1)
-    loads = Counter(task.unit for task in by_kind(graph, TaskKind.LOAD_WEIGHTS) if 0 < task.unit <= layers)
+    loads = Counter(task.unit for task in by_kind(graph, LOAD_WEIGHTS) if 0 < task.unit <= layers)
     assert loads == {unit: 1 if unit > layers - window else 2 for unit in range(1, layers + 1)}
 
 
 def test_resident_weights_of_host_state_load_once_and_keep_their_slot():
     graph = graph_of(resident_weights=(1, 2))
-    loads = [task for task in by_kind(graph, TaskKind.LOAD_WEIGHTS) if task.unit in (1, 2)]
+    loads = [task for task in by_kind(graph, LOAD_WEIGHTS) if task.unit in (1, 2)]
     assert [task.unit for task in loads] == [1, 2]
     assert {task.slot(Role.WEIGHTS) for task in loads} == {("gpu.weights.layer", 0), ("gpu.weights.layer", 1)}
     assert graph.pool["gpu.weights.window"].count == 2
@@ -109,14 +120,14 @@ def test_loads_are_issued_prefetch_depth_visits_ahead():
         graph = graph_of(tiny_model(layers=6), window=4, prefetch_depth=depth)
         names = [task.name for task in graph.tasks]
         load = names.index("load_weights/layer005/forward")
-        following = next(task for task in graph.tasks[load:] if task.lane is Lane.COMPUTE)
+        following = next(task for task in graph.tasks[load:] if task.lane.kind is LaneKind.COMPUTE)
         assert following.unit == 6 - depth
         assert following.micro == 0
 
 
 def test_state_on_the_gpu_leaves_no_host_tasks():
     graph = graph_of(resident_state=tuple(range(6)))
-    assert set(graph.lanes) == {Lane.COMPUTE, Lane.GPU_UPDATE}
+    assert set(graph.lanes) == {LaneKind.COMPUTE, LaneKind.GPU_UPDATE}
     assert all(pool.tier is Tier.GPU for pool in graph.pools)
 
 
@@ -126,7 +137,7 @@ def test_gradients_are_overwritten_by_the_first_micro_batch_and_summed_by_the_ot
         modes = {
             (task.unit, task.micro, access.role): access.mode
             for task in graph.tasks
-            if task.lane is Lane.COMPUTE
+            if task.lane.kind is LaneKind.COMPUTE
             for access in task.accesses
             if access.role in (Role.GRADIENT, Role.TIED_GRADIENT)
         }
@@ -145,16 +156,18 @@ def test_gradient_dtype_sets_bytes_of_slots_and_transfers(dtype: str, element_by
         if pool.tensor_class is TensorClass.GRADIENT:
             elements = {"embedding": 16384, "layer": 36992, "head": 16448}[pool.name.split(".")[-1]]
             assert pool.slot_bytes == element_bytes * elements
-    layer = next(task for task in by_kind(graph, TaskKind.OFFLOAD_GRADIENT) if task.unit == 1)
+    layer = next(task for task in by_kind(graph, OFFLOAD_GRADIENT) if task.unit == 1)
     assert layer.bytes_moved == element_bytes * 36992
-    update = next(task for task in by_kind(graph, TaskKind.UPDATE_HOST) if task.unit == 1)
+    update = next(task for task in by_kind(graph, UPDATE_HOST) if task.unit == 1)
     assert update.bytes_moved == (24 + element_bytes) * 36992
 
 
 def test_recompute_adds_a_forward_to_the_flops():
     model = tiny_model()
     flops = {
-        task.kind: task.flops for task in graph_of(model, keep=(2,)).tasks if task.lane is Lane.COMPUTE and task.unit in (1, 2)
+        task.kind: task.flops
+        for task in graph_of(model, keep=(2,)).tasks
+        if task.lane.kind is LaneKind.COMPUTE and task.unit in (1, 2)
     }
     assert flops[TaskKind.FORWARD] == flops[TaskKind.FORWARD_KEEP]
     assert flops[TaskKind.BACKWARD_RECOMPUTE] == flops[TaskKind.BACKWARD] + flops[TaskKind.FORWARD]

@@ -8,13 +8,13 @@ import pytest
 
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan import __version__, codec
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.replay import replay
-from slideplan.graph.tasks import Lane
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
 from slideplan.measurement import Measurement, compare, expected_step_ns
+from slideplan.placement import Tier
 from slideplan.plan import MachineReference, Plan, Prediction, SearchRecord
-from slideplan.policy import Tier
 from slideplan.timeline import StepRecord, step_record
 from slideplan.trace import write_trace
 from strategies import FOOTPRINT
@@ -46,7 +46,7 @@ def plan() -> Plan:
             lower_bound_ns=1,
             critical_ns={},
             cost_sources={},
-            host_updates_ns=1000 * len(graph.lanes[Lane.HOST_UPDATE]),
+            host_updates_ns=1000 * len(graph.queue(LaneKind.HOST_UPDATE)),
         ),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=True,
@@ -80,7 +80,7 @@ def test_errors_are_split_between_cost_model_and_structure(plan: Plan):
 
 def test_host_updates_that_were_rehearsed_say_what_step_to_expect(plan: Plan):
     """Twice as long in rehearsal: as a step of updates twice as long, whatever the run then took."""
-    updates = plan.graph.lanes[Lane.HOST_UPDATE]
+    updates = plan.graph.queue(LaneKind.HOST_UPDATE)
     prediction = msgspec.structs.replace(plan.prediction, host_updates_ns=1000 * len(updates))
     plan = msgspec.structs.replace(plan, prediction=prediction)
     measurement = measurement_of(plan, 1500, scale=1.0)

@@ -5,7 +5,8 @@ import pytest
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from slideplan.model import UnitRole
-from slideplan.policy import Policy, Tier, Workload
+from slideplan.placement import Tier
+from slideplan.policy import Policy, Workload
 
 
 def changed_unit(policy: Policy, unit: int, **fields) -> Policy:

@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import tiny_workload
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST, TaskKind
 from slideplan.graph.replay import replay, unroll
-from slideplan.graph.tasks import Dependency, Lane, Task, TaskGraph, TaskKind
+from slideplan.graph.tasks import Dependency, Task, TaskGraph
 from slideplan.timeline import Span, step_record
 from strategies import Case, cases
 
 H2D, COMPUTE, D2H, HOST = (
-    TaskKind.LOAD_WEIGHTS, TaskKind.FORWARD, TaskKind.OFFLOAD_GRADIENT, TaskKind.UPDATE_HOST,
+    LOAD_WEIGHTS, TaskKind.FORWARD, OFFLOAD_GRADIENT, UPDATE_HOST,
 )  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_step_record_sums_lanes():
     graph = graph_of((H2D, []), (COMPUTE, [(0, 0)]), (H2D, []))
     record = step_record(graph, tiny_workload(seq_len=10, global_batch=5), 100, [span(-10, 0), span(0, 60), span(0, 30)], {})
     assert {lane: (use.busy_ns, use.idle_ns, use.tasks) for lane, use in record.lanes.items()} == {
-        Lane.COMPUTE: (60, 40, 1), Lane.H2D: (40, 60, 2),
+        LaneKind.COMPUTE: (60, 40, 1), LaneKind.H2D: (40, 60, 2),
     }  # fmt: skip
     assert record.tokens_per_s == 50 * 1e9 / 100
     with pytest.raises(ValueError, match="1 spans for 3 tasks"):
@@ -92,6 +94,6 @@ def test_steady_step_of_any_schedule(case: Case, seed: int):
     step_ns, spans = replay(graph, durations)
     assert step_ns >= max(sum(durations[number] for number in queue) for queue in graph.lanes.values())
     assert [found.end_ns - found.start_ns for found in spans] == durations
-    opener = graph.lanes[Lane.COMPUTE][0]
+    opener = graph.queue(LaneKind.COMPUTE)[0]
     origins = [step[opener].start_ns for step in unroll(graph, durations, steps=121)]
     assert (origins[120] - origins[60]) / 60 == pytest.approx(step_ns, abs=1)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.machine.sharing import Resource, Sharing
 
 GOOD = {
     "capacities": {Resource.PCIE: 100},
-    "usage": {Lane.H2D: {Resource.PCIE: 1.0}},
-    "weights": {Lane.H2D: {Resource.PCIE: 1.0}},
+    "usage": {LaneKind.H2D: {Resource.PCIE: 1.0}},
+    "weights": {LaneKind.H2D: {Resource.PCIE: 1.0}},
 }
 
 
@@ -17,10 +17,10 @@ GOOD = {
     [
         ({"capacities": {Resource.PCIE: 0}}, "capacities.pcie is 0, must be positive"),
         ({"capacities": {}}, "usage.h2d names pcie, which has no entry in capacities"),
-        ({"weights": {Lane.H2D: {Resource.PCIE: 0.0}}}, "weights.h2d.pcie is 0.0, must be in 1e-09..1e+09"),
-        ({"weights": {Lane.H2D: {Resource.PCIE: float("inf")}}}, "weights.h2d.pcie is inf, must be in"),
-        ({"usage": {Lane.H2D: {Resource.PCIE: -1.0}}}, "usage.h2d.pcie is -1.0, must be in 0..1e+09"),
-        ({"usage": {Lane.H2D: {Resource.PCIE: float("nan")}}}, "usage.h2d.pcie is nan"),
+        ({"weights": {LaneKind.H2D: {Resource.PCIE: 0.0}}}, "weights.h2d.pcie is 0.0, must be in 1e-09..1e+09"),
+        ({"weights": {LaneKind.H2D: {Resource.PCIE: float("inf")}}}, "weights.h2d.pcie is inf, must be in"),
+        ({"usage": {LaneKind.H2D: {Resource.PCIE: -1.0}}}, "usage.h2d.pcie is -1.0, must be in 0..1e+09"),
+        ({"usage": {LaneKind.H2D: {Resource.PCIE: float("nan")}}}, "usage.h2d.pcie is nan"),
     ],
 )
 def test_refusals_name_the_field(fields: dict, message: str) -> None:

@@ -5,10 +5,11 @@ import pytest
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from contents import Contents, run_lanes
-from slideplan.graph.tasks import Dependency, Task, TaskGraph, TaskKind
+from slideplan.graph.operations import TaskKind
+from slideplan.graph.tasks import Dependency, Task, TaskGraph
 from slideplan.graph.validate import validate
 from slideplan.lowering.lower import lower
-from slideplan.policy import Tier
+from slideplan.placement import Tier
 from strategies import FOOTPRINT
 
 

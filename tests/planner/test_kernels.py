@@ -7,7 +7,7 @@ from builders import tiny_machine, tiny_model, tiny_workload
 from planner.search.best import search
 from planner.search.kernels import check_kernels, faster_kernels, measured_kernels
 from planner.search.space import SearchOptions
-from slideplan.graph.tasks import TaskKind
+from slideplan.graph.operations import TaskKind
 from slideplan.machine.profile import ComputeCost, LaunchCost, LayerShape, MachineProfile, Spread
 from slideplan.model import UnitRole
 

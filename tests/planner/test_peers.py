@@ -15,13 +15,16 @@ from planner.peers.calibrate import Observation, calibrate, with_rates
 from planner.peers.compare import compare_peers, cpu_idle_in_forward_ns, dram_bytes, price_peer, recomputed_flops
 from planner.search.best import search
 from simulator import capacities, price, simulate
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import TaskKind
 from slideplan.graph.replay import replay
-from slideplan.graph.tasks import Lane, TaskKind, tier_bytes
+from slideplan.graph.tasks import tier_bytes
 from slideplan.graph.validate import validate
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import Spread
 from slideplan.model import UnitRole
-from slideplan.policy import Tier, Workload
+from slideplan.placement import Tier
+from slideplan.policy import Workload
 from slideplan.quantities import GIB
 from strategies import Case, foreign_cases
 
@@ -207,4 +210,4 @@ def test_slideformer_keeps_two_units_of_the_largest_module_on_the_gpu() -> None:
     vocabulary = model.flat_elements(UnitRole.HEAD)
     assert graph.pool["gpu.weights.window"].total_bytes == graph.pool["gpu.gradient.window"].total_bytes == 2 * 2 * vocabulary
     assert graph.pool["host.staging"].total_bytes == graph.pool["host.gradient.window"].total_bytes == 2 * GIB
-    assert Lane.COPY in graph.lanes
+    assert graph.queue(LaneKind.COPY)

@@ -20,15 +20,16 @@ from planner.search.shortfall import DoesNotFit
 from planner.search.space import SearchOptions, SpaceBuilder, divisors, evenly
 from simulator import capacities, lower_bound, predict, price
 from slideplan import codec
+from slideplan.graph.operations import UPDATE_GPU, TaskKind
 from slideplan.graph.replay import replay
-from slideplan.graph.tasks import TaskKind
 from slideplan.graph.validate import validate
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import LaunchCost, LinkProfile, MachineProfile, OptimizerProfile, Spread
 from slideplan.model import ModelSpec, UnitRole
+from slideplan.placement import Tier
 from slideplan.plan import Plan
-from slideplan.policy import Tier, Workload
+from slideplan.policy import Workload
 from slideplan.quantities import GIB, KIB, MIB
 
 PLENTY = 10**12
@@ -129,7 +130,7 @@ def test_declines_to_offload_what_fits() -> None:
     plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), machine())
     assert isinstance(plan, Plan)
     assert not plan.offloads
-    assert all(unit.state is Tier.GPU and unit.weights is Tier.GPU for unit in plan.policy.units)
+    assert all(unit.moments is Tier.GPU and unit.weights is Tier.GPU for unit in plan.policy.units)
     assert plan.ledger.tiers[Tier.HOST].items == {}
 
 
@@ -137,7 +138,7 @@ def test_forced_offload_streams_everything() -> None:
     plan = search(tiny_model(), Workload(seq_len=32, global_batch=4), machine(), SearchOptions(placement="host"))
     assert isinstance(plan, Plan)
     assert plan.offloads
-    assert all(unit.state is Tier.HOST and unit.weights is Tier.HOST for unit in plan.policy.units)
+    assert all(unit.moments is Tier.HOST and unit.weights is Tier.HOST for unit in plan.policy.units)
 
 
 def test_spends_spare_gpu_memory() -> None:
@@ -160,7 +161,7 @@ def test_moments_of_8_bits_leave_room_for_more_state() -> None:
         found.append(plan)
     exact, lossy = found
     assert exact.offloads
-    on_gpu = [sum(unit.state is Tier.GPU for unit in plan.policy.units) for plan in found]
+    on_gpu = [sum(unit.moments is Tier.GPU for unit in plan.policy.units) for plan in found]
     assert on_gpu[0] < on_gpu[1]
     assert lossy.prediction.record.step_ns < exact.prediction.record.step_ns
 
@@ -170,10 +171,10 @@ def test_state_passes_through_the_gpu_where_the_cpu_is_slow() -> None:
     at = machine(gpu_bytes=1800 * KIB, link=10**11, optimizer=10**8)
     plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), at)
     assert isinstance(plan, Plan)
-    passing = [unit for unit in plan.policy.units if unit.streams_state]
+    passing = [unit for unit in plan.policy.units if unit.passing]
     assert len(passing) >= 2
     kinds = Counter(task.kind for task in plan.graph.tasks)
-    assert kinds[TaskKind.UPDATE_PASSING] == len(passing) * plan.policy.state_chunks
+    assert kinds[UPDATE_GPU] == len(passing) * plan.policy.state_chunks
     without = search(tiny_model(), Workload(seq_len=32, global_batch=2), at, SearchOptions(placement="host"))
     assert isinstance(without, Plan)
     assert plan.prediction.record.step_ns < without.prediction.record.step_ns / 100

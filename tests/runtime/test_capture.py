@@ -3,7 +3,7 @@
 from builders import tiny_model, tiny_policy, tiny_workload
 from runtime.compute.handlers import one_of_each_sort
 from slideplan.footprint import Footprint
-from slideplan.graph.tasks import Lane
+from slideplan.graph.lanes import LaneKind
 from slideplan.lowering.lower import lower
 
 
@@ -13,7 +13,7 @@ def test_one_unit_of_each_sort_with_all_its_tasks() -> None:
         model, kernels="fused", keep=(7, 8), offload_inner=(4, 6), resident_state=(1,), offload_boundaries=True
     )
     graph = lower(model, policy, tiny_workload(), Footprint(inner_bytes=1 << 20, workspace_bytes=0))
-    compute = [task for task in graph.tasks if task.lane is Lane.COMPUTE and task.unit > 0]
+    compute = [task for task in graph.tasks if task.lane.kind is LaneKind.COMPUTE and task.unit > 0]
     chosen = one_of_each_sort(compute)
     assert chosen == [task for task in compute if task in chosen], "in their order"
     # Layers that recompute, offload or keep, and the head.

@@ -18,7 +18,8 @@ from runtime.lanes.executor import Executor, _join
 from runtime.measure import measure
 from runtime.session import Progress, Session
 from slideplan.footprint import Footprint
-from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.graph.lanes import Lane, LaneKind
+from slideplan.graph.operations import OFFLOAD_STATE, TaskKind
 from slideplan.lowering.lower import lower
 
 STEPS = 4
@@ -68,7 +69,7 @@ def test_a_failure_that_shows_while_spans_are_read_is_named() -> None:
     """The caller waits for markers between steps, too: lanes that stop meanwhile must not leave it with a bare signal."""
     backend = CpuBackend()
     session = everything(backend)
-    last = [task for task in session.plan.graph.tasks if task.kind is TaskKind.OFFLOAD_STATE][-1]
+    last = [task for task in session.plan.graph.tasks if task.operation == OFFLOAD_STATE][-1]
 
     def failing(task, at) -> None:
         if task is last and at == 1:
@@ -130,7 +131,7 @@ class LeavingBackend(CpuBackend):
     @contextmanager
     def lane(self, lane: Lane) -> Iterator[None]:
         yield
-        if lane is Lane.HOST_UPDATE:
+        if lane is LaneKind.HOST_UPDATE:
             raise RuntimeError("too late")
 
 
@@ -199,7 +200,7 @@ def test_spans_of_a_step_are_kept_while_the_next_may_wait_for_them() -> None:
     held = threading.Event()
 
     def holding(task, at) -> None:
-        if task.lane is Lane.H2D and at == 1:
+        if task.lane.kind is LaneKind.H2D and at == 1:
             held.wait(10)
         session.handlers(task, at)
 

@@ -13,7 +13,8 @@ from poison import Poisoned
 from running import EVERYTHING, masters, plan_for, session_for, train
 from runtime.lanes.backend import CpuBackend
 from runtime.lanes.executor import Executor
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.lanes import Lane
+from slideplan.graph.tasks import TaskGraph
 from slideplan.plan import Plan
 
 STEPS = 3

@@ -19,7 +19,7 @@ from runtime.optimizer.adamw import (
 )
 from runtime.optimizer.moments8 import decode, encode, noise, update_8bit
 from runtime.optimizer.split_master import join, split
-from slideplan.lowering.pools import moment_bytes
+from slideplan.lowering.sizes import moment_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

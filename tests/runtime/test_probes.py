@@ -19,7 +19,8 @@ from runtime.probes.profile import ProfileRequest, check_machine, profile_machin
 from runtime.probes.timing import mean_rate_spread, placed_rate_spread, rate_spread, timed_in_turns, together
 from runtime.probes.together import COMBINATIONS
 from slideplan.codec import load, save
-from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.graph.lanes import Lane, LaneKind
+from slideplan.graph.operations import TaskKind
 from slideplan.machine.figures import changes, figures
 from slideplan.machine.profile import LayerShape, MachineProfile
 from slideplan.model import UnitRole
@@ -66,7 +67,7 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert profile.launches == (), "on a CPU a handler returns when all is done"
     met = profile.interference
     assert met is not None
-    assert {Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE, Lane.GPU_UPDATE} <= set(met.alone)
+    assert {LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE, LaneKind.GPU_UPDATE} <= set(met.alone)
     lanes = [tuple(each.lane for each in combination) for combination in met.together]
     assert lanes == [combination for combination in COMBINATIONS if set(combination) <= set(met.alone)]
     for combination in met.together:
@@ -106,17 +107,20 @@ def test_unknown_device_is_refused() -> None:
 
 def test_lanes_together_report_rates_over_their_common_time() -> None:
     """Two actions of known length: rates are theirs, and nobody stops before it ran twice."""
-    runs = {Lane.H2D: 0, Lane.HOST_UPDATE: 0}
+    runs = {LaneKind.H2D: 0, LaneKind.HOST_UPDATE: 0}
 
     def act(lane: Lane, seconds: float) -> None:
         runs[lane] += 1
         time.sleep(seconds)
 
-    work = {Lane.H2D: (1000, lambda: act(Lane.H2D, 0.001)), Lane.HOST_UPDATE: (10, lambda: act(Lane.HOST_UPDATE, 0.02))}
+    work = {
+        LaneKind.H2D: (1000, lambda: act(LaneKind.H2D, 0.001)),
+        LaneKind.HOST_UPDATE: (10, lambda: act(LaneKind.HOST_UPDATE, 0.02)),
+    }
     rates = together(CpuBackend(), work, window_ns=1)
-    assert runs[Lane.HOST_UPDATE] >= 3
-    assert 0 < median(rates[Lane.HOST_UPDATE]) <= 10 / 0.02
-    assert 0 < median(rates[Lane.H2D]) <= 1000 / 0.001
+    assert runs[LaneKind.HOST_UPDATE] >= 3
+    assert 0 < median(rates[LaneKind.HOST_UPDATE]) <= 10 / 0.02
+    assert 0 < median(rates[LaneKind.H2D]) <= 1000 / 0.001
 
 
 def test_a_sum_of_runs_is_not_the_median_run() -> None:
@@ -137,7 +141,7 @@ def test_a_sum_of_runs_is_not_the_median_run() -> None:
 def test_actions_in_turns_are_told_apart() -> None:
     ran = []
     actions = [lambda name=name, took=took: (ran.append(name), time.sleep(took)) for name, took in (("a", 0.001), ("b", 0.02))]
-    short, long = timed_in_turns(CpuBackend(), Lane.COMPUTE, actions, 3)
+    short, long = timed_in_turns(CpuBackend(), LaneKind.COMPUTE, actions, 3)
     assert ran == ["a", "b"] * 5  # two turns warm up
     assert len(short) == len(long) == 3
     assert min(long) >= 20_000_000
@@ -149,4 +153,4 @@ def test_a_lane_that_fails_ends_the_others() -> None:
         raise RuntimeError("broken lane")
 
     with pytest.raises(RuntimeError, match="broken lane"):
-        together(CpuBackend(), {Lane.H2D: (1, fail), Lane.D2H: (1, lambda: None)}, window_ns=1)
+        together(CpuBackend(), {LaneKind.H2D: (1, fail), LaneKind.D2H: (1, lambda: None)}, window_ns=1)

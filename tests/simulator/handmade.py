@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from simulator import Resource, TaskCost
-from slideplan.graph.tasks import Dependency, Lane, Task, TaskGraph, TaskKind
+from slideplan.graph.lanes import Lane, LaneKind
+from slideplan.graph.operations import LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_GPU, UPDATE_HOST, TaskKind
+from slideplan.graph.tasks import Dependency, Task, TaskGraph
 from slideplan.timeline import Span
 
 KIND = {
-    Lane.COMPUTE: TaskKind.FORWARD,
-    Lane.H2D: TaskKind.LOAD_WEIGHTS,
-    Lane.D2H: TaskKind.OFFLOAD_GRADIENT,
-    Lane.HOST_UPDATE: TaskKind.UPDATE_HOST,
-    Lane.GPU_UPDATE: TaskKind.UPDATE_GPU,
+    LaneKind.COMPUTE: TaskKind.FORWARD,
+    LaneKind.H2D: LOAD_WEIGHTS,
+    LaneKind.D2H: OFFLOAD_GRADIENT,
+    LaneKind.HOST_UPDATE: UPDATE_HOST,
+    LaneKind.GPU_UPDATE: UPDATE_GPU,
 }
 
 

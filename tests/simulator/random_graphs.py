@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from handmade import KIND, cost, graph
 from simulator import Resource, TaskCost
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import TaskGraph
 from slideplan.machine.handoffs import Handoffs
 
 CAPACITIES = {Resource.PCIE: 80, Resource.HOST_DRAM: 100, Resource.SSD: 30, Resource.GPU: 50}
@@ -28,7 +29,7 @@ def task_graphs(draw: st.DrawFn, max_tasks: int = 14) -> TaskGraph:
     count = draw(st.integers(1, max_tasks))
     tasks = []
     for number in range(count):
-        lane = draw(st.sampled_from(list(KIND))) if number else Lane.COMPUTE
+        lane = draw(st.sampled_from(list(KIND))) if number else LaneKind.COMPUTE
         same = draw(st.sets(st.integers(0, number - 1), max_size=3)) if number else set()
         before = draw(st.sets(st.integers(0, count - 1), max_size=2))
         tasks.append((lane, sorted(same), sorted(before)))

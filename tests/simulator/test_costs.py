@@ -9,9 +9,10 @@ from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy
 from simulator import Resource, TaskCost, capacities, footprint, price
 from simulator.formulas import attention_ns, compute_ns
 from slideplan.footprint import Footprint
-from slideplan.graph.tasks import GRADIENT_KINDS, TaskGraph, TaskKind
+from slideplan.graph.operations import GRADIENT_KINDS, UPDATE_GPU, UPDATE_HOST, TaskKind
+from slideplan.graph.tasks import TaskGraph
 from slideplan.lowering.lower import lower
-from slideplan.lowering.pools import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
+from slideplan.lowering.sizes import LOSS_CHUNK_BYTES, PRODUCT_BYTES, loss_chunk_tokens
 from slideplan.machine.profile import ComputeCost, Curve, Efficiency, LaunchCost, LayerShape, RatePoint, Spread
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.policy import Policy
@@ -111,11 +112,11 @@ class TestCopiesAndUpdates:
     def test_a_small_update_on_the_gpu_takes_its_launch(self) -> None:
         model = tiny_model()
         graph = lowered(model, resident_state=(4,))
-        launch = LaunchCost(kind=TaskKind.UPDATE_GPU, role=None, duration_ns=Spread.exact(10**6))
+        launch = LaunchCost(kind=UPDATE_GPU, role=None, duration_ns=Spread.exact(10**6))
         for launches, least_ns in (((), 1), ((launch,), 10**6)):
             machine = tiny_machine(launches=launches)
             for task, cost in zip(graph.tasks, price(graph, model, work(2, kernels="fused"), 32, machine), strict=True):
-                if task.kind is TaskKind.UPDATE_GPU:
+                if task.operation == UPDATE_GPU:
                     assert cost.duration_ns == max(least_ns, -(-task.bytes_moved // 800))
 
     def test_capacities(self) -> None:
@@ -345,7 +346,7 @@ class TestGradients:
         graph, model = lowered(tiny_model()), tiny_model()
         costs = price(graph, model, work(2), 32, tiny_machine(optimizer=optimizer))
         for task, cost in zip(graph.tasks, costs, strict=True):
-            if task.kind is TaskKind.UPDATE_HOST:
+            if task.operation == UPDATE_HOST:
                 assert cost.duration_ns == Curve(points=points).duration_ns(task.bytes_moved)
 
 

@@ -11,12 +11,13 @@ from random_graphs import CAPACITIES, demands, handoffs, priced_graphs, tied
 from simulator import DeadlockError, Resource, capacities, carried_cycle, lower_bound, price, simulate, trace
 from simulator.reference import SimPyEngine
 from slideplan.footprint import Footprint
+from slideplan.graph.lanes import Lane, LaneKind
 from slideplan.graph.replay import replay, unroll
-from slideplan.graph.tasks import Lane, TaskGraph
+from slideplan.graph.tasks import TaskGraph
 from slideplan.lowering.lower import lower
 from slideplan.machine.handoffs import Handoffs
 
-COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
+COMPUTE, H2D, D2H, UPDATE = LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE
 LINK = {Resource.PCIE: 100}
 
 

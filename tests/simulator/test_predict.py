@@ -21,15 +21,16 @@ from simulator import (
     simulate,
     trace,
 )
-from slideplan.graph.tasks import Lane, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import TaskKind
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import ComputeCost, Interference, LayerShape, Spread
 from slideplan.machine.sharing import Sharing
 from slideplan.model import UnitRole
-from slideplan.policy import Tier
+from slideplan.placement import Tier
 
-COMPUTE, H2D, D2H, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE
+COMPUTE, H2D, D2H, UPDATE = LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE
 
 
 class TestCriticalPath:
@@ -150,25 +151,25 @@ class TestPredict:
         """Where lanes meet in host memory, who has the larger weight there has the shorter tasks."""
         model, workload, policy = tiny_model(), tiny_workload(), tiny_policy(tiny_model())
         even = sharing(tiny_machine())
-        usage = {lane: {Resource.HOST_DRAM: 1.0} for lane in (Lane.H2D, Lane.D2H, Lane.HOST_UPDATE)}
+        usage = {lane: {Resource.HOST_DRAM: 1.0} for lane in (LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE)}
         found = {}
         for weight in (0.1, 1.0, 10.0):
             fitted = Sharing(
                 capacities=even.capacities | {Resource.HOST_DRAM: 12 * 10**9},
                 usage=usage,
-                weights={Lane.H2D: {Resource.HOST_DRAM: weight}},
+                weights={LaneKind.H2D: {Resource.HOST_DRAM: weight}},
             )
             machine = tiny_machine(interference=Interference(alone={}, together=(), fitted=fitted))
             lowered = lower(model, policy, workload, footprint(model, policy, 32, machine))
             costs = price(lowered, model, policy, 32, machine)
             assert all(
-                task.weights == ({Resource.HOST_DRAM: weight} if lane.lane is Lane.H2D else {})
+                task.weights == ({Resource.HOST_DRAM: weight} if lane.lane.kind is LaneKind.H2D else {})
                 for lane, task in zip(lowered.tasks, costs, strict=True)
             )
             spans = predict(lowered, model, policy, workload, machine, ledger(lowered, machine)).record.spans
             found[weight] = {lane: sum(spans[number].duration_ns for number in lowered.lanes[lane]) for lane in usage}
-        assert found[0.1][Lane.H2D] > found[1.0][Lane.H2D] > found[10.0][Lane.H2D]
-        assert found[0.1][Lane.HOST_UPDATE] < found[10.0][Lane.HOST_UPDATE]
+        assert found[0.1][LaneKind.H2D] > found[1.0][LaneKind.H2D] > found[10.0][LaneKind.H2D]
+        assert found[0.1][LaneKind.HOST_UPDATE] < found[10.0][LaneKind.HOST_UPDATE]
 
     def test_the_same_input_gives_the_same_prediction(self) -> None:
         model, workload, machine = tiny_model(), tiny_workload(), tiny_machine()

@@ -1,0 +1,99 @@
+"""Where bytes lie: tiers, tensor classes, and the placement of one unit. Nothing else says it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from slideplan.codec import Spec
+
+
+class Tier(StrEnum):
+    """Memory that holds slots."""
+
+    GPU = "gpu"
+    HOST = "host"
+    SSD = "ssd"
+
+
+# What lies between two tiers that no link connects: a copy from one to the other goes through slots of this tier.
+BETWEEN = {(Tier.SSD, Tier.GPU): Tier.HOST, (Tier.GPU, Tier.SSD): Tier.HOST}
+
+
+def hops(source: Tier, target: Tier) -> tuple[tuple[Tier, Tier], ...]:
+    """The copies that bring bytes from one tier to another, in order; none where both are the same."""
+    if source is target:
+        return ()
+    middle = BETWEEN.get((source, target))
+    return ((source, target),) if middle is None else ((source, middle), (middle, target))
+
+
+class TensorClass(StrEnum):
+    """What a slot holds."""
+
+    WEIGHTS = "weights"  # bf16
+    REMAINDER = "master_remainder"  # int16 low half of the fp32 master weight
+    MASTER = "master_weights"  # of other systems: a master in a tensor of its own
+    MOMENTS = "moments"
+    MOMENTS_8BIT = "moments_8bit"  # the same, in block-wise 8-bit floats
+    GRADIENT = "gradient"
+    BOUNDARY = "boundary_activation"
+    INNER = "inner_activation"
+    FEED_FORWARD = "feed_forward_activation"  # the part of inner activations that can leave the GPU
+    NORM = "gradient_norm"
+    WORKSPACE = "workspace"
+
+
+STATE = (TensorClass.REMAINDER, TensorClass.MOMENTS)
+
+
+class Placement(Spec, frozen=True):
+    """Where one unit's tensors lie between their uses, by tensor class.
+
+    A tensor that lies on another tier than the one that uses it passes through slots of that tier: weights and
+    activations are used on the GPU, remainder and moments where `update` says.
+
+    weights:      GPU: in a slot of the unit's own. HOST: they stream through the window. Embedding and head have slots
+                  of their own in any case, so for them `weights` equals `update`
+    remainder, moments: state of the unit
+    boundary:     the unit's output, between forward and backward. The head has none; the last layer's output is
+                  consumed at once and stays on the GPU
+    inner:        inner activations, kept for backward; None: computed again in backward. Embedding and head have none
+    feed_forward: the feed-forward's two wide products, most of the bytes of inner activations; None with `inner` None
+    update:       whose processor updates the unit. Weights lie there too, since the update writes them
+    """
+
+    weights: Tier = Tier.HOST
+    remainder: Tier = Tier.HOST
+    moments: Tier = Tier.HOST
+    boundary: Tier = Tier.GPU
+    inner: Tier | None = None
+    feed_forward: Tier | None = None
+    update: Tier = Tier.HOST
+
+    def tiers(self, tensor: TensorClass) -> tuple[Tier, ...]:
+        """Tiers on which the unit has slots of its own for this class."""
+        tier: Tier | None = getattr(self, _FIELDS[tensor])
+        if tensor is TensorClass.WEIGHTS and self.weights is not self.update:
+            return self.weights, self.update
+        return () if tier is None else (tier,)
+
+    @property
+    def passing(self) -> tuple[TensorClass, ...]:
+        """Classes of the unit's state that lie elsewhere than where they are updated, and pass through slots there."""
+        return tuple(tensor for tensor in STATE if self.tiers(tensor) != (self.update,))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether inner activations are kept from forward to backward."""
+        return self.inner is not None
+
+
+# The field of a placement that says where a class lies. Gradients are made on the GPU and used where `update` says.
+_FIELDS = {
+    TensorClass.WEIGHTS: "weights",
+    TensorClass.REMAINDER: "remainder",
+    TensorClass.MOMENTS: "moments",
+    TensorClass.BOUNDARY: "boundary",
+    TensorClass.INNER: "inner",
+    TensorClass.FEED_FORWARD: "feed_forward",
+}

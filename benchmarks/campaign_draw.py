@@ -203,7 +203,7 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
     weights = state | set(_some(random, [unit for unit in layers if unit not in state]))
     passing = set(_some(random, sorted(weights - state))) if random.random() < 1 / 3 else set()
     offloaded = random.choice([0, model.layers, random.randint(0, model.layers)])
-    kernels = faster_kernels(machine, model, batch // micro_batches, workload.seq_len)
+    kernels = faster_kernels(model, batch // micro_batches, workload.seq_len, machine)
     kept = set(_some(random, [unit for unit in layers if unit - 1 >= offloaded]))
     away = set(_some(random, sorted(kept))) if kernels != "eager" and random.random() < 1 / 3 else set()
     host = [unit for unit in range(model.units) if unit not in state and unit not in passing]

@@ -10,8 +10,10 @@ from planner.commands.catalogues import list_machines, list_models
 from planner.commands.compare import compare
 from planner.commands.options import EXIT_BAD_INPUT, EXIT_FAILED
 from planner.commands.profile import profile
+from planner.commands.show import show
 from planner.commands.simulate import simulate
 from planner.reports.tables import WIDTH
+from simulator import VerificationError
 
 app = typer.Typer(
     help="Plan full-parameter fine-tuning on one GPU that is too small for it.",
@@ -24,6 +26,7 @@ app = typer.Typer(
 
 app.command()(simulate)
 app.command()(profile)
+app.command()(show)
 app.command()(compare)
 app.command("models")(list_models)
 app.command("machines")(list_machines)
@@ -36,6 +39,6 @@ def main() -> None:
     except ValueError as error:
         print(f"planner: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except (MemoryError, OSError) as error:
+    except (MemoryError, OSError, VerificationError) as error:
         print(f"planner: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)

@@ -15,9 +15,11 @@ from runtime.inputs.weights import RandomWeights, SafetensorsWeights, WeightSour
 from runtime.lanes.backend import Backend, make_backend
 from runtime.lanes.threads import set_compute_threads
 from runtime.machine import available_host_bytes, identity
-from runtime.measure import measure
+from runtime.measure import PeakMemory, measurement
 from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.rehearsal import rehearse
 from runtime.session import Progress, Session
+from runtime.training import train
 from slideplan.codec import save
 from slideplan.graph.tasks import tier_bytes
 from slideplan.hf_config import model_from_config
@@ -152,12 +154,15 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     try:
         session = Session(plan, backend, source, windows, request.settings, host_update, progress)
-        measurement = measure(session, request.steps, request.warmup_steps, request.out, request.command, progress)
+        memory = PeakMemory(session)
+        rehearsed_ns = rehearse(session, progress)
+        recorder = train(session, request.steps, request.out, progress)
+        found = measurement(session, recorder, memory, request.warmup_steps, request.command, rehearsed_ns)
     except BaseException:
         # After a fault of the device closing may fail too; the fault is what the user must see.
         with contextlib.suppress(Exception):
             backend.close()
         raise
     backend.close()
-    save(request.out / "measurement.json", measurement)
-    return measurement
+    save(request.out / "measurement.json", found)
+    return found

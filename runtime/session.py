@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 from runtime.compute.handlers import ComputeHandlers
 from runtime.handlers import Handlers, compile_gpu_update, gpu_update
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.weights import WeightSource
 from runtime.lanes.backend import Backend
-from runtime.lanes.clock import RunError
 from runtime.lanes.executor import Executor
 from runtime.memory.buffers import DYNAMIC, Buffers
-from runtime.optimizer.adamw import AdamW, HostUpdate, Rehearsal
+from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.state import UnitState
 from slideplan.graph.lanes import LaneKind
-from slideplan.graph.tasks import SlotPool, Task
+from slideplan.graph.tasks import SlotPool
 from slideplan.plan import Plan
-
-LEAST_REHEARSAL_NS = 1_000_000_000  # where passes over a small state take less
-LEAST_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -96,32 +90,6 @@ class Session:
         if self.plan.graph.queue(LaneKind.GPU_UPDATE) and self.backend.name == "cuda":
             device = self.backend.device
             compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)
-
-    def rehearse(self) -> int | None:
-        """Nanoseconds that the host's updates of one step take, one after the other: the median of some passes.
-
-        Nothing else may be running.
-
-        Nothing is changed by it, as long as gradients are finite: before the first step they are zero. None where the
-        host updates nothing. Raises RunError, naming the task, if an update fails.
-        """
-        updates = [self.plan.graph.tasks[number] for number in self.plan.graph.queue(LaneKind.HOST_UPDATE)]
-        if not updates:
-            return None
-        self._rehearsal_ns(updates)  # threads wake up, and pages are found for the first time
-        passes: list[int] = []
-        while len(passes) < LEAST_PASSES or sum(passes) < LEAST_REHEARSAL_NS:
-            passes.append(self._rehearsal_ns(updates))
-        return round(median(passes))
-
-    def _rehearsal_ns(self, updates: list[Task]) -> int:
-        started = time.perf_counter_ns()
-        for task in updates:
-            try:
-                self.handlers.update(task, 0, Rehearsal())
-            except Exception as error:
-                raise RunError(f"rehearsing {task.name}: {type(error).__name__}: {error}") from error
-        return max(1, time.perf_counter_ns() - started)
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""

@@ -6,12 +6,14 @@ from simulator.engine import DeadlockError, simulate, trace
 from simulator.footprint import footprint
 from simulator.predict import predict
 from simulator.resources import capacities, sharing
+from simulator.verify import VerificationError, verify
 from slideplan.machine.sharing import Resource, fair_speeds
 
 __all__ = [
     "DeadlockError",
     "Resource",
     "TaskCost",
+    "VerificationError",
     "capacities",
     "carried_cycle",
     "critical_path",
@@ -26,4 +28,5 @@ __all__ = [
     "sharing",
     "simulate",
     "trace",
+    "verify",
 ]

@@ -17,7 +17,7 @@ from slideplan.graph.tasks import Task, TaskGraph
 from slideplan.machine.profile import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.machine.sharing import Resource
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import ComputePolicy, ComputeWork, Kernels
+from slideplan.policy import ComputeKnobs, ComputePolicy, Kernels
 
 Source = Literal["measured", "interpolated", "derived", "datasheet"]
 
@@ -55,9 +55,9 @@ class TaskCost(Spec, frozen=True):
 
 
 def price(
-    graph: TaskGraph, model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile
+    graph: TaskGraph, model: ModelSpec, knobs: ComputePolicy, seq_len: int, machine: MachineProfile
 ) -> tuple[TaskCost, ...]:
-    """One cost per task, in the order of the graph's tasks; `work` is the policy that the graph was lowered from.
+    """One cost per task, in the order of the graph's tasks; `knobs` is the policy that the graph was lowered from.
 
     Copies take what the link's curve says, updates bytes_moved / rate of the optimizer. Compute tasks
     take what was measured for this shape, kind, kernels, way of writing gradients and size, or for another
@@ -66,7 +66,7 @@ def price(
     measured(there) / derived(there); or what `formulas` derives. What is smaller than all that was measured takes
     no less than its launch, which is in the measurements of others.
     """
-    pricer = _Pricer(model, work, seq_len, machine)
+    pricer = _Pricer(model, knobs, seq_len, machine)
     # Layers are alike, so a graph of thousands of tasks has a handful of prices.
     known: dict[tuple[Operation, UnitRole, int, bool, bool], TaskCost] = {}
     costs = []
@@ -82,9 +82,9 @@ def price(
 _LAYER_KINDS = (TaskKind.FORWARD, TaskKind.BACKWARD_RECOMPUTE)
 
 
-def layer_ns(machine: MachineProfile, model: ModelSpec, work: ComputePolicy, seq_len: int) -> int | None:
+def layer_ns(model: ModelSpec, knobs: ComputePolicy, seq_len: int, machine: MachineProfile) -> int | None:
     """Forward and backward with recompute of one layer; None where they were not measured on this machine."""
-    pricer = _Pricer(model, work, seq_len, machine)
+    pricer = _Pricer(model, knobs, seq_len, machine)
     total_ns = 0
     for kind in _LAYER_KINDS:
         duration_ns, source, _ = pricer.compute_ns(kind, UnitRole.LAYER, accumulate=False)
@@ -94,7 +94,7 @@ def layer_ns(machine: MachineProfile, model: ModelSpec, work: ComputePolicy, seq
     return total_ns
 
 
-def layer_launch_ns(machine: MachineProfile, kernels: Kernels) -> int:
+def layer_launch_ns(kernels: Kernels, machine: MachineProfile) -> int:
     """Host time to issue one layer's forward and backward with recompute; zero where it was not measured."""
     return sum(
         launch.duration_ns.p50
@@ -104,15 +104,15 @@ def layer_launch_ns(machine: MachineProfile, kernels: Kernels) -> int:
 
 
 class _Pricer:
-    def __init__(self, model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> None:
+    def __init__(self, model: ModelSpec, knobs: ComputePolicy, seq_len: int, machine: MachineProfile) -> None:
         self._model = model
-        self._work = work
+        self._knobs = knobs
         self._seq_len = seq_len
         self._machine = machine
         self._sharing = sharing(machine)
         self._from_datasheet = machine.provenance.source == "datasheet"
         self._launch_ns = {
-            (launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches if launch.kernels == work.kernels
+            (launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches if launch.kernels == knobs.kernels
         }
         self._curves = rates(machine)
         # On an idle stream nothing is faster than it is issued: a norm is all launch. Copies have theirs in their curves.
@@ -149,23 +149,23 @@ class _Pricer:
 
     def takes_norm(self, task: Task) -> bool:
         """Whether the task ends with a pass over its unit's gradient."""
-        return self._work.gradient_norms and task.completes_gradient(self._work.micro_batches)
+        return self._knobs.gradient_norms and task.completes_gradient(self._knobs.micro_batches)
 
     def _compute(self, task: Task, role: UnitRole) -> TaskCost:
         duration_ns, source, percent = self.compute_ns(task.kind, role, task.accumulates)
         if self.takes_norm(task):
             source = "interpolated" if source == "measured" else source  # this part is derived
-            duration_ns += formulas.square_sum_ns(self._model, role, self._work, self._machine.efficiency)
+            duration_ns += formulas.square_sum_ns(self._model, role, self._knobs, self._machine.efficiency)
         # At full speed compute has all of the GPU; a task that nothing slows takes part in no sharing.
         return self._cost(LaneKind.COMPUTE, duration_ns, self._sharing.capacities.get(Resource.GPU, 0), source, percent)
 
     def compute_ns(self, kind: TaskKind, role: UnitRole, accumulate: bool) -> tuple[int, Source, float]:
-        micro_batch, seq_len = self._work.micro_batch, self._seq_len
-        costs, converted = measurements(self._machine, self._model, role, kind, self._work, accumulate)
+        micro_batch, seq_len = self._knobs.micro_batch, self._seq_len
+        costs, converted = measurements(self._model, role, kind, self._knobs, accumulate, self._machine)
         cost = nearest(costs, micro_batch, seq_len)
         launch_ns = self._launch_ns.get((kind, role), 0)
         if cost is None:
-            derived_ns = self._derived_ns(kind, role, self._work, seq_len, accumulate)
+            derived_ns = self._derived_ns(kind, role, self._knobs, seq_len, accumulate)
             return max(derived_ns, launch_ns), "derived", DERIVED_PERCENT
         added = SCALED_PERCENT if converted else 0.0
         percent = measured_percent(cost.duration_ns) + added
@@ -175,9 +175,9 @@ class _Pricer:
         if pair is not None:
             duration_ns, percent = self._interpolated(kind, role, pair, launch_ns)
             return duration_ns, "interpolated", percent + added
-        # What was measured is a policy's work at another size.
-        there_work = msgspec.structs.replace(ComputeWork.of(self._work), micro_batch=cost.micro_batch)
-        sizes = (self._work, seq_len), (there_work, cost.seq_len)
+        # What was measured did the same at another size.
+        other = msgspec.structs.replace(ComputeKnobs.of(self._knobs), micro_batch=cost.micro_batch)
+        sizes = (self._knobs, seq_len), (other, cost.seq_len)
         here, there = (self._derived_ns(kind, role, *at, accumulate) for at in sizes)
         scaled_ns = here * cost.duration_ns.p50 // there
         return max(scaled_ns, launch_ns), "interpolated", percent + SCALED_PERCENT
@@ -186,7 +186,7 @@ class _Pricer:
         self, kind: TaskKind, role: UnitRole, pair: tuple[ComputeCost, ComputeCost], launch_ns: int
     ) -> tuple[int, float]:
         """Time and uncertainty from two measurements: attention at its rate, all else on the line over tokens."""
-        tokens = self._work.micro_batch * self._seq_len
+        tokens = self._knobs.micro_batch * self._seq_len
         sizes = [each.micro_batch * each.seq_len for each in pair]
         whole_ns = [each.duration_ns.p50 for each in pair]
         attention_ns = [self._attention_ns(kind, role, size, each.seq_len) for size, each in zip(sizes, pair, strict=True)]
@@ -204,8 +204,8 @@ class _Pricer:
     def _attention_ns(self, kind: TaskKind, role: UnitRole, tokens: int, seq_len: int) -> int:
         return round(formulas.attention_ns(self._model, role, kind, tokens, seq_len, self._machine.efficiency))
 
-    def _derived_ns(self, kind: TaskKind, role: UnitRole, work: ComputePolicy, seq_len: int, accumulate: bool) -> int:
-        return formulas.compute_ns(self._model, role, kind, work, seq_len, accumulate, self._machine.efficiency)
+    def _derived_ns(self, kind: TaskKind, role: UnitRole, knobs: ComputePolicy, seq_len: int, accumulate: bool) -> int:
+        return formulas.compute_ns(self._model, role, kind, knobs, seq_len, accumulate, self._machine.efficiency)
 
 
 def rates(machine: MachineProfile) -> dict[LaneKind, Curve]:

@@ -265,13 +265,17 @@ def trace(
 
 
 def simulate(
-    graph: TaskGraph, costs: Sequence[TaskCost], capacities: Mapping[Resource, int], handoffs: Handoffs = IMMEDIATE
+    graph: TaskGraph,
+    costs: Sequence[TaskCost],
+    capacities: Mapping[Resource, int],
+    handoffs: Handoffs = IMMEDIATE,
+    engine: EngineMaker = FastEngine,
 ) -> tuple[int, list[Span]]:
     """Steady step time, and spans of one steady step relative to its first compute task. Nanoseconds.
 
     As `plan.replay.steady_step` has it; steps are equal exactly, or under contention to a millionth of the
     step time. Raises DeadlockError, and ValueError where costs and tasks differ in number.
     """
-    run = FastEngine(graph, costs, capacities, MAX_STEPS, handoffs)
+    run = engine(graph, costs, capacities, MAX_STEPS, handoffs)
     contended = any(cost.demand for cost in costs)
     return steady_step(run.next_step, first_compute(graph), STEADY_PARTS if contended else None)

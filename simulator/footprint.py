@@ -15,7 +15,7 @@ from slideplan.policy import ComputePolicy
 EAGER_LOSS_BUFFERS = 3  # logits, log-softmax and gradient of a chunk in fp32
 
 
-def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> Footprint:
+def footprint(model: ModelSpec, knobs: ComputePolicy, seq_len: int, machine: MachineProfile) -> Footprint:
     """Bytes of inner activations of one layer, and the transient needs of tasks.
 
     inner_bytes: saved_bytes measured for the layer's FORWARD_KEEP, else `model.saved_bytes(tokens)`.
@@ -39,7 +39,7 @@ def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
     Inner activations measured at another size are scaled by tokens; a workspace is moved by what its
     formula differs by, since much of it does not depend on tokens.
     """
-    tokens = work.micro_batch * seq_len
+    tokens = knobs.micro_batch * seq_len
     formulas: dict[tuple[UnitRole, TaskKind], Callable[[ModelSpec, ComputePolicy, int], int]] = {
         (UnitRole.LAYER, TaskKind.FORWARD): _forward_bytes,
         (UnitRole.LAYER, TaskKind.FORWARD_KEEP): _forward_keep_bytes,
@@ -51,61 +51,61 @@ def footprint(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: Mach
     for role in UnitRole:
         for kind in TaskKind:
             formula = formulas.get((role, kind))
-            cost = nearest(measurements(machine, model, role, kind, work, accumulate=False).costs, work.micro_batch, seq_len)
+            cost = nearest(measurements(model, role, kind, knobs, False, machine).costs, knobs.micro_batch, seq_len)
             if cost is None or cost.workspace_bytes is None:
                 if formula:
-                    transient[transient_key(role, kind)] = formula(model, work, tokens)
+                    transient[transient_key(role, kind)] = formula(model, knobs, tokens)
                 continue
             measured_tokens = cost.micro_batch * cost.seq_len
             if formula:
-                moved = formula(model, work, tokens) - formula(model, work, measured_tokens)
+                moved = formula(model, knobs, tokens) - formula(model, knobs, measured_tokens)
                 transient[transient_key(role, kind)] = cost.workspace_bytes + moved
             else:
                 transient[transient_key(role, kind)] = -(-cost.workspace_bytes * tokens // measured_tokens)
-    captured = work.micro_batches * (2 * model.layers + 1) if work.kernels == "graphed" else 0
+    captured = knobs.micro_batches * (2 * model.layers + 1) if knobs.kernels == "graphed" else 0
     return Footprint(
-        inner_bytes=_inner_bytes(model, work, seq_len, machine),
+        inner_bytes=_inner_bytes(model, knobs, seq_len, machine),
         workspace_bytes=captured * machine.gpu.capture_bytes,
         transient_bytes=transient,
     )
 
 
-def _inner_bytes(model: ModelSpec, work: ComputePolicy, seq_len: int, machine: MachineProfile) -> int:
-    tokens = work.micro_batch * seq_len
-    costs = measurements(machine, model, UnitRole.LAYER, TaskKind.FORWARD_KEEP, work, accumulate=False).costs
-    cost = nearest(costs, work.micro_batch, seq_len)
+def _inner_bytes(model: ModelSpec, knobs: ComputePolicy, seq_len: int, machine: MachineProfile) -> int:
+    tokens = knobs.micro_batch * seq_len
+    costs = measurements(model, UnitRole.LAYER, TaskKind.FORWARD_KEEP, knobs, False, machine).costs
+    cost = nearest(costs, knobs.micro_batch, seq_len)
     if cost is None or cost.saved_bytes is None:
-        return model.saved_bytes(tokens, work.kernels == "eager")
+        return model.saved_bytes(tokens, knobs.kernels == "eager")
     return -(-cost.saved_bytes * tokens // (cost.micro_batch * cost.seq_len))
 
 
-def _forward_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
-    if work.kernels == "eager":
+def _forward_bytes(model: ModelSpec, knobs: ComputePolicy, tokens: int) -> int:
+    if knobs.kernels == "eager":
         return 8 * model.ffn * tokens
     return model.saved_bytes(tokens, eager=False) + 2 * model.hidden * tokens
 
 
-def _forward_keep_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
-    return (6 * model.hidden if work.kernels == "eager" else 2 * model.ffn) * tokens
+def _forward_keep_bytes(model: ModelSpec, knobs: ComputePolicy, tokens: int) -> int:
+    return (6 * model.hidden if knobs.kernels == "eager" else 2 * model.ffn) * tokens
 
 
-def _backward_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
-    if work.kernels != "eager":
+def _backward_bytes(model: ModelSpec, knobs: ComputePolicy, tokens: int) -> int:
+    if knobs.kernels != "eager":
         return 2 * model.ffn * tokens
     largest = max(parameter.elements for parameter in model.parameters(UnitRole.LAYER))
     return 8 * (model.ffn + model.hidden) * tokens + WEIGHT_BYTES * largest
 
 
-def _recompute_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
-    return model.saved_bytes(tokens, work.kernels == "eager") + _backward_bytes(model, work, tokens)
+def _recompute_bytes(model: ModelSpec, knobs: ComputePolicy, tokens: int) -> int:
+    return model.saved_bytes(tokens, knobs.kernels == "eager") + _backward_bytes(model, knobs, tokens)
 
 
-def _loss_bytes(model: ModelSpec, work: ComputePolicy, tokens: int) -> int:
-    chunk = min(tokens, loss_chunk_tokens(model.vocabulary, work.kernels))
+def _loss_bytes(model: ModelSpec, knobs: ComputePolicy, tokens: int) -> int:
+    chunk = min(tokens, loss_chunk_tokens(model.vocabulary, knobs.kernels))
     projection = model.vocabulary * model.hidden
     logits, sums = chunk * model.vocabulary, 4 * projection if tokens > chunk else 0
-    if work.gradient_dtype == "fp32":
+    if knobs.gradient_dtype == "fp32":
         sums = 0
-    if work.kernels != "eager":
-        return LOGIT_BYTES[work.kernels] * logits + 4 * model.hidden * tokens + sums
+    if knobs.kernels != "eager":
+        return LOGIT_BYTES[knobs.kernels] * logits + 4 * model.hidden * tokens + sums
     return (LOGIT_BYTES["eager"] * EAGER_LOSS_BUFFERS + 4) * logits + min(PRODUCT_BYTES, 2 * projection) + sums

@@ -28,25 +28,25 @@ LOGIT_TRAFFIC_BYTES: dict[Kernels, int] = {"eager": 24, "fused": 6, "graphed": 6
 
 
 def compute_ns(
-    model: ModelSpec, role: UnitRole, kind: TaskKind, work: ComputePolicy, seq_len: int, accumulate: bool, rates: Efficiency
+    model: ModelSpec, role: UnitRole, kind: TaskKind, knobs: ComputePolicy, seq_len: int, accumulate: bool, rates: Efficiency
 ) -> int:
     """Time of one compute task, at least 1 ns: forward, backward (twice the products), or both.
 
     LOSS is the head's forward and backward in one. What writes weight gradients takes `gradient_bytes`
     at the element-wise rate, too.
     """
-    tokens = work.micro_batch * seq_len
+    tokens = knobs.micro_batch * seq_len
     if role is UnitRole.HEAD:
         assert kind is TaskKind.LOSS, f"the head runs {TaskKind.LOSS} only, not {kind}"
-        duration = _loss_ns(model, tokens, work, rates)
+        duration = _loss_ns(model, tokens, knobs, rates)
     elif role is UnitRole.EMBEDDING:
         # Rows read and written; backward reads gradients and adds them to their rows (read, write).
         traffic = (4 if kind is TaskKind.FORWARD else 6) * tokens * model.hidden
         duration = traffic * 1e9 / rates.elementwise_bytes_per_s
     else:
-        layer_ns = _eager_layer_ns if work.kernels == "eager" else _fused_layer_ns
+        layer_ns = _eager_layer_ns if knobs.kernels == "eager" else _fused_layer_ns
         duration = layer_ns(model, kind, tokens, rates) + attention_ns(model, role, kind, tokens, seq_len, rates)
-    written = gradient_bytes(model, role, kind, work.gradient_dtype, accumulate)
+    written = gradient_bytes(model, role, kind, knobs.gradient_dtype, accumulate)
     return max(1, round(duration + written * 1e9 / rates.elementwise_bytes_per_s))
 
 
@@ -68,9 +68,9 @@ def gradient_bytes(model: ModelSpec, role: UnitRole, kind: TaskKind, dtype: Grad
     return elements * GRADIENT_BYTES[dtype] * (2 if accumulate else 1)
 
 
-def square_sum_ns(model: ModelSpec, role: UnitRole, work: ComputePolicy, rates: Efficiency) -> int:
+def square_sum_ns(model: ModelSpec, role: UnitRole, knobs: ComputePolicy, rates: Efficiency) -> int:
     """One pass over a unit's gradient: its bytes at the rate of element-wise passes."""
-    return model.flat_elements(role) * GRADIENT_BYTES[work.gradient_dtype] * 1_000_000_000 // rates.elementwise_bytes_per_s
+    return model.flat_elements(role) * GRADIENT_BYTES[knobs.gradient_dtype] * 1_000_000_000 // rates.elementwise_bytes_per_s
 
 
 def _products_ns(model: ModelSpec, tokens: int, rates: Efficiency) -> tuple[float, float]:
@@ -113,15 +113,15 @@ def _fused_layer_ns(model: ModelSpec, kind: TaskKind, tokens: int, rates: Effici
     return backward if kind is TaskKind.BACKWARD else forward - last - 6 * model.ffn * per_byte + backward
 
 
-def _loss_ns(model: ModelSpec, tokens: int, work: ComputePolicy, rates: Efficiency) -> float:
+def _loss_ns(model: ModelSpec, tokens: int, knobs: ComputePolicy, rates: Efficiency) -> float:
     """Three products (logits, gradient of the input, gradient of the weights) + the logits' traffic.
 
     The products run in chunks of tokens, so each is priced at its chunk's size; with several, each but the
     first reads and writes an fp32 sum of the projection's gradient. The final norm is left out: one part in
     vocabulary / 8 of the rest.
     """
-    chunk = min(tokens, loss_chunk_tokens(model.vocabulary, work.kernels))
+    chunk = min(tokens, loss_chunk_tokens(model.vocabulary, knobs.kernels))
     product = rates.gemm.duration_ns(model.matmul_flops(UnitRole.HEAD, chunk)) * tokens / chunk
-    traffic = LOGIT_TRAFFIC_BYTES[work.kernels] * tokens * model.vocabulary
+    traffic = LOGIT_TRAFFIC_BYTES[knobs.kernels] * tokens * model.vocabulary
     traffic += (-(-tokens // chunk) - 1) * 8 * model.vocabulary * model.hidden
     return 3 * product + traffic * 1e9 / rates.elementwise_bytes_per_s

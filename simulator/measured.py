@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
 
 def measurements(
-    machine: MachineProfile, model: ModelSpec, role: UnitRole, kind: TaskKind, work: ComputePolicy, accumulate: bool
+    model: ModelSpec, role: UnitRole, kind: TaskKind, knobs: ComputePolicy, accumulate: bool, machine: MachineProfile
 ) -> Measured:
     """What was measured of this kind of task by these kernels.
 
@@ -34,12 +34,12 @@ def measurements(
     with that of this one at the rate of element-wise passes; a quarter is left of them at least.
     """
     shape = LayerShape.of(model, role)
-    exact = machine.cost_index.get(cost_key(shape, kind, work.kernels, work.gradient_dtype, accumulate))
+    exact = machine.cost_index.get(cost_key(shape, kind, knobs.kernels, knobs.gradient_dtype, accumulate))
     if exact is not None:
         return Measured(exact)
-    wanted = gradient_bytes(model, role, kind, work.gradient_dtype, accumulate)
+    wanted = gradient_bytes(model, role, kind, knobs.gradient_dtype, accumulate)
     for dtype, adds in _WAYS:
-        found = machine.cost_index.get(cost_key(shape, kind, work.kernels, dtype, adds))
+        found = machine.cost_index.get(cost_key(shape, kind, knobs.kernels, dtype, adds))
         if found is not None:
             more = wanted - gradient_bytes(model, role, kind, dtype, adds)
             more_ns = more * 1_000_000_000 // machine.efficiency.elementwise_bytes_per_s

@@ -21,13 +21,13 @@ _WORSE: tuple[Source, ...] = ("measured", "interpolated", "derived", "datasheet"
 
 
 def predict(
-    graph: TaskGraph, model: ModelSpec, work: ComputePolicy, workload: Workload, machine: MachineProfile, ledger: Ledger
+    graph: TaskGraph, model: ModelSpec, knobs: ComputePolicy, workload: Workload, machine: MachineProfile, ledger: Ledger
 ) -> Prediction:
     """Price and simulate a graph on a machine; peak bytes are the ledger's.
 
     Raises DeadlockError for a graph that cannot run.
     """
-    costs = price(graph, model, work, workload.seq_len, machine)
+    costs = price(graph, model, knobs, workload.seq_len, machine)
     shared = capacities(machine)
     bound_ns = lower_bound(graph, costs, shared, machine.handoffs)
     step_ns, spans = simulate(graph, costs, shared, machine.handoffs)

@@ -1,6 +1,6 @@
 """The engine as a SimPy model, one process per lane: what `engine` must agree with, span for span.
 
-Slower and simpler: each lane is a process that reads like the rule it follows. Only tests run it.
+Slower and simpler: each lane is a process that reads like the rule it follows. Tests and `planner simulate --verify` run it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class ComputePolicy(Protocol):
         """Whether gradients are measured once they are complete."""
 
 
-class ComputeWork(Spec, frozen=True):
+class ComputeKnobs(Spec, frozen=True):
     """Those knobs by themselves."""
 
     micro_batch: int
@@ -71,9 +71,9 @@ class ComputeWork(Spec, frozen=True):
     gradient_norms: bool
 
     @classmethod
-    def of(cls, work: ComputePolicy) -> ComputeWork:
+    def of(cls, policy: ComputePolicy) -> ComputeKnobs:
         """Those of a policy."""
-        return cls(work.micro_batch, work.micro_batches, work.gradient_dtype, work.kernels, work.gradient_norms)
+        return cls(policy.micro_batch, policy.micro_batches, policy.gradient_dtype, policy.kernels, policy.gradient_norms)
 
 
 class OtherSystem(Spec, frozen=True):

@@ -35,7 +35,9 @@ from planner.reports.tables import console
 from planner.search.best import batches_within
 from planner.search.shortfall import DoesNotFit
 from planner.search.space import SearchOptions, micro_batch_sizes
+from simulator import verify
 from slideplan import codec
+from slideplan.plan import Plan
 from slideplan.policy import Workload, check_seq_len
 
 
@@ -71,6 +73,9 @@ def simulate(
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Print what can be had for less memory.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Print what the next-best value of each knob costs.")] = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Simulate the plan by the SimPy model too, and fail where any span differs.")
+    ] = False,
     effort: Annotated[float, typer.Option(help="Budget of the search, as a multiple of the usual one.")] = 1.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, for `runtime execute`.")] = None,
     as_json: Json = False,
@@ -85,9 +90,10 @@ def simulate(
       planner simulate --model llama-3.1-8b --max-tokens-per-step 65536 --pareto --explain
       planner simulate --model llama-3.1-8b --objective least-host-memory --at-least 90%
       planner simulate --model llama-3.1-8b --global-batch 1 --gpu-moments 8bit
+      planner simulate --model 123b --verify
 
     \b
-    Exit codes: 0 a plan was found, 2 bad input, 3 the model does not fit.
+    Exit codes: 0 a plan was found, 1 it was not verified, 2 bad input, 3 the model does not fit.
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     spec = find_model(model)
     seq_len = seq_len_of(spec, seq_len)
@@ -121,7 +127,14 @@ def simulate(
     budget = size_of("--gpu-memory", gpu_memory), size_of("--host-memory", host_memory)
     if output is not None:
         check_writable(output)
-    answer = search_shown(spec, workload, with_budget(machine_named(machine), *budget), options)
+    profiled = with_budget(machine_named(machine), *budget)
+    answer = search_shown(spec, workload, profiled, options)
+    if check and isinstance(answer, Plan):
+        spans = verify(answer.graph, spec, answer.policy, seq_len, profiled, answer.prediction)
+        note(f"verified: the SimPy model gives the same step, and the same {spans:,} spans")
+    # The plan is safe before anything is printed: a closed pipe must not lose it.
+    if output is not None and isinstance(answer, Plan):
+        codec.save(output, answer)
     if as_json:
         print_json(answer)
     else:
@@ -131,7 +144,6 @@ def simulate(
             note(f"{output}: not written, there is no plan")
         raise typer.Exit(EXIT_DOES_NOT_FIT)
     if output is not None:
-        codec.save(output, answer)
         note(f"plan written to {output}; run it with `runtime execute {output}`")
     elif not as_json:
         note("plan not saved; `-o plan.json` saves it for `runtime execute`")

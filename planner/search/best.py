@@ -59,7 +59,7 @@ def search(
     looked: list[tuple[Searcher, Space]] = []
     found: list[Found] = []
     for batch in batches or (workload.global_batch,):
-        builder = SpaceBuilder.on(machine, model, Workload(seq_len=workload.seq_len, global_batch=batch), options)
+        builder = SpaceBuilder.on(model, Workload(seq_len=workload.seq_len, global_batch=batch), machine, options)
         progress(f"listing what fits at a global batch of {batch}")
         space = builder.build()
         if space.fitting:

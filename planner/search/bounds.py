@@ -74,7 +74,7 @@ class Durations(Spec, frozen=True):
 
 def durations(
     model: ModelSpec,
-    work: ComputePolicy,
+    knobs: ComputePolicy,
     seq_len: int,
     machine: MachineProfile,
     footprint: Footprint,
@@ -84,7 +84,7 @@ def durations(
 
     Passes over complete gradients are left out: bounds hold without them, a little lower.
     """
-    micro_batch, dtype, kernels = work.micro_batch, work.gradient_dtype, work.kernels
+    micro_batch, dtype, kernels = knobs.micro_batch, knobs.gradient_dtype, knobs.kernels
     short = msgspec.structs.replace(model, layers=LAYERS_PRICED)
     streamed = Candidate(
         micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, window=2, prefetch_depth=1,
@@ -105,7 +105,7 @@ def durations(
     for candidate in (streamed, resident, passing):
         graph = lower(short, candidate.policy(short), workload, footprint)
         of_wholes: dict[tuple[Way, int | str], list[TaskCost]] = {}
-        for task, cost in zip(graph.tasks, price(graph, short, work, seq_len, machine), strict=True):
+        for task, cost in zip(graph.tasks, price(graph, short, knobs, seq_len, machine), strict=True):
             way = Way(task.operation, short.role(task.unit), task.accumulates, task.chunk is not UNSET)
             of_wholes.setdefault((way, task.unit if way.in_chunks else task.name), []).append(cost)
         for (way, _), costs in of_wholes.items():

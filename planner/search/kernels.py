@@ -7,25 +7,25 @@ from typing import Literal
 from simulator import layer_launch_ns, layer_ns
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import ComputeWork, Kernels
+from slideplan.policy import ComputeKnobs, Kernels
 
 # Of a layer's time over its launch, for launches to be hidden whatever else the host does.
 LAUNCH_MARGIN = 3
 PREFERENCE: tuple[Kernels, ...] = ("fused", "graphed", "eager")
 
 
-def faster_kernels(machine: MachineProfile, model: ModelSpec, micro_batch: int, seq_len: int) -> Kernels:
+def faster_kernels(model: ModelSpec, micro_batch: int, seq_len: int, machine: MachineProfile) -> Kernels:
     """The kernels by which a layer's forward and backward take less time, of those measured on the machine.
 
     Fused ones are captured ("graphed") where they take less than LAUNCH_MARGIN times their launch: what the host
     issues is late as soon as its cores are wanted elsewhere. Where this layer was not measured: kernels that were
     measured on other layers, else "fused", which save work and traffic by construction.
     """
-    works = {kernels: ComputeWork(micro_batch, 1, "bf16", kernels, gradient_norms=False) for kernels in PREFERENCE}
-    times = {kernels: layer_ns(machine, model, work, seq_len) for kernels, work in works.items()}
+    knobs = {kernels: ComputeKnobs(micro_batch, 1, "bf16", kernels, gradient_norms=False) for kernels in PREFERENCE}
+    times = {kernels: layer_ns(model, each, seq_len, machine) for kernels, each in knobs.items()}
     measured = {kernels: time_ns for kernels, time_ns in times.items() if time_ns is not None}
     if {"fused", "graphed"} <= measured.keys():
-        hidden = measured["fused"] >= LAUNCH_MARGIN * layer_launch_ns(machine, "fused")
+        hidden = measured["fused"] >= LAUNCH_MARGIN * layer_launch_ns("fused", machine)
         del measured["graphed" if hidden else "fused"]
     if measured:
         return min(measured, key=measured.__getitem__)

@@ -22,7 +22,7 @@ from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import MachineProfile
 from slideplan.placement import Tier
-from slideplan.policy import ComputeWork
+from slideplan.policy import ComputeKnobs
 from slideplan.quantities import format_ns
 
 Progress = Callable[[str], None]
@@ -67,7 +67,7 @@ class Searcher:
         self._numbers: dict[Candidate, int] = {}
         self._lowered: dict[int, int] = {}  # the bound of each graph lowered
         self._graphs: dict[int, tuple[TaskGraph, tuple[TaskCost, ...]]] = {}
-        self._models: dict[ComputeWork, BoundModel] = {}
+        self._models: dict[ComputeKnobs, BoundModel] = {}
 
     def number(self, candidates: Iterable[Candidate]) -> list[int]:
         """Numbers of these, new ones with their bounds from counts."""
@@ -186,7 +186,7 @@ class Searcher:
         return self._graphs[number]
 
     def _bound_model(self, candidate: Candidate) -> BoundModel:
-        key = ComputeWork.of(candidate)
+        key = ComputeKnobs.of(candidate)
         if key not in self._models:
             builder = self.builder
             footprint, moments = builder.footprint(candidate), candidate.gpu_moments

@@ -83,7 +83,7 @@ def _largest_batch(builder: SpaceBuilder, machine: MachineProfile) -> int | None
     for smaller in reversed(divisors(batch)[:-1]):
         if smaller % pinned == 0:
             workload = msgspec.structs.replace(builder.workload, global_batch=smaller)
-            if _fits(SpaceBuilder.on(machine, builder.model, workload, builder.options)):
+            if _fits(SpaceBuilder.on(builder.model, workload, machine, builder.options)):
                 return smaller
     return None
 
@@ -95,6 +95,6 @@ def _fitting_machines(builder: SpaceBuilder, machine: MachineProfile) -> tuple[s
             other = codec.load(file, MachineProfile)
         except ValueError:
             continue  # a broken profile of another machine is no reason to withhold this answer
-        if other.name != machine.name and _fits(SpaceBuilder.on(other, builder.model, builder.workload, builder.options)):
+        if other.name != machine.name and _fits(SpaceBuilder.on(builder.model, builder.workload, other, builder.options)):
             found.append(name)
     return tuple(found)

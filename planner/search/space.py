@@ -24,7 +24,7 @@ from slideplan.lowering.sizes import TRAINING_BYTES, WEIGHT_BYTES, state_bytes
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import Tier
-from slideplan.policy import ComputeWork, GradientDtype, Kernels, Moments, Workload, check_seq_len, chunk_elements
+from slideplan.policy import ComputeKnobs, GradientDtype, Kernels, Moments, Workload, check_seq_len, chunk_elements
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
@@ -90,8 +90,8 @@ class SpaceBuilder:
         self.workload = workload
         self._sizes = sorted(sizes)
         self._machine = machine
-        self._footprints: dict[ComputeWork, Footprint] = {}
-        self._slot_bytes: dict[tuple[ComputeWork, int], SlotBytes] = {}
+        self._footprints: dict[ComputeKnobs, Footprint] = {}
+        self._slot_bytes: dict[tuple[ComputeKnobs, int], SlotBytes] = {}
         self.capacity = capacity
         self.options = options
         self._too_large = 0
@@ -99,7 +99,7 @@ class SpaceBuilder:
         self._state_chunks = state_chunks(model)
 
     @classmethod
-    def on(cls, machine: MachineProfile, model: ModelSpec, workload: Workload, options: SearchOptions) -> SpaceBuilder:
+    def on(cls, model: ModelSpec, workload: Workload, machine: MachineProfile, options: SearchOptions) -> SpaceBuilder:
         """What may be planned for this workload on this machine. Raises ValueError where nothing may."""
         check_seq_len(model, workload.seq_len)
         check_kernels(options.kernels, machine)
@@ -118,14 +118,14 @@ class SpaceBuilder:
 
     def footprint(self, candidate: Candidate) -> Footprint:
         """What the candidate's kernels take on the GPU beside its slots."""
-        key = ComputeWork.of(candidate)
+        key = ComputeKnobs.of(candidate)
         if key not in self._footprints:
             self._footprints[key] = footprint(self.model, candidate, self.workload.seq_len, self._machine)
         return self._footprints[key]
 
     def slot_bytes(self, candidate: Candidate) -> dict[Tier, int]:
         """What the candidate's slots take in each tier."""
-        key = ComputeWork.of(candidate), candidate.state_chunks
+        key = ComputeKnobs.of(candidate), candidate.state_chunks
         if key not in self._slot_bytes:
             self._slot_bytes[key] = SlotBytes(self.model, candidate, self.workload.seq_len, self.footprint(candidate))
         return self._slot_bytes[key].of(candidate)
@@ -240,7 +240,7 @@ class SpaceBuilder:
             count = self.workload.global_batch // size
             kernels = self.options.kernels
             if kernels == "auto":
-                kernels = faster_kernels(self._machine, self.model, size, self.workload.seq_len)
+                kernels = faster_kernels(self.model, size, self.workload.seq_len, self._machine)
             yield Candidate(
                 micro_batch=size,
                 micro_batches=count,

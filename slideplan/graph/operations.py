@@ -76,7 +76,7 @@ class Operation(Spec, frozen=True, array_like=True):
     def __str__(self) -> str:
         """``forward``, ``update host``, ``weights host>gpu``."""
         if self.kind is TaskKind.COPY:
-            moved = _SHORT_NAMES.get(self.tensors) or "+".join(tensor.split("_")[0] for tensor in self.tensors)
+            moved = _SHORT_NAMES.get(self.tensors) or "+".join(tensor.removesuffix("_activation") for tensor in self.tensors)
             return f"{moved} {self.source}>{self.target}"
         return f"{self.kind} {self.target}" if self.kind is TaskKind.UPDATE else str(self.kind)
 

@@ -13,14 +13,16 @@ import msgspec
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
-from runtime import report, run, session
+from runtime import report, run
 from runtime.lanes.clock import LaneError, RunError
 from runtime.optimizer.adamw import AdamW
 from slideplan.codec import load
 from slideplan.measurement import Comparison
 from slideplan.plan import Plan
+from slideplan.progress import Progress
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -163,7 +165,7 @@ class ProgressBars:
 
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens = tokens_per_step
-        self._bars = Progress(
+        self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[detail]}"),
@@ -180,7 +182,7 @@ class ProgressBars:
         if self._ids:
             self._bars.stop()
 
-    def show(self, progress: session.Progress) -> None:
+    def show(self, progress: Progress) -> None:
         """Move the bar of the phase."""
         if progress.phase not in self._ids:
             self._bars.start()  # not before there is something to show: refused input gets its one line alone

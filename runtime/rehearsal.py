@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from statistics import median
 
 from runtime.lanes.clock import RunError
 from runtime.optimizer.adamw import Rehearsal
-from runtime.session import Progress, Session
+from runtime.session import Session
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import Task
 from slideplan.measurement import expected_step_ns
+from slideplan.progress import Progress, Show
 from slideplan.quantities import format_ns
 
 LEAST_REHEARSAL_NS = 1_000_000_000  # where passes over a small state take less
@@ -19,7 +19,7 @@ LEAST_PASSES = 2
 WORTH_SAYING = 0.03  # of the step
 
 
-def rehearse(session: Session, progress: Callable[[Progress], None]) -> int | None:
+def rehearse(session: Session, show: Show) -> int | None:
     """Nanoseconds that the host's updates of one step take, one after the other: the median of some passes.
 
     Where they are not as planned, what step to expect is said. Nothing else may be running. Weights and moments stay as
@@ -30,7 +30,7 @@ def rehearse(session: Session, progress: Callable[[Progress], None]) -> int | No
     updates = [plan.graph.tasks[number] for number in plan.graph.queue(LaneKind.HOST_UPDATE)]
     if not updates:
         return None
-    progress(Progress(phase, 0, 1))
+    show(Progress(phase, 0, 1))
     _pass_ns(session, updates)  # threads wake up, and pages are found for the first time
     passes: list[int] = []
     while len(passes) < LEAST_PASSES or sum(passes) < LEAST_REHEARSAL_NS:
@@ -43,7 +43,7 @@ def rehearse(session: Session, progress: Callable[[Progress], None]) -> int | No
             f"updates on the host take {rehearsed_ns / plan.prediction.host_updates_ns:.0%} of their planned time in this "
             f"process's memory: expect steps of {format_ns(expected_ns)}, planned were {format_ns(planned_ns)}"
         )
-    progress(Progress(phase, 1, 1, note=note))
+    show(Progress(phase, 1, 1, note=note))
     return rehearsed_ns
 
 

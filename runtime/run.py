@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from runtime.machine import available_host_bytes, identity
 from runtime.measure import PeakMemory, measurement
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.rehearsal import rehearse
-from runtime.session import Progress, Session
+from runtime.session import Session
 from runtime.training import train
 from slideplan.codec import save
 from slideplan.graph.tasks import tier_bytes
@@ -27,6 +26,7 @@ from slideplan.measurement import Measurement
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import Plan
+from slideplan.progress import Show
 from slideplan.quantities import format_bytes
 
 # Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
@@ -125,7 +125,7 @@ def check_machine(plan: Plan, backend: Backend, where: str) -> None:
             )
 
 
-def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measurement:
+def execute(request: RunRequest, show: Show) -> Measurement:
     """Run the plan and write plan, metrics and measurement into the run folder.
 
     Raises ValueError for what the user can mend, before memory is reserved; RunError if the run fails.
@@ -153,10 +153,10 @@ def execute(request: RunRequest, progress: Callable[[Progress], None]) -> Measur
     on_gpu = plan.ledger.tiers[Tier.GPU]
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     try:
-        session = Session(plan, backend, source, windows, request.settings, host_update, progress)
+        session = Session(plan, backend, source, windows, request.settings, host_update, show)
         memory = PeakMemory(session)
-        rehearsed_ns = rehearse(session, progress)
-        recorder = train(session, request.steps, request.out, progress)
+        rehearsed_ns = rehearse(session, show)
+        recorder = train(session, request.steps, request.out, show)
         found = measurement(session, recorder, memory, request.warmup_steps, request.command, rehearsed_ns)
     except BaseException:
         # After a fault of the device closing may fail too; the fault is what the user must see.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from runtime.compute.handlers import ComputeHandlers
 from runtime.handlers import Handlers, compile_gpu_update, gpu_update
 from runtime.inputs.data import TokenWindows
@@ -17,18 +14,7 @@ from runtime.state import UnitState
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import SlotPool
 from slideplan.plan import Plan
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the caller may show: a phase with its share done, or a finished step with its loss; and what is to be known."""
-
-    phase: str
-    done: int
-    total: int
-    loss: float | None = None
-    norm: float | None = None
-    note: str = ""
+from slideplan.progress import Progress, Show, silent
 
 
 class Session:
@@ -45,7 +31,7 @@ class Session:
         windows: TokenWindows,
         settings: AdamW,
         host_update: HostUpdate,
-        progress: Callable[[Progress], None] = lambda progress: None,
+        show: Show = silent,
     ) -> None:
         self.plan = plan
         self.backend = backend
@@ -56,14 +42,14 @@ class Session:
         def reserved(pool: SlotPool) -> None:
             nonlocal done
             done += pool.total_bytes
-            progress(Progress("reserving memory", done, total))
+            show(Progress("reserving memory", done, total))
 
         self.buffers = Buffers(graph, backend, policy.gradient_dtype, progress=reserved)
         for unit in range(plan.model.units):
             state = self.state(unit)
             for piece in source.pieces(unit):
                 state.place(piece)
-            progress(Progress("placing weights", unit + 1, plan.model.units))
+            show(Progress("placing weights", unit + 1, plan.model.units))
         self.compute = ComputeHandlers(
             plan.model,
             graph,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from runtime.lanes.clock import RunError
 from runtime.measure import Recorder
-from runtime.session import Progress, Session
+from runtime.session import Session
+from slideplan.progress import Progress, Show
 
 
 class StepResult(NamedTuple):
@@ -22,7 +22,7 @@ class StepResult(NamedTuple):
     grad_norm: float | None
 
 
-def train(session: Session, steps: int, out: Path, progress: Callable[[Progress], None]) -> Recorder:
+def train(session: Session, steps: int, out: Path, show: Show) -> Recorder:
     """Run the next steps of a session, one line a step into metrics.jsonl of `out`; what was recorded of them.
 
     Raises LaneError if a lane fails, RunError if the device does where no lane waits for it, or if a loss is not finite.
@@ -35,7 +35,7 @@ def train(session: Session, steps: int, out: Path, progress: Callable[[Progress]
             result = result_of(session, step)
             _log(metrics, result)
             _require_finite(result)
-            progress(Progress("training", step + 1, steps, result.loss, result.grad_norm))
+            show(Progress("training", step + 1, steps, result.loss, result.grad_norm))
             recorder.take(step, result.loss)
     recorder.finish()
     return recorder

@@ -32,6 +32,7 @@ from planner.reports.tables import console
 from slideplan import codec
 from slideplan.machine.figures import changes, figures
 from slideplan.machine.profile import MachineProfile, Spread
+from slideplan.progress import Show
 
 
 def profile(
@@ -72,11 +73,11 @@ def profile(
     Exit codes: 0 measured, or all figures checked hold; 2 bad input; 4 a figure checked does not hold.
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     try:
-        from runtime.probes.profile import ProfileRequest, check_machine, profile_machine  # noqa: PLC0415 - needs torch
+        from runtime.probes.profile import ProfileRequest, measure_again, profile_machine  # noqa: PLC0415 - needs torch
     except ImportError as error:
         raise ValueError(f"profiling needs the runtime: install slideplan[runtime] ({error})") from None
     if check:
-        _check(_measured(existing), check_machine)
+        _check(_measured(existing), measure_again)
         return
     if existing is not None:
         raise ValueError(f"{existing}: only --check takes a profile; --output names the file to write")
@@ -125,11 +126,11 @@ def profile(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Show]:
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         running = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(running, description=what, completed=done, total=total)
+        yield lambda step: bar.update(running, description=step.phase, completed=step.done, total=step.total)
 
 
 def _measured(name: str | None) -> MachineProfile:
@@ -141,11 +142,9 @@ def _measured(name: str | None) -> MachineProfile:
     return machine
 
 
-def _check(
-    machine: MachineProfile, check_machine: Callable[[MachineProfile, Callable[[str, int, int], None]], dict[str, Spread]]
-) -> None:
+def _check(machine: MachineProfile, again: Callable[[MachineProfile, Show], dict[str, Spread]]) -> None:
     with _progress() as show:
-        now = check_machine(machine, show)
+        now = again(machine, show)
     found = changes(figures(machine), now)
     out = console()
     out.print(report_machines.checks_table(found))

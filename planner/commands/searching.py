@@ -27,7 +27,7 @@ def search_shown(model: ModelSpec, workload: Workload, machine: MachineProfile, 
         if not err.is_terminal:
             return search(model, workload, machine, options)
         status = stack.enter_context(err.status("searching"))
-        return search(model, workload, machine, options, lambda what: status.update(f"searching: {what}"))
+        return search(model, workload, machine, options, lambda progress: status.update(progress.phase))
 
 
 def machine_named(name: str | None) -> MachineProfile:

@@ -132,6 +132,11 @@ def simulate(
     if check and isinstance(answer, Plan):
         spans = verify(answer.graph, spec, answer.policy, seq_len, profiled, answer.prediction)
         note(f"verified: the SimPy model gives the same step, and the same {spans:,} spans")
+    _deliver(answer, output, as_json=as_json, pareto=pareto)
+
+
+def _deliver(answer: Plan | DoesNotFit, output: Path | None, *, as_json: bool, pareto: bool) -> None:
+    """Save, print, say what to do next. Exits with 3 where nothing fits."""
     # The plan is safe before anything is printed: a closed pipe must not lose it.
     if output is not None and isinstance(answer, Plan):
         codec.save(output, answer)

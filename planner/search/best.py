@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from planner.search.alternatives import alternatives, front, look_for_less_memory
-from planner.search.searcher import FOREVER, Budget, Progress, Sample, Searcher
+from planner.search.searcher import FOREVER, Budget, Sample, Searcher
 from planner.search.shortfall import DoesNotFit, shortfall
 from planner.search.space import SearchOptions, Space, SpaceBuilder
 from simulator import predict
@@ -27,6 +27,7 @@ from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import Alternative, MachineReference, Plan, SearchRecord
 from slideplan.policy import Workload
+from slideplan.progress import Progress, Show, silent
 
 BATCHES = 16  # global batches tried where the batch is searched too
 
@@ -47,12 +48,12 @@ def search(
     workload: Workload,
     machine: MachineProfile,
     options: SearchOptions | None = None,
-    progress: Progress = lambda _: None,
+    show: Show = silent,
 ) -> Plan | DoesNotFit:
     """The best plan that the budget found, as the options' objective has it. Deterministic.
 
-    With `max_tokens_per_step` the workload's global batch is not looked at. `progress` is told in words how
-    far the search is. Raises ValueError where workload or options make no sense for the model.
+    With `max_tokens_per_step` the workload's global batch is not looked at. `show` is told how far
+    the search is. Raises ValueError where workload or options make no sense for the model.
     """
     options = options or SearchOptions()
     batches = batches_within(workload.seq_len, options)
@@ -60,10 +61,10 @@ def search(
     found: list[Found] = []
     for batch in batches or (workload.global_batch,):
         builder = SpaceBuilder.on(model, Workload(seq_len=workload.seq_len, global_batch=batch), machine, options)
-        progress(f"listing what fits at a global batch of {batch}")
+        show(Progress(f"searching: listing what fits at a global batch of {batch}"))
         space = builder.build()
         if space.fitting:
-            searcher = Searcher(builder, machine, progress)
+            searcher = Searcher(builder, machine, show)
             looked.append((searcher, space))
             slowest = min((each.ns_per_sequence() for each in found), default=FOREVER) * batch
             best = fastest(searcher, space, slowest)

@@ -8,7 +8,7 @@ seconds: the same inputs give the same answer anywhere.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -23,9 +23,9 @@ from slideplan.lowering.lower import lower
 from slideplan.machine.profile import MachineProfile
 from slideplan.placement import Tier
 from slideplan.policy import ComputeKnobs
+from slideplan.progress import Progress, Show, silent
 from slideplan.quantities import format_ns
 
-Progress = Callable[[str], None]
 GRAPHS_KEPT = 48  # lowered graphs in memory: what is lowered is often simulated soon after
 FOREVER = float("inf")
 
@@ -56,14 +56,14 @@ class Budget(NamedTuple):
 class Searcher:
     """What is known of the candidates of one workload, by number, in the order in which they came up."""
 
-    def __init__(self, builder: SpaceBuilder, machine: MachineProfile, progress: Progress = lambda _: None) -> None:
+    def __init__(self, builder: SpaceBuilder, machine: MachineProfile, show: Show = silent) -> None:
         self.builder = builder
         self.samples: dict[int, Sample] = {}
         self.candidates: list[Candidate] = []
         self.bounds: list[Bound] = []  # the best known for each
         self.spent = Budget(0, 0)
         self._machine = machine
-        self._progress = progress
+        self._show = show
         self._numbers: dict[Candidate, int] = {}
         self._lowered: dict[int, int] = {}  # the bound of each graph lowered
         self._graphs: dict[int, tuple[TaskGraph, tuple[TaskCost, ...]]] = {}
@@ -78,7 +78,7 @@ class Searcher:
                 self.candidates.append(candidate)
                 self.bounds.append(self._bound_model(candidate).bound(candidate))
             found.append(number)
-        self._progress(f"{len(self.candidates):,} candidates")
+        self._show(Progress(f"searching: {len(self.candidates):,} candidates"))
         return found
 
     def fastest(self, numbers: Sequence[int], budget: Budget, slower_than: float = FOREVER) -> Sample | None:
@@ -159,9 +159,8 @@ class Searcher:
             step_ns = max(step_ns, self._lowered[number])  # as in `predict`
             self.samples[number] = Sample(candidate, step_ns, self.builder.slot_bytes(candidate))
             shortest = min(sample.step_ns for sample in self.samples.values())
-            self._progress(
-                f"{len(self.candidates):,} candidates, {len(self.samples)} simulated, best step {format_ns(shortest)}"
-            )
+            found = f"{len(self.candidates):,} candidates, {len(self.samples)} simulated"
+            self._show(Progress(f"searching: {found}, best step {format_ns(shortest)}"))
         return self.samples[number]
 
     def taken_bytes(self, number: int, tier: Tier) -> int:

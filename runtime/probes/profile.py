@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -46,10 +46,10 @@ from slideplan.machine.profile import (
 )
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.policy import GradientDtype, Kernels
+from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes
 
 TURNS = 2  # of samples of host memory between units
-ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class ProfileRequest:
     command: str = ""
 
 
-def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> MachineProfile:
-    """Measure everything that a plan needs. `progress(what, done, total)` is called before each probe.
+def profile_machine(request: ProfileRequest, show: Show) -> MachineProfile:
+    """Measure everything that a plan needs. `show` is told before each probe.
 
     Raises ValueError for a device that is not there. Shapes that do not fit in device memory are left
     out and named in the profile's notes.
@@ -83,7 +83,7 @@ def profile_machine(request: ProfileRequest, progress: ProgressCallback) -> Mach
     effort = Effort.of(request.quick, backend.name)
     lane_probes = len(TogetherProbe.runs(set().union(*COMBINATIONS)))
     kernels = _measurable(request.kernels, backend)
-    steps = _Steps(progress, 6 + lane_probes + len(request.models) * len(request.shapes) * len(kernels))
+    steps = _Steps(show, 6 + lane_probes + len(request.models) * len(request.shapes) * len(kernels))
     try:
         steps.next("threads and kernels")
         _warm_up(backend, request.models[0])
@@ -224,7 +224,7 @@ def _probe(
     return probe.costs(effort.repeats), probe.launches(effort.repeats) if wants_launches else []
 
 
-def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[str, Spread]:
+def measure_again(profile: MachineProfile, show: Show) -> dict[str, Spread]:
     """Measure a few decisive figures again, by the names of `plan.figures`: links, optimizer, both together, a layer.
 
     Raises ValueError where this is another machine than the profile's.
@@ -241,7 +241,7 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
         LaneKind.D2H: f"d2h copy, {largest}",
         LaneKind.HOST_UPDATE: "AdamW on the host",
     }
-    steps = _Steps(progress, 2 + len(names) + len(combinations))
+    steps = _Steps(show, 2 + len(names) + len(combinations))
     found: dict[str, Spread] = {}
     try:
         cost = _largest_layer(profile)
@@ -275,17 +275,17 @@ def check_machine(profile: MachineProfile, progress: ProgressCallback) -> dict[s
 class _Steps:
     """Counts probes for the progress display."""
 
-    def __init__(self, progress: ProgressCallback, total: int) -> None:
-        self._progress = progress
+    def __init__(self, show: Show, total: int) -> None:
+        self._show = show
         self._total = total
         self._done = 0
 
     def next(self, what: str) -> None:
-        self._progress(what, self._done, self._total)
+        self._show(Progress(what, self._done, self._total))
         self._done = min(self._done + 1, self._total - 1)
 
     def finish(self) -> None:
-        self._progress("done", self._total, self._total)
+        self._show(Progress("done", self._total, self._total))
 
 
 def _warm_up(backend: Backend, model: ModelSpec | None) -> None:

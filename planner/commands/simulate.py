@@ -33,8 +33,9 @@ from planner.commands.searching import machine_named, search_shown, seq_len_of
 from planner.reports import answer as report
 from planner.reports.tables import console
 from planner.search.best import batches_within
+from planner.search.counts import micro_batch_sizes
 from planner.search.shortfall import DoesNotFit
-from planner.search.space import SearchOptions, micro_batch_sizes
+from planner.search.space import SearchOptions
 from simulator import verify
 from slideplan import codec
 from slideplan.plan import Plan
@@ -123,7 +124,7 @@ def simulate(
     # All that can be wrong is looked at before a machine is chosen, so that an error stands alone.
     check_seq_len(spec, seq_len)
     if not batches_within(seq_len, options):
-        micro_batch_sizes(workload, options)
+        micro_batch_sizes(workload, options.micro_batch)
     budget = size_of("--gpu-memory", gpu_memory), size_of("--host-memory", host_memory)
     if output is not None:
         check_writable(output)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from planner.search.candidate import Candidate
+from planner.search.counts import evenly
 from planner.search.searcher import Budget, Sample, Searcher
-from planner.search.space import evenly
 from slideplan.ledger import fixed_bytes_of
 from slideplan.machine.profile import MachineProfile
 from slideplan.placement import Tier

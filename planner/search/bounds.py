@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET
 
 from planner.search.candidate import AWAY, Candidate
-from planner.search.space import state_chunks
+from planner.search.counts import state_chunks
 from simulator import Resource, TaskCost, capacities, price, resource_time
 from slideplan.codec import Spec
 from slideplan.footprint import Footprint

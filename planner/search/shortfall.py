@@ -6,7 +6,8 @@ import msgspec
 
 from planner.catalogue.machines import machines
 from planner.search.candidate import Candidate
-from planner.search.space import SpaceBuilder, divisors
+from planner.search.counts import divisors
+from planner.search.space import SpaceBuilder
 from slideplan import __version__, codec
 from slideplan.codec import Document
 from slideplan.graph.tasks import TaskGraph

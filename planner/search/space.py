@@ -9,12 +9,12 @@ moves a unit in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isqrt
 from typing import Literal
 
 import msgspec
 
 from planner.search.candidate import Candidate, SlotBytes
+from planner.search.counts import evenly, micro_batch_sizes, state_chunks
 from planner.search.kernels import check_kernels, faster_kernels
 from simulator import footprint
 from slideplan.codec import Spec
@@ -24,7 +24,7 @@ from slideplan.lowering.sizes import TRAINING_BYTES, WEIGHT_BYTES, state_bytes
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import Tier
-from slideplan.policy import ComputeKnobs, GradientDtype, Kernels, Moments, Workload, check_seq_len, chunk_elements
+from slideplan.policy import ComputeKnobs, GradientDtype, Kernels, Moments, Workload, check_seq_len
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
@@ -103,7 +103,7 @@ class SpaceBuilder:
         """What may be planned for this workload on this machine. Raises ValueError where nothing may."""
         check_seq_len(model, workload.seq_len)
         check_kernels(options.kernels, machine)
-        sizes = micro_batch_sizes(workload, options)
+        sizes = micro_batch_sizes(workload, options.micro_batch)
         return cls(model, workload, sizes, machine, slot_capacities(machine), options)
 
     def build(self) -> Space:
@@ -371,42 +371,3 @@ FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3}
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))
-
-
-# Links are at their best rate from a sixteenth of this on, and every chunk in flight takes as much of the GPU. Layers
-# of which that would be small parts are cut into a few larger ones: every chunk is three tasks.
-STATE_CHUNK_BYTES, STATE_CHUNKS = 256 << 20, 16
-
-
-def state_chunks(model: ModelSpec) -> int:
-    """Into how many chunks a layer's state is cut where it passes through the GPU."""
-    elements = model.flat_elements(UnitRole.LAYER)
-    wanted = min(STATE_CHUNKS, -(-state_bytes(elements, "fp32") // STATE_CHUNK_BYTES))
-    return -(-elements // chunk_elements(elements, wanted))  # fewer where blocks cannot be shared out
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors in ascending order; found up to the root, so that large batches cost nothing."""
-    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
-    return sorted({*small, *(number // size for size in small)})
-
-
-def micro_batch_sizes(workload: Workload, options: SearchOptions) -> list[int]:
-    """Divisors of the global batch, or the one that the user fixed.
-
-    Raises ValueError where that does not divide the global batch.
-    """
-    batch = workload.global_batch
-    if options.micro_batch is None:
-        return divisors(batch)
-    if options.micro_batch < 1 or batch % options.micro_batch:
-        raise ValueError(
-            f"micro-batch {options.micro_batch} does not divide the global batch {batch}; "
-            f"take one of {', '.join(map(str, divisors(batch)))}"
-        )
-    return [options.micro_batch]
-
-
-def evenly(low: int, high: int, count: int) -> list[int]:
-    """Up to `count` different integers from low to high, both included, evenly spaced."""
-    return sorted({low + (high - low) * place // (count - 1) for place in range(count)})

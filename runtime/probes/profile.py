@@ -43,6 +43,7 @@ from slideplan.machine.profile import (
     MachineProfile,
     Provenance,
     Spread,
+    SsdProfile,
 )
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.policy import GradientDtype, Kernels
@@ -81,48 +82,46 @@ def profile_machine(request: ProfileRequest, show: Show) -> MachineProfile:
     """
     backend = make_backend(request.device)
     effort = Effort.of(request.quick, backend.name)
-    lane_probes = len(TogetherProbe.runs(set().union(*COMBINATIONS)))
     kernels = _measurable(request.kernels, backend)
+    lane_probes = len(TogetherProbe.runs(set().union(*COMBINATIONS)))
     steps = _Steps(show, 6 + lane_probes + len(request.models) * len(request.shapes) * len(kernels))
     try:
-        steps.next("threads and kernels")
-        _warm_up(backend, request.models[0])
-        process_bytes = resident_bytes()
-        capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
-        steps.next("matrix products and attention")
-        rates, spreads = efficiency(backend, effort)
-        steps.next("threads of the optimizer")
-        buffers = MemoryBuffers(backend, effort)
-        by_threads = thread_points(backend, effort, buffers)
-        threads = chosen_threads(backend, by_threads)
-        probes = MemoryProbes(backend, effort, buffers, threads)
-        costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort, steps, probes)
-        notes += [placed] if (placed := placement()) else []
-        _release(backend)
-        # By now libraries have loaded what units of full size call: 150 MiB more than small ones do.
-        context_bytes = backend.outside_bytes()
-        steps.next("links")
-        probes.complete()
-        h2d, d2h = probes.link_curves()
-        memory_work = buffers.work(threads)
-        steps.next("optimizer")
-        optimizer = probes.optimizer(threads, by_threads, memory_work[LaneKind.GPU_UPDATE])
-        launches = probes.launches(memory_work)
-        told = handoffs(backend, threads)
-        device_rate = buffers.device_bytes_per_s()
-        with SsdProbe.open(backend, Path.cwd(), effort) as disk:
-            work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
-            lanes = TogetherProbe()
-            for what in lanes.measure(backend, work, effort.window_ns):
-                steps.next(what)
-            steps.next("disk")
-            disk_duplex = lanes.total(LaneKind.SSD_READ, LaneKind.SSD_WRITE)
-            ssd = disk.profile(disk_duplex.p50) if disk and disk_duplex else None
-        del probes, buffers, work, memory_work
-        steps.finish()
+        return _profile(backend, request, kernels, effort, steps)
     finally:
         backend.close()
-    duplex = lanes.total(LaneKind.H2D, LaneKind.D2H)
+
+
+def _profile(
+    backend: Backend, request: ProfileRequest, kernels: Sequence[Kernels], effort: Effort, steps: _Steps
+) -> MachineProfile:
+    """One probe after the other: each needs the machine to itself, and some what others have found."""
+    steps.next("threads and kernels")
+    _warm_up(backend, request.models[0])
+    process_bytes = resident_bytes()
+    capture_bytes = UnitProbe(backend, _small(request.models[0]), 1, 128).capture_bytes()
+    steps.next("matrix products and attention")
+    rates, spreads = efficiency(backend, effort)
+    steps.next("threads of the optimizer")
+    buffers = MemoryBuffers(backend, effort)
+    by_threads = thread_points(backend, effort, buffers)
+    threads = chosen_threads(backend, by_threads)
+    probes = MemoryProbes(backend, effort, buffers, threads)
+    costs, unit_launches, notes = _unit_costs(backend, request, kernels, effort, steps, probes)
+    notes += [placed] if (placed := placement()) else []
+    _release(backend)
+    # By now libraries have loaded what units of full size call: 150 MiB more than small ones do.
+    context_bytes = backend.outside_bytes()
+    steps.next("links")
+    probes.complete()
+    h2d, d2h = probes.link_curves()
+    memory_work = buffers.work(threads)
+    steps.next("optimizer")
+    optimizer = probes.optimizer(threads, by_threads, memory_work[LaneKind.GPU_UPDATE])
+    launches = probes.launches(memory_work)
+    told = handoffs(backend, threads)
+    device_rate = buffers.device_bytes_per_s()
+    lanes, ssd = _lanes_together(backend, request, memory_work, effort, steps)
+    duplex, disk_duplex = lanes.total(LaneKind.H2D, LaneKind.D2H), lanes.total(LaneKind.SSD_READ, LaneKind.SSD_WRITE)
     dram = _host_dram(backend, lanes)
     assert duplex is not None, "every backend has both copy lanes"
     spreads |= {
@@ -132,12 +131,13 @@ def profile_machine(request: ProfileRequest, show: Show) -> MachineProfile:
         **{f"handoffs.{field}": found for field, found in told.items()},
         **({"ssd.duplex_bytes_per_s": disk_duplex} if disk_duplex else {}),
     }
-    found = identity(backend)
+    steps.finish()
+    here = identity(backend)
     gpu_memory = request.gpu_memory_bytes or _device_memory_bytes(backend)
     return MachineProfile(
         name=request.name,
         gpu=GpuProfile(
-            name=found.gpu,
+            name=here.gpu,
             backend=backend.name,
             memory_bytes=gpu_memory,
             context_bytes=context_bytes,
@@ -145,8 +145,8 @@ def profile_machine(request: ProfileRequest, show: Show) -> MachineProfile:
             capture_bytes=capture_bytes,
         ),
         host=HostProfile(
-            cpu=found.cpu,
-            cores=found.cores,
+            cpu=here.cpu,
+            cores=here.cores,
             memory_bytes=request.host_memory_bytes or _host_memory_bytes(backend, gpu_memory),
             process_bytes=process_bytes,
             dram_bytes_per_s=max(dram.p50, optimizer.host_bytes_per_s.p50),
@@ -160,19 +160,37 @@ def profile_machine(request: ProfileRequest, show: Show) -> MachineProfile:
         handoffs=Handoffs(**{field: spread.p50 for field, spread in told.items()}),
         interference=lanes.interference(device_rate.p50),
         spreads=spreads,
-        provenance=Provenance(
-            source="measured",
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            command=request.command,
-            versions={
-                "slideplan": __version__,
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-                "numba": numba.__version__,
-            },
-            notes="; ".join(notes),
-        ),
+        provenance=_provenance(request.command, notes),
+    )
+
+
+def _lanes_together(
+    backend: Backend, request: ProfileRequest, memory_work: dict[LaneKind, Work], effort: Effort, steps: _Steps
+) -> tuple[TogetherProbe, SsdProfile | None]:
+    """Lanes alone and together, the disk among them; and what the disk does by itself."""
+    lanes = TogetherProbe()
+    with SsdProbe.open(backend, Path.cwd(), effort) as disk:
+        work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
+        for what in lanes.measure(backend, work, effort.window_ns):
+            steps.next(what)
+        steps.next("disk")
+        duplex = lanes.total(LaneKind.SSD_READ, LaneKind.SSD_WRITE)
+        return lanes, disk.profile(duplex.p50) if disk and duplex else None
+
+
+def _provenance(command: str, notes: Sequence[str]) -> Provenance:
+    return Provenance(
+        source="measured",
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        versions={
+            "slideplan": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "numba": numba.__version__,
+        },
+        notes="; ".join(notes),
     )
 
 

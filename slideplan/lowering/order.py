@@ -145,26 +145,13 @@ def with_transfers(
     """
     before: list[list[Action]] = [[] for _ in actions]
     turns = visits(actions)
-    depth = max(policy.prefetch_depth, 1)
-    loaded_once: set[int] = set()
-    for now, (visit, window) in enumerate(zip(turns, windows, strict=True)):
-        loads = [window.unit] if window is not None and window.load else []
-        # Weights with a slot of their own are loaded once a step, if the host updates them.
-        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].update is Tier.HOST
-        if own and visit.unit not in loaded_once:
-            loads.append(visit.unit)
-            loaded_once.add(visit.unit)
-        for unit in loads:
-            if policy.system.staging == "per_load":
-                before[turns[max(0, now - depth)].first].append(Action(CAST_WEIGHTS, unit))
-            before[turns[max(0, now - depth)].first].append(Action(LOAD_WEIGHTS, unit))
-
+    for issue, load in _loads(policy, turns, windows):
+        before[issue].append(load)
     first_loss = next(place for place, action in enumerate(actions) if action.operation == LOSS)
     for issue, fetch in _fetches(model, policy, actions, first_loss):
         before[issue].append(fetch)
     passing = policy.passing_units(Tier.GPU)[::-1]  # as gradients are made
-    chunks = range(policy.state_chunks)
-    states = iter([Action(LOAD_STATE, unit, chunk=chunk) for unit in passing for chunk in chunks])
+    states = iter([Action(LOAD_STATE, unit, chunk=chunk) for unit in passing for chunk in range(policy.state_chunks)])
     before[first_loss] += islice(states, policy.state_slots)
 
     issued: list[Action] = []
@@ -174,25 +161,55 @@ def with_transfers(
     for place, action in enumerate(actions):
         issued += before[place]
         issued.append(action)
-        if place < first_loss and policy.units[action.unit].boundary is Tier.HOST:
-            issued.append(Action(OFFLOAD_BOUNDARY, action.unit, action.micro))
-        if place < first_loss and policy.units[action.unit].feed_forward is Tier.HOST:
-            issued.append(Action(OFFLOAD_FEED_FORWARD, action.unit, action.micro))
-        if place < first_loss or place != last_action[action.unit]:
-            continue
-        if policy.units[action.unit].update is Tier.GPU:
-            if action.unit not in passing:
-                issued.append(Action(UPDATE_GPU, action.unit))
-                continue
-            for chunk in chunks:
-                issued += [Action(operation, action.unit, chunk=chunk) for operation in (UPDATE_GPU, OFFLOAD_STATE)]
-                issued += islice(states, 1)
-            continue
-        issued.append(Action(OFFLOAD_GRADIENT, action.unit))
-        arrived.add(action.unit)
-        issued += _host_updates(policy, arrived, waiting_updates)
+        if place < first_loss:
+            issued += _offloads(policy, action)
+        elif place == last_action[action.unit]:  # its gradient is complete
+            if policy.units[action.unit].update is Tier.GPU:
+                issued += _gpu_update(policy, action.unit, states)
+            else:
+                issued.append(Action(OFFLOAD_GRADIENT, action.unit))
+                arrived.add(action.unit)
+                issued += _host_updates(policy, arrived, waiting_updates)
     assert not waiting_updates, "every unit's gradient arrives within the step"
     return issued
+
+
+def _loads(policy: Policy, turns: list[Visit], windows: Sequence[WindowUse | None]) -> Iterator[tuple[int, Action]]:
+    """Loads of weights, with the compute action before which each is issued."""
+    depth = max(policy.prefetch_depth, 1)
+    loaded_once: set[int] = set()
+    for now, (visit, window) in enumerate(zip(turns, windows, strict=True)):
+        loads = [window.unit] if window is not None and window.load else []
+        # Weights with a slot of their own are loaded once a step, if the host updates them.
+        own = not policy.streams_weights(visit.unit) and policy.units[visit.unit].update is Tier.HOST
+        if own and visit.unit not in loaded_once:
+            loads.append(visit.unit)
+            loaded_once.add(visit.unit)
+        issue = turns[max(0, now - depth)].first
+        for unit in loads:
+            if policy.system.staging == "per_load":
+                yield issue, Action(CAST_WEIGHTS, unit)
+            yield issue, Action(LOAD_WEIGHTS, unit)
+
+
+def _offloads(policy: Policy, action: Action) -> Iterator[Action]:
+    """What a forward has made and what waits on the host until backward."""
+    placement = policy.units[action.unit]
+    if placement.boundary is Tier.HOST:
+        yield Action(OFFLOAD_BOUNDARY, action.unit, action.micro)
+    if placement.feed_forward is Tier.HOST:
+        yield Action(OFFLOAD_FEED_FORWARD, action.unit, action.micro)
+
+
+def _gpu_update(policy: Policy, unit: int, states: Iterator[Action]) -> Iterator[Action]:
+    """An update by the GPU. Of state that passes through, each chunk that leaves makes room for one of those still to come."""
+    if not policy.units[unit].passing:
+        yield Action(UPDATE_GPU, unit)
+        return
+    for chunk in range(policy.state_chunks):
+        yield Action(UPDATE_GPU, unit, chunk=chunk)
+        yield Action(OFFLOAD_STATE, unit, chunk=chunk)
+        yield from islice(states, 1)
 
 
 def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss: int) -> Iterator[tuple[int, Action]]:

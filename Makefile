@@ -17,7 +17,8 @@ demo: $(BIN)/.installed
 	$(BIN)/planner profile --quick --device cpu --model demo --seq-len 128 --micro-batch 2 --micro-batch 4 --micro-batch 8 \
 	    --name demo-machine -o $(DEMO)/machine.json
 	$(BIN)/planner simulate --model demo --machine $(DEMO)/machine.json --seq-len 128 --global-batch 8 \
-	    --gpu-memory 40MiB -o $(DEMO)/plan.json
+	    --gpu-memory 40MiB --verify -o $(DEMO)/plan.json
+	$(BIN)/planner show $(DEMO)/plan.json
 	$(BIN)/runtime execute $(DEMO)/plan.json --device cpu --steps 40 --lr 2e-3 -o $(DEMO)/run
 	$(BIN)/planner simulate --model 123b
 

@@ -8,7 +8,8 @@ from rich.table import Table
 from planner.peers.compare import Contender, PeerComparison
 from planner.reports.tables import facts, new_table, parameter_count, section
 from planner.search.shortfall import DoesNotFit
-from slideplan.graph.lanes import LaneKind
+from slideplan.graph.lanes import Lane, LaneKind
+from slideplan.graph.waits import longest_wait
 from slideplan.ledger import Ledger
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import TensorClass, Tier
@@ -45,6 +46,7 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     section(out, "Policy", facts(policy_in_words(answer.model, answer.policy)))
     section(out, "Memory", _ledger_table(answer.ledger))
     section(out, "Predicted step", _lane_table(answer))
+    out.print(_longest_wait(answer), style="dim", highlight=False, soft_wrap=True)
     if answer.search.alternatives:
         section(out, "What another value of each knob would cost", _alternatives_table(answer))
         out.print("[dim]all other knobs searched again; ~ the budget ended before a faster one was ruled out[/dim]")
@@ -219,6 +221,16 @@ def _lane_table(plan: Plan) -> Table:
         "step", f"{len(plan.graph.tasks):,}", format_ns(record.step_ns), "", "", f"{record.tokens_per_s:,.0f} tokens/s"
     )
     return table
+
+
+def _longest_wait(plan: Plan) -> str:
+    """What keeps the compute lane waiting for longest, and because of which slot."""
+    record, graph = plan.prediction.record, plan.graph
+    wait = longest_wait(graph, record.spans, record.step_ns, Lane(LaneKind.COMPUTE))
+    if wait is None:
+        return "compute never waits"
+    waited = f"compute waits longest, {format_ns(wait.duration_ns)}, before {graph.tasks[wait.task].name}"
+    return waited if wait.reason is None else f"{waited}: {graph.reason(wait.reason)}"
 
 
 def _sources(plan: Plan) -> list[tuple[str, str]]:

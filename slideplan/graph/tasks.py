@@ -196,18 +196,20 @@ class TaskGraph(Spec, frozen=True, dict=True):
 
     def why(self, number: int) -> list[str]:
         """In words, what a task waits for and because of which slot, one line per dependency."""
-        return [_reason(self, dependency) for dependency in self.tasks[number].dependencies]
+        return [self.reason(dependency) for dependency in self.tasks[number].dependencies]
+
+    def reason(self, dependency: Dependency) -> str:
+        """``slot 3 of gpu.weights.window, still read by backward/layer010/mb1 of the step before``."""
+        before = " of the step before" if dependency.distance else ""
+        other = self.tasks[dependency.task].name
+        return f"slot {dependency.slot} of {dependency.pool}, {_SAID[dependency.hazard]} {other}{before}"
 
 
-def _reason(graph: TaskGraph, dependency: Dependency) -> str:
-    """``slot 3 of gpu.weights.window, still read by backward/layer010/mb1 of the step before``."""
-    said = {
-        "reads": "written by",
-        "overwrites_read": "still read by",
-        "overwrites_written": "written before by",
-    }[dependency.hazard]
-    before = " of the step before" if dependency.distance else ""
-    return f"slot {dependency.slot} of {dependency.pool}, {said} {graph.tasks[dependency.task].name}{before}"
+_SAID: dict[Hazard, str] = {
+    "reads": "written by",
+    "overwrites_read": "still read by",
+    "overwrites_written": "written before by",
+}
 
 
 def tier_bytes(pools: Iterable[SlotPool], tier: Tier) -> int:

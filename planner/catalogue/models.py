@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from pathlib import Path
-
+from planner.catalogue.near import hint
+from slideplan.command import path
 from slideplan.hf_config import model_from_config
 from slideplan.model import Architecture, ModelSpec, RopeValue
 
@@ -121,18 +120,16 @@ def find_model(name_or_path: str) -> ModelSpec:
     known = _in_catalogue(name_or_path)
     if known is not None:
         return known
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return model_from_config(path)
+    folder = path(name_or_path)
+    if folder.exists():
+        return model_from_config(folder)
     owner, _, repository_name = name_or_path.rpartition("/")
     known = _in_catalogue(repository_name)
     if known is not None and owner.strip(".~") and "/" not in owner:  # an owner, not the start of a path
         return known
-    near = get_close_matches(repository_name.casefold(), [*MODELS, *ALIASES], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"model {name_or_path!r} is neither in the catalogue nor a directory with a config.json; {hint}"
-        "`planner models` lists the catalogue"
+        f"model {name_or_path!r} is neither in the catalogue nor a directory with a config.json; "
+        f"{hint(repository_name, [*MODELS, *ALIASES])}`planner models` lists the catalogue"
     )
 
 

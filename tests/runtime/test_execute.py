@@ -1,12 +1,9 @@
 """`runtime execute` and `runtime compare` as a user types them."""
 
-import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -14,9 +11,9 @@ import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from checkpoints import random_state_dict, write_checkpoint
+from commands import runtime
 from running import plan_for
 from runtime import run
-from runtime.cli import main
 from runtime.compute import handlers as compute
 from runtime.lanes.backend import CpuBackend
 from runtime.optimizer import adamw as optimizer
@@ -25,26 +22,6 @@ from slideplan.codec import save
 from slideplan.plan import Plan
 
 MODEL = tiny_model()
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def runtime(*arguments: object, cwd: Path) -> Done:
-    """Run the command in this process, which spares loading torch every time."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["runtime", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -368,12 +345,12 @@ def test_run_folder_that_cannot_be_made_is_refused_before_anything_else(plan: Pl
 
 @pytest.mark.parametrize("losses", [False, True])
 def test_interrupt_says_where_the_losses_are(losses: bool, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(session: object, steps: int, warmup_steps: int, out: Path, *_: object) -> None:
+    def interrupt(session: object, steps: int, out: Path, *_: object) -> None:
         if losses:
             (tmp_path / out / "metrics.jsonl").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("runtime.run.measure", interrupt)
+    monkeypatch.setattr("runtime.run.train", interrupt)
     save(tmp_path / "plan.json", plan)
     done = runtime("execute", "plan.json", "--device", "cpu", "-o", "run", cwd=tmp_path)
     assert done.returncode == 130

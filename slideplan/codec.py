@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +17,9 @@ from slideplan import __version__
 FORMAT_VERSION = 1
 # Beyond any document of ours: what is larger was named by mistake, and must not fill the memory.
 LARGEST_BYTES = 1 << 29
+
+# Counts are exact in Python whatever their size, but not what is computed of them.
+_MANY_DIGITS = re.compile(rb"[0-9]{19}")
 
 # The device's fault, and nothing that another path of the user's would mend.
 _DEVICE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -86,7 +90,10 @@ def load(path: str | Path, kind: type[D]) -> D:
                 f"{path}: field `format_version` is {header.format_version}, this version reads "
                 f"{FORMAT_VERSION}; make the {tag} anew"
             )
-        return msgspec.json.decode(raw, type=kind)
+        found = msgspec.json.decode(raw, type=kind)
+        if _MANY_DIGITS.search(raw) and (field := _beyond_64_bits(msgspec.json.decode(raw))):
+            raise ValueError(f"{path}: not a valid {tag}: `{field}` does not fit into 64 bits")
+        return found
     except msgspec.ValidationError as error:
         made_by = header.made_by if header else ""
         made = (
@@ -99,6 +106,15 @@ def load(path: str | Path, kind: type[D]) -> D:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: not a valid {tag}: its values are nested too deep") from None
+
+
+def _beyond_64_bits(value: object, at: str = "$") -> str:
+    """Where the first integer stands that is larger than any count of ours; "" where there is none."""
+    if isinstance(value, dict | list):
+        inside = value.items() if isinstance(value, dict) else ((f"[{place}]", each) for place, each in enumerate(value))
+        found = (_beyond_64_bits(each, f"{at}{key}" if isinstance(value, list) else f"{at}.{key}") for key, each in inside)
+        return next(filter(None, found), "")
+    return at if isinstance(value, int) and abs(value) >= 1 << 63 else ""
 
 
 def save(path: str | Path, document: msgspec.Struct) -> None:

@@ -89,6 +89,17 @@ def test_truncated(file: Path):
     assert refusal(file).startswith("not valid JSON: ")
 
 
+def test_integers_beyond_64_bits(file: Path):
+    gpu = json.loads(file.read_text())["gpu"]
+    rewrite(file, gpu=gpu | {"memory_bytes": 2**63 - 1})
+    assert codec.load(file, MachineProfile).gpu.memory_bytes == 2**63 - 1
+    for value in (2**63, 10**400):
+        rewrite(file, gpu=gpu | {"context_bytes": value})
+        assert refusal(file) == "not a valid machine_profile: `$.gpu.context_bytes` does not fit into 64 bits"
+    rewrite(file, gpu=gpu | {"name": "0" * 40})  # digits of a name are no number
+    assert codec.load(file, MachineProfile).gpu.name == "0" * 40
+
+
 def test_values_nested_too_deep(file: Path):
     file.write_bytes(b'{"document": "machine_profile", "a": ' + b"[" * 200_000)
     assert refusal(file) == "not a valid machine_profile: its values are nested too deep"

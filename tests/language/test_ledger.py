@@ -84,7 +84,7 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     passing = [unit for unit in range(model.units) if policy.units[unit].passing]
     for tier, pools in items.items():
         state = sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name)
-        there = sum(size(u) for u in range(model.units) if policy.units[u].state is tier and u not in passing)
+        there = sum(size(u) for u in range(model.units) if policy.units[u].moments is tier and u not in passing)
         count = policy.state_slots if tier is Tier.GPU else len(passing) * policy.state_chunks
         assert state == there + (count * size(passing[0], policy.state_chunks) if passing else 0)
     weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)

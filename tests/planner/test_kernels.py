@@ -48,13 +48,13 @@ def machine(launch_ns: int = 0, **times_ns: int) -> MachineProfile:
     ],
 )
 def test_the_fastest_measured_kernels_are_taken(times_ns: dict[str, int], launch_ns: int, chosen: str) -> None:
-    assert faster_kernels(machine(launch_ns, **times_ns), MODEL, 2, 32) == chosen
+    assert faster_kernels(MODEL, 2, 32, machine(launch_ns, **times_ns)) == chosen
 
 
 def test_a_layer_that_was_not_measured_takes_kernels_that_were() -> None:
     wider = tiny_model(ffn=256)
-    assert faster_kernels(machine(eager=1000), wider, 2, 32) == "eager"
-    assert faster_kernels(machine(eager=1000, fused=1200), wider, 2, 32) == "fused"
+    assert faster_kernels(wider, 2, 32, machine(eager=1000)) == "eager"
+    assert faster_kernels(wider, 2, 32, machine(eager=1000, fused=1200)) == "fused"
     assert measured_kernels(machine(eager=1000, fused=1200)) == {"eager", "fused"}
 
 

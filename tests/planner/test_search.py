@@ -15,9 +15,10 @@ from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_worklo
 from planner.search.best import Found, batches_within, certificate, fastest, search
 from planner.search.bounds import BoundModel, durations
 from planner.search.candidate import Candidate
+from planner.search.counts import divisors, evenly
 from planner.search.searcher import Budget, Searcher
 from planner.search.shortfall import DoesNotFit
-from planner.search.space import SearchOptions, SpaceBuilder, divisors, evenly
+from planner.search.space import SearchOptions, SpaceBuilder
 from simulator import capacities, lower_bound, predict, price
 from slideplan import codec
 from slideplan.graph.operations import UPDATE_GPU, TaskKind
@@ -50,7 +51,7 @@ def machine(gpu_bytes: int = GIB, host_bytes: int = 4 * GIB, link: int = 10**9, 
 
 
 def builder(model: ModelSpec, at: MachineProfile, workload: Workload, **options: object) -> SpaceBuilder:
-    return SpaceBuilder.on(at, model, workload, SearchOptions(**options))  # type: ignore[arg-type]
+    return SpaceBuilder.on(model, workload, at, SearchOptions(**options))  # type: ignore[arg-type]
 
 
 def predicted_ns(space: SpaceBuilder, at: MachineProfile, candidate: Candidate) -> int:

@@ -15,8 +15,8 @@ from running import EVERYTHING, plan_for, session_for
 from runtime.lanes.backend import CpuBackend, Marker
 from runtime.lanes.clock import LaneError, RunError
 from runtime.lanes.executor import Executor, _join
-from runtime.measure import measure
 from runtime.session import Progress, Session
+from runtime.training import train
 from slideplan.footprint import Footprint
 from slideplan.graph.lanes import Lane, LaneKind
 from slideplan.graph.operations import OFFLOAD_STATE, TaskKind
@@ -174,7 +174,7 @@ def test_lanes_have_ended_when_measuring_fails(tmp_path: Path) -> None:
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        measure(session, STEPS, 1, tmp_path, "", failing)
+        train(session, STEPS, tmp_path, failing)
     assert no_lanes_left()
 
 
@@ -189,7 +189,7 @@ def test_a_loss_that_cannot_be_read_names_its_step(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torch.Tensor, "item", failing)
     with pytest.raises(RunError, match="step 0: its loss could not be read: an illegal memory access"):
-        measure(session, STEPS, 1, tmp_path, "", lambda _: None)
+        train(session, STEPS, tmp_path, lambda _: None)
     assert no_lanes_left()
 
 

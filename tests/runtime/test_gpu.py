@@ -16,6 +16,7 @@ from runtime.inputs.weights import RandomWeights
 from runtime.lanes.backend import STREAM_LANES, CudaBackend
 from runtime.lanes.clock import LaneError
 from runtime.lanes.executor import Executor
+from runtime.rehearsal import rehearse
 from slideplan.model import ModelSpec
 from slideplan.policy import Policy, Workload
 
@@ -146,7 +147,7 @@ def test_a_rehearsal_of_host_updates_changes_nothing_of_the_training() -> None:
     policy = tiny_policy(model, kernels="graphed")
     backend = CudaBackend()
     session = session_for(plan_for(model, policy, workload, backend), backend)
-    assert session.rehearse() is not None
+    assert rehearse(session, lambda _: None) is not None
     losses, weights = train(session, STEPS)
     backend.close()
     expected_losses, expected = trained(model, policy, workload)

@@ -182,7 +182,7 @@ class Dawdling:
     def __call__(self, task, step) -> None:
         with self._lock:
             cycles = self._random.choice((0, 0, 2_000_000, 6_000_000))
-        if cycles and task.lane in STREAM_LANES:
+        if cycles and task.lane.kind in STREAM_LANES:
             torch.cuda._sleep(cycles)
         self._handler(task, step)
 

@@ -77,7 +77,8 @@ def test_head_dim_and_key_heads_where_absent(tmp_path: Path):
     assert read(tmp_path, head_dim=None).head_dim == 16
     assert read(tmp_path, head_dim=32).head_dim == 32
     assert "`num_key_value_heads` is missing" in refusal(tmp_path, model_type="mistral", num_key_value_heads=ABSENT)
-    assert "hidden_size 66 is no multiple of 4 heads; add head_dim" in refusal(tmp_path, hidden_size=66)
+    assert "hidden_size 66 is no multiple of 4 heads; add head_dim" in refusal(tmp_path, model_type="mistral", hidden_size=66)
+    assert "`hidden_size` is 66, must be a multiple of num_attention_heads 4" in refusal(tmp_path, hidden_size=66, head_dim=16)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,10 @@ def test_head_dim_and_key_heads_where_absent(tmp_path: Path):
             {"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "layer_types": ["full_attention"] * 4},
             None,
         ),
-        ({"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, 64),
+        (
+            {"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 4},
+            64,
+        ),
     ],
 )
 def test_sliding_window_only_where_active(tmp_path: Path, changes: dict, window: int | None):

@@ -52,8 +52,9 @@ def model_from_config(path: Path) -> ModelSpec:
     head_dim = _head_dim(config, architecture, heads)
     max_positions = config.integer("max_position_embeddings", _DEFAULT_POSITIONS[architecture])
     rope_theta, rope_scaling = rotary(config, head_dim, max_positions)
-    # Only Llama's class falls back to one key head per query head; the others have fixed numbers.
-    fallback = heads if architecture == "llama" or "num_key_value_heads" in config.values else None
+    # Where it is absent, only Llama's class takes one key head per query head, and where it is null, Qwen's too.
+    null = "num_key_value_heads" in config.values and architecture != "mistral"
+    fallback = heads if architecture == "llama" or null else None
     try:
         model = ModelSpec(
             name=_name(file),
@@ -162,9 +163,7 @@ def _refuse_unsupported(config: Fields, architecture: Architecture) -> None:
     for field, value in values.items():
         other = field in _OTHER_MODELS or field.startswith("mm_") or (field in _OWN_NORMS and architecture != "qwen3")
         if other and value:  # what is null, false, zero or empty is not there
-            raise config.error(
-                field, f"is {shown(value)}, which {_CAUSAL_LM[architecture]} does not have; only it is supported"
-            )
+            raise config.error(field, f"is {shown(value)}, which {_CAUSAL_LM[architecture]} does not have; it is another model")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise config.error("hidden_act", f"is {shown(values['hidden_act'])}; only 'silu' is supported")
     if config.boolean("mlp_bias"):

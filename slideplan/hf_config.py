@@ -200,6 +200,10 @@ def _head_dim(config: Fields, architecture: Architecture, heads: int) -> int:
         raise config.error("hidden_size", f"is {hidden}, must be a multiple of num_attention_heads {heads}; correct it")
     if config.has("head_dim"):
         return config.integer("head_dim")
+    if "head_dim" in config.values and architecture in ("qwen2", "qwen3"):
+        raise config.error(
+            "head_dim", f"is null, which transformers cannot read for {architecture}; remove it or give the number"
+        )
     if architecture == "qwen3":
         return _DEFAULT_QWEN3_HEAD_DIM
     if hidden % heads:
@@ -228,8 +232,8 @@ def _sliding_window(config: Fields, architecture: Architecture) -> int | None:
     present = "sliding_window" in config.values
     window = config.integer("sliding_window", _DEFAULT_WINDOW) if config.has("sliding_window") or not present else None
     if architecture == "mistral":
-        if window is not None and "full_attention" in kinds:
-            raise config.error("layer_types", "has full_attention; a Mistral with sliding_window slides in every layer")
+        if kinds:
+            raise config.error("layer_types", "is set; transformers reads such a config as Ministral, which is not supported")
         return window
     if not config.boolean("use_sliding_window") or window is None:
         return None

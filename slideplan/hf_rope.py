@@ -33,6 +33,8 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 _WITH_ORIGINAL = ("yarn", "longrope", "llama3")
 _FACTOR_LISTS = ("short_factor", "long_factor")
+# Where null means what absence means; elsewhere transformers computes with it and fails.
+_NULLABLE = _OPTIONAL["yarn"]
 # Fields that mean something for some type, and one that records how the weights came about and changes nothing.
 _KNOWN = {key for keys in (*_NEEDED.values(), *_OPTIONAL.values()) for key in keys}
 _KNOWN |= {*_FACTOR_LISTS, "truncate", "finetuned", _ORIGINAL}
@@ -79,6 +81,7 @@ class _Rotary:
 
     def standardised(self) -> tuple[float, dict[str, RopeValue] | None]:
         kind = self._kind()
+        self._refuse_null(kind)
         theta = self._theta()
         rotated = self._rotated(kind)
         unknown = sorted(set(self._values) - _KNOWN - {"rope_type", "type", "rope_theta", _PARTIAL})
@@ -115,8 +118,20 @@ class _Rotary:
             )
         return theta, scaling
 
+    def _refuse_null(self, kind: str) -> None:
+        read = {"rope_type", "rope_theta", *_NEEDED[kind], *_OPTIONAL.get(kind, ())}
+        read |= {_ORIGINAL, _PARTIAL, "truncate"} if kind != "default" else set()
+        read -= {*_NULLABLE, *(("factor",) if kind in ("yarn", "longrope") else ())}
+        for key in sorted(read - self._values.keys()):
+            if key in self._given:
+                raise self._error(key, "is null, which transformers cannot read; remove it or give its value")
+        if "rope_theta" not in self._given and self._config.values.get("rope_theta", DEFAULT_THETA) is None:
+            raise self._config.error("rope_theta", "is null, which transformers cannot read; remove it or give its value")
+
     def _kind(self) -> str:
         kind = self._values.get("rope_type", self._values.get("type"))
+        if kind is None and "rope_type" not in self._given and "type" in self._given:
+            raise self._error("type", "is null, which transformers cannot read; remove it or give its value")
         if kind is None:
             scaled = sorted(set(self._values) & _KNOWN)
             if scaled:
@@ -158,7 +173,7 @@ class _Rotary:
         """Positions that the weights were first trained for: what stands beside wins over what stands inside."""
         if _ORIGINAL in self._config.values:
             if not self._config.has(_ORIGINAL):
-                raise self._config.error(_ORIGINAL, "is null, which transformers cannot read; remove it or give the number")
+                raise self._config.error(_ORIGINAL, "is null, which transformers cannot read; remove it or give its value")
             return self._config.integer(_ORIGINAL)
         inner = Fields(self._config.where, {f"{self._field}.{_ORIGINAL}": self._values.get(_ORIGINAL)})
         return inner.integer(f"{self._field}.{_ORIGINAL}", self._max_positions)

@@ -196,4 +196,4 @@ class ProgressBars:
             detail = f"{progress.done}/{progress.total}  loss {progress.loss:.3f}{norm}{rate}"
         self._bars.update(bar, completed=progress.done, detail=detail)
         if progress.note:
-            self._bars.console.print(progress.note, soft_wrap=True, highlight=False)
+            self._bars.console.print(progress.note, soft_wrap=True, highlight=False, markup=False)

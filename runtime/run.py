@@ -26,7 +26,7 @@ from slideplan.measurement import Measurement
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import Plan
-from slideplan.progress import Show
+from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes
 
 # Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
@@ -73,7 +73,7 @@ def check_request(request: RunRequest) -> None:
     if not 0 <= request.seed < 1 << 31:
         raise ValueError(f"--seed is {request.seed}, must be in 0..{(1 << 31) - 1}")
     if request.weights is not None:
-        _check_model(plan.model, request.weights)
+        _check_model(plan.model, request.weights, plan.workload.seq_len)
     earlier = [name for name in OUTPUTS if (request.out / name).exists()]
     if earlier:
         raise ValueError(f"{request.out}: holds {earlier[0]} of an earlier run; name another folder with -o")
@@ -87,12 +87,16 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"{folder}: cannot be written ({ancestor} is no writable folder); name another with -o")
 
 
-def _check_model(planned: ModelSpec, weights: Path) -> None:
+def _check_model(planned: ModelSpec, weights: Path, seq_len: int) -> None:
+    """Raise ValueError where the folder's config describes another model than the planned one, for such sequences."""
     found = model_from_config(weights)
     differing = [
         f"{name} is {getattr(found, name)}, planned {getattr(planned, name)}"
         for name in planned.__struct_fields__
-        if name != "name" and getattr(found, name) != getattr(planned, name)
+        if name != "name"
+        and getattr(found, name) != getattr(planned, name)
+        # Up to how many positions a model is offered changes nothing below them: scaled frequencies are read without it.
+        and not (name == "max_positions" and seq_len <= found.max_positions)
     ]
     if differing:
         raise ValueError(
@@ -125,6 +129,16 @@ def check_machine(plan: Plan, backend: Backend, where: str) -> None:
             )
 
 
+def _weights(request: RunRequest, backend: Backend, show: Show) -> WeightSource:
+    model = request.plan.model
+    if request.weights is None:
+        return RandomWeights(model, request.seed, backend.device)
+    source = SafetensorsWeights(model, request.weights)
+    for note in source.notes:
+        show(Progress("checking weights", 1, 1, note=note))
+    return source
+
+
 def execute(request: RunRequest, show: Show) -> Measurement:
     """Run the plan and write plan, metrics and measurement into the run folder.
 
@@ -134,11 +148,7 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     plan = request.plan
     backend = make_backend(request.device)
     check_machine(plan, backend, request.plan_path)
-    source: WeightSource = (
-        RandomWeights(plan.model, request.seed, backend.device)
-        if request.weights is None
-        else SafetensorsWeights(plan.model, request.weights)
-    )
+    source = _weights(request, backend, show)
     tokens = tokenize(request.data or default_text(), request.weights, plan.model.vocabulary, request.byte_tokens)
     windows = TokenWindows(tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
     set_compute_threads(backend)

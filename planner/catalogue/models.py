@@ -121,12 +121,12 @@ def find_model(name_or_path: str) -> ModelSpec:
     known = _in_catalogue(name_or_path)
     if known is not None:
         return known
-    path = Path(name_or_path).expanduser()
-    if path.exists():
+    path = _existing(name_or_path)
+    if path is not None:
         return model_from_config(path)
     owner, _, repository_name = name_or_path.rpartition("/")
     known = _in_catalogue(repository_name)
-    if known is not None and owner.strip(".~") and "/" not in owner:  # an owner, not the start of a path
+    if known is not None and owner and "/" not in owner and owner[0] not in ".~":  # an owner, not the start of a path
         return known
     near = get_close_matches(repository_name.casefold(), [*MODELS, *ALIASES], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -134,6 +134,14 @@ def find_model(name_or_path: str) -> ModelSpec:
         f"model {name_or_path!r} is neither in the catalogue nor a directory with a config.json; {hint}"
         "`planner models` lists the catalogue"
     )
+
+
+def _existing(path: str) -> Path | None:
+    try:
+        found = Path(path).expanduser()
+        return found if found.exists() else None
+    except (OSError, RuntimeError):  # a name too long for a file, the home of nobody
+        return None
 
 
 def _in_catalogue(name: str) -> ModelSpec | None:

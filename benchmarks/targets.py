@@ -145,10 +145,13 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
     elif mechanism == "fused kernels":
         policy = msgspec.structs.replace(policy, kernels="eager", inner_slots=0)
         # Eager layers keep more than twice as much: fewer of them can.
-        kept = [unit for unit, placed in enumerate(units) if placed.inner != "recompute"]
+        kept = [unit for unit, placed in enumerate(units) if placed.keeps]
         for count in range(len(kept), -1, -1):
-            fewer = {unit: "keep" if unit in kept[len(kept) - count :] else "recompute" for unit in range(len(units))}
-            changed = tuple(msgspec.structs.replace(placed, inner=fewer[unit]) for unit, placed in enumerate(units))
+            fewer = {unit: Tier.GPU if unit in kept[len(kept) - count :] else None for unit in range(len(units))}
+            changed = tuple(
+                msgspec.structs.replace(placed, inner=fewer[unit], feed_forward=fewer[unit])
+                for unit, placed in enumerate(units)
+            )
             with contextlib.suppress(ValueError):
                 return fixed_plan(model, msgspec.structs.replace(policy, units=changed), plan.workload, machine)
     else:

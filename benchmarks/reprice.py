@@ -67,7 +67,7 @@ def refitted(profile: dict[str, Any]) -> tuple[MachineProfile, dict[str, tuple[f
     found = interference(alone, together, profile["gpu"]["memory_bytes_per_s"])
     off: dict[str, list[tuple[float, float]]] = {"memory": [], "ssd": []}
     for then, now in zip(met["together"], found.together, strict=True):
-        on_disk = any(each.lane.kind in (LaneKind.SSD_READ, LaneKind.SSD_WRITE) for each in now)
+        on_disk = any(each.lane in (LaneKind.SSD_READ, LaneKind.SSD_WRITE) for each in now)
         off["ssd" if on_disk else "memory"] += [
             (before["predicted"] - each.speed, each.predicted - each.speed) for before, each in zip(then, now, strict=True)
         ]

@@ -17,6 +17,7 @@ from planner import cli
 from slideplan import codec
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.plan import Plan
+from slideplan.progress import Progress, Show
 from wording import says
 
 
@@ -191,7 +192,7 @@ def test_compare_json_is_all_that_stdout_holds(planner: Any) -> None:
     found = json.loads(outcome.out)
     assert found["document"] == "peer_comparison"
     assert found["contenders"][0]["name"] == "slideplan"
-    assert found["contenders"][1]["policy"]["master"] == "fp32"
+    assert found["contenders"][1]["policy"]["other"]["master"] == "fp32"
 
 
 def test_compare_without_a_plan_is_exit_code_3_and_says_what_each_lacks(planner: Any) -> None:
@@ -234,20 +235,20 @@ def requests(monkeypatch: pytest.MonkeyPatch, remeasured: dict[str, int]) -> lis
     """Probes that measure nothing, and what they were asked for."""
     seen: list[FakeRequest] = []
 
-    def profile_machine(request: FakeRequest, progress: Any) -> MachineProfile:
+    def profile_machine(request: FakeRequest, show: Show) -> MachineProfile:
         seen.append(request)
-        progress("links", 1, 2)
+        show(Progress("links", 1, 2))
         optimizer = msgspec.structs.replace(tiny_machine().optimizer, host_bytes_per_s=Spread.exact(remeasured["host"]))
         return tiny_machine(name=request.name, optimizer=optimizer)
 
     probes = types.ModuleType("runtime.probes.profile")
 
-    def check_machine(profile: MachineProfile, progress: Any) -> dict[str, Spread]:
-        progress("links", 1, 1)
+    def measure_again(profile: MachineProfile, show: Show) -> dict[str, Spread]:
+        show(Progress("links", 1, 1))
         return {"AdamW on the host": Spread.exact(remeasured["host"]), "AdamW on the device": Spread.exact(800 * GB_PER_S)}
 
     probes.ProfileRequest, probes.profile_machine = FakeRequest, profile_machine  # type: ignore[attr-defined]
-    probes.check_machine = check_machine  # type: ignore[attr-defined]
+    probes.measure_again = measure_again  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "runtime.probes.profile", probes)
     return seen
 

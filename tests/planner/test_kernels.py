@@ -7,6 +7,7 @@ from builders import tiny_machine, tiny_model, tiny_workload
 from planner.search.best import search
 from planner.search.kernels import check_kernels, faster_kernels, measured_kernels
 from planner.search.space import SearchOptions
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import TaskKind
 from slideplan.machine.profile import ComputeCost, LaunchCost, LayerShape, MachineProfile, Spread
 from slideplan.model import UnitRole
@@ -29,7 +30,10 @@ def costs(**times_ns: int) -> tuple[ComputeCost, ...]:
 
 def machine(launch_ns: int = 0, **times_ns: int) -> MachineProfile:
     launches = tuple(
-        LaunchCost(kind=kind, role=UnitRole.LAYER, duration_ns=Spread.exact(launch_ns // 2), kernels="fused") for kind in KINDS
+        LaunchCost(
+            kind=kind, lane=LaneKind.COMPUTE, role=UnitRole.LAYER, duration_ns=Spread.exact(launch_ns // 2), kernels="fused"
+        )
+        for kind in KINDS
     )
     return tiny_machine(costs=costs(**times_ns), launches=launches)
 

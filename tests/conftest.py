@@ -1,4 +1,15 @@
+import os
+
 import pytest
+from hypothesis import Phase, settings
+
+# Examples are limited by number, not by time: a busy machine must not fail a test.
+settings.register_profile("untimed", deadline=None)
+# For `make mutants`, which runs the tests hundreds of times: few examples, always the same ones.
+settings.register_profile(
+    "mutants", deadline=None, max_examples=8, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from builders import tiny_model
 from slideplan.hf_config import config_of, model_from_config
+from wording import says
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -232,7 +233,7 @@ def test_sliding_window_only_where_active(tmp_path: Path, changes: dict, window:
     ],
 )
 def test_refusals_name_file_field_and_value(tmp_path: Path, changes: dict, message: str):
-    assert message in refusal(tmp_path, **changes)
+    assert says(refusal(tmp_path, **changes), message)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from slideplan.lowering.lower import lower
 from slideplan.placement import Placement, Tier
 from slideplan.policy import OtherSystem, Policy
 from strategies import FOOTPRINT, Case, foreign_cases
+from wording import says
 
 
 def graph_of(model=None, workload=None, **knobs) -> TaskGraph:
@@ -229,7 +230,7 @@ def test_refusals_name_the_knob(knobs: dict, message: str):
     model = tiny_model()
     with pytest.raises(ValueError) as raised:
         tiny_policy(model, **knobs).check(model, tiny_workload())
-    assert message in str(raised.value)
+    assert says(str(raised.value), message)
 
 
 def test_too_few_gradients_in_waiting_for_clipping_is_named():

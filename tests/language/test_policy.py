@@ -7,6 +7,7 @@ from builders import tiny_model, tiny_policy, tiny_workload
 from slideplan.model import UnitRole
 from slideplan.placement import Tier
 from slideplan.policy import Policy, Workload
+from wording import says
 
 STATE_ON_GPU = {"remainder": Tier.GPU, "moments": Tier.GPU}
 UPDATED = {"update": Tier.GPU}
@@ -56,7 +57,7 @@ def test_the_builders_policy_is_legal():
     ],
 )
 def test_refusals_name_the_knob(knobs: dict, message: str):
-    assert message in refusal(with_knobs(**knobs))
+    assert says(refusal(with_knobs(**knobs)), message)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_refusals_name_the_knob(knobs: dict, message: str):
     ],
 )
 def test_refusals_name_the_unit(unit: int, fields: dict, message: str):
-    assert message in refusal(changed_unit(tiny_policy(tiny_model()), unit, **fields))
+    assert says(refusal(changed_unit(tiny_policy(tiny_model()), unit, **fields)), message)
 
 
 def test_kept_activations_need_their_input_on_the_gpu():
@@ -94,7 +95,7 @@ def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
     policy.check(model, tiny_workload())
     assert "policy.state_slots is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, state_slots=0))
     assert "policy.state_chunks is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, state_chunks=0))
-    assert "take at most 64" in refusal(msgspec.structs.replace(policy, state_chunks=65))
+    assert says(refusal(msgspec.structs.replace(policy, state_chunks=65)), "take at most 64")
     blocks = -(-model.flat_elements(UnitRole.LAYER) // 256)
     cut = next(chunks for chunks in range(2, 64) if -(-blocks // -(-blocks // chunks)) != chunks)
     assert "a layer cannot be cut into as many" in refusal(msgspec.structs.replace(policy, state_chunks=cut))
@@ -112,7 +113,7 @@ def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
 def test_offloaded_inner_activations_need_a_slot_and_our_kernels():
     policy = tiny_policy(tiny_model(), offload_inner=(2,), kernels="fused")
     policy.check(tiny_model(), tiny_workload())
-    assert "policy.inner_slots is 0" in refusal(msgspec.structs.replace(policy, inner_slots=0))
+    assert says(refusal(msgspec.structs.replace(policy, inner_slots=0)), "policy.inner_slots is 0")
     message = refusal(msgspec.structs.replace(policy, kernels="eager"))
     assert "policy.units[2] (layer001): feed_forward is on the host" in message
     assert "set policy.kernels to fused" in message
@@ -128,7 +129,7 @@ def test_no_window_where_nothing_streams():
 def test_sequences_longer_than_the_model_allows():
     policy = tiny_policy(tiny_model())
     assert "seq_len 600 exceeds the 512 positions of tiny" in refusal(policy, tiny_workload(seq_len=600))
-    assert "exceeds the sliding attention window 16" in refusal(policy, sliding_window=16)
+    assert says(refusal(policy, sliding_window=16), "exceeds the sliding attention window 16")
 
 
 @pytest.mark.parametrize("fields", [{"seq_len": 0, "global_batch": 1}, {"seq_len": 1, "global_batch": -1}])

@@ -24,6 +24,7 @@ from runtime.optimizer.adamw import HostUpdate
 from slideplan.codec import save
 from slideplan.plan import Plan
 from slideplan.policy import OtherSystem
+from wording import says
 
 MODEL = tiny_model()
 
@@ -271,7 +272,7 @@ def test_bad_plans_are_refused_in_one_line(name: str, plan: Plan, tmp_path: Path
     (tmp_path / "plan.json").write_bytes(make(plan))
     done = runtime("execute", "plan.json", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr
+    assert says(done.stderr, message)
     assert done.stderr.startswith("runtime: plan.json: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
@@ -296,7 +297,7 @@ def test_bad_arguments_are_refused(arguments: list[str], message: str, plan: Pla
     save(tmp_path / "plan.json", plan)
     done = runtime("execute", "plan.json", "--device", "cpu", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr
+    assert says(done.stderr, message)
     assert done.stderr.count("\n") == 1
 
 

@@ -28,11 +28,11 @@ import numba
 import numpy as np
 import torch
 
-from runtime.machine import cpu_name, usable_cores
 from runtime.memory.host_memory import host_buffer, placement
 from runtime.optimizer.adamw import CHUNK_ELEMENTS, AdamW, HostUpdate, take
 from runtime.probes.buffers import BF16_UPDATE_BYTES
 from slideplan import __version__
+from slideplan.machine.host import cpu_name, usable_cores
 from slideplan.model import ALIGN_ELEMENTS, COLLIDING_ELEMENTS
 
 PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}

@@ -1,5 +1,12 @@
-"""`python -m planner` is the `planner` command."""
+"""The `planner` command; `python -m planner` is the same."""
 
-from planner.cli import main
+from slideplan.entry import enter
 
-main()
+
+def main() -> None:
+    """Load the command and run it."""
+    enter("planner", "planner.cli", "slideplan")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,14 +8,16 @@ import typer
 
 from planner.commands.catalogues import list_machines, list_models
 from planner.commands.compare import compare
-from planner.commands.options import EXIT_BAD_INPUT, EXIT_FAILED
 from planner.commands.profile import profile
 from planner.commands.show import show
 from planner.commands.simulate import simulate
 from planner.reports.tables import WIDTH
 from simulator import VerificationError
+from slideplan.command import CommandGroup, Interrupted
+from slideplan.entry import EXIT_BAD_INPUT, EXIT_FAILED, end_interrupted, in_words
 
 app = typer.Typer(
+    cls=CommandGroup,
     help="Plan full-parameter fine-tuning on one GPU that is too small for it.",
     no_args_is_help=True,
     add_completion=False,
@@ -39,6 +41,11 @@ def main() -> None:
     except ValueError as error:
         print(f"planner: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except (MemoryError, OSError, VerificationError) as error:
+    except OSError as error:
+        print(f"planner: {in_words(error)}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except (MemoryError, VerificationError) as error:
         print(f"planner: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+    except Interrupted as end:
+        end_interrupted("planner", end.stop)

@@ -7,9 +7,13 @@ import sys
 # device's memory whole. torch reads this once, when it is imported.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# Where the environment tells OpenMP to bind threads, importing torch binds this one to a single core. Lanes inherit its cores.
 _cores = os.sched_getaffinity(0) if sys.platform == "linux" else set()
-import torch  # noqa: E402, F401
 
-if _cores:
-    os.sched_setaffinity(0, _cores)
+
+def keep_cores() -> None:
+    """Give this thread the cores back that it had before torch was imported, and with it the lanes, which inherit them.
+
+    Where the environment tells OpenMP to bind threads, importing torch binds the importing thread to a single core.
+    """
+    if _cores:
+        os.sched_setaffinity(0, _cores)

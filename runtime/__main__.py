@@ -1,5 +1,12 @@
-"""`python -m runtime` is the `runtime` command."""
+"""The `runtime` command; `python -m runtime` is the same."""
 
-from runtime.cli import main
+from slideplan.entry import enter
 
-main()
+
+def main() -> None:
+    """Load the command and run it."""
+    enter("runtime", "runtime.cli", "slideplan[runtime]")
+
+
+if __name__ == "__main__":
+    main()

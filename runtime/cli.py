@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shlex
 import sys
 from enum import StrEnum
@@ -17,16 +16,18 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as Bars
 
 from runtime import report, run
+from runtime.folder import claimed
 from runtime.lanes.clock import LaneError, RunError
 from runtime.optimizer.adamw import AdamW
 from slideplan.codec import load
+from slideplan.command import CommandGroup, Interrupted, path
+from slideplan.entry import EXIT_BAD_INPUT, EXIT_FAILED, end_interrupted, in_words
 from slideplan.measurement import Comparison
 from slideplan.plan import Plan
 from slideplan.progress import Progress
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-
 app = typer.Typer(
+    cls=CommandGroup,
     help="Run plans made by `planner simulate`, and check what was predicted.",
     no_args_is_help=True,
     add_completion=False,
@@ -60,7 +61,7 @@ def main() -> None:
         print(f"runtime: {stopped}{error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        print(f"runtime: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        print(f"runtime: {in_words(error)}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"runtime: out of memory: {error}; plan with a smaller --gpu-memory or --host-memory", file=sys.stderr)
@@ -68,24 +69,32 @@ def main() -> None:
     except RuntimeError as error:  # of torch, outside of any task: while kernels are captured, say
         print(f"runtime: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+    except Interrupted as end:
+        end_interrupted("runtime", end.stop)
 
 
 @app.command()
 def execute(
-    plan: Annotated[Path, typer.Argument(help="A plan written by `planner simulate -o`.")],
+    plan: Annotated[Path, typer.Argument(parser=path, help="A plan written by `planner simulate -o`.")],
     data: Annotated[
-        Path | None, typer.Option(help="Text file, or folder of them; default: the sources of Python's standard library.")
+        Path | None,
+        typer.Option(parser=path, help="Text file, or folder of them; default: the sources of Python's standard library."),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Hugging Face directory (safetensors, tokenizer.json); default: random weights and bytes as tokens."),
+        typer.Option(
+            parser=path,
+            help="Hugging Face directory (safetensors, tokenizer.json); default: random weights and bytes as tokens.",
+        ),
     ] = None,
     byte_tokens: Annotated[
         bool, typer.Option("--byte-tokens", help="Bytes are tokens even with --weights that have no tokenizer.json.")
     ] = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 10,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/MODEL-DATE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", parser=path, help="Run folder; default: runs/MODEL-DATE.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = DEFAULTS.lr,
     beta1: float = DEFAULTS.beta1,
     beta2: float = DEFAULTS.beta2,
@@ -98,7 +107,7 @@ def execute(
     """Train for some steps exactly as planned, then compare with the prediction.
 
     The run folder receives plan.json, metrics.jsonl, measurement.json, comparison.json, comparison.txt, trace.json
-    (for Perfetto or chrome://tracing) and lanes.png.
+    (for Perfetto or chrome://tracing) and lanes.png. The trained weights are not kept yet.
 
     \b
     Examples:
@@ -106,41 +115,52 @@ def execute(
       runtime execute plan.json --data ./texts --weights ./Llama-3.1-8B --steps 100 --lr 1e-5 -o runs/first
 
     \b
-    Exit codes: 0 done, 1 the run failed, 2 bad input.
+    Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted, 143 terminated.
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     document = load(plan, Plan)
-    folder = out or Path("runs") / f"{document.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    request = run.RunRequest(
-        plan=document,
-        plan_path=str(plan),
-        out=folder,
-        steps=steps,
-        device=device,
-        data=data,
-        weights=weights,
-        byte_tokens=byte_tokens,
-        settings=AdamW(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay),
-        seed=seed,
-        warmup_steps=warmup,
-        command=shlex.join(["runtime", *sys.argv[1:]]),
-    )
-    try:
+    settings = AdamW(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    with claimed(out, document) as folder:
+        request = run.RunRequest(
+            plan=document,
+            plan_path=str(plan),
+            out=folder,
+            steps=steps,
+            device=device,
+            data=data,
+            weights=weights,
+            byte_tokens=byte_tokens,
+            settings=settings,
+            seed=seed,
+            warmup_steps=warmup,
+            command=shlex.join(["runtime", *sys.argv[1:]]),
+        )
         with ProgressBars(document.workload.tokens) as bars:
             measurement = run.execute(request, bars.show)
-    except KeyboardInterrupt:
-        metrics = folder / "metrics.jsonl"
-        print("runtime: interrupted" + (f"; losses so far are in {metrics}" if metrics.exists() else ""), file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    comparison = report.write_comparison(folder)
-    _print(comparison, as_json)
-    notes = Console(stderr=True, width=report.WIDTH)
+        _compare_finished(folder, as_json)
     losses = measurement.losses
-    notes.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps; run folder: {folder}", soft_wrap=True)
+    _note(
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps; run folder: {folder}; "
+        "the trained weights are not kept yet"
+    )
+
+
+def _compare_finished(folder: Path, as_json: bool) -> None:
+    """Compare a run whose measurement is safe. It has not failed, whatever happens here."""
+    try:
+        comparison = report.write_comparison(folder, _note)
+    except Exception as error:
+        _note(f"{folder}: the run is finished, but was not compared with its plan: {type(error).__name__}: {error}")
+    else:
+        _print(comparison, as_json)
+
+
+def _note(text: str) -> None:
+    Console(stderr=True, width=report.WIDTH).print(text, soft_wrap=True, markup=False)
 
 
 @app.command("compare")
 def compare_run(
-    folder: Annotated[Path, typer.Argument(help="A run folder written by `runtime execute`.")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="A run folder written by `runtime execute`.")],
     as_json: Json = False,
 ) -> None:
     """Compare a run with its plan again, from the files in its folder.
@@ -149,7 +169,7 @@ def compare_run(
     Example:
       runtime compare runs/first
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
-    _print(report.write_comparison(folder), as_json)
+    _print(report.write_comparison(folder, _note), as_json)
 
 
 def _print(comparison: Comparison, as_json: bool) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from slideplan.codec import file_digest, load, save
+from slideplan.codec import file_digest, load, save, write_atomic
+from slideplan.entry import in_words
 from slideplan.graph.tasks import TaskGraph
 from slideplan.measurement import Comparison, ComparisonRow, Measurement, compare
 from slideplan.plan import Plan
@@ -19,9 +24,10 @@ WIDTH = 100
 TICK_NS = 1_000_000
 
 
-def write_comparison(folder: Path) -> Comparison:
-    """Compare plan.json and measurement.json of a run folder; write comparison.json, comparison.txt, trace.json, lanes.png.
+def write_comparison(folder: Path, warn: Callable[[str], None]) -> Comparison:
+    """Compare plan.json and measurement.json of a run folder; write comparison.json, then what is for people to look at.
 
+    Those are comparison.txt, trace.json and lanes.png; of what cannot be made of them `warn` is told, in one line each.
     Raises ValueError where a file is missing, malformed, or of another run.
     """
     if not folder.is_dir():
@@ -34,11 +40,25 @@ def write_comparison(folder: Path) -> Comparison:
     comparison = compare(plan, measurement, file_digest(folder / "plan.json"))
     save(folder / "comparison.json", comparison)
     records = {"predicted": plan.prediction.record, "measured": measurement.record}
-    write_trace(folder / "trace.json", plan.graph, records)
-    draw_lanes(folder / "lanes.png", plan.graph, records, f"{comparison.model} on {comparison.machine}")
-    with (folder / "comparison.txt").open("w") as file:
-        print_comparison(Console(file=file, width=WIDTH), comparison)
+    title = f"{comparison.model} on {comparison.machine}"
+    views: dict[str, Callable[[Path], None]] = {
+        "trace.json": lambda path: write_trace(path, plan.graph, records),
+        "lanes.png": lambda path: draw_lanes(path, plan.graph, records, title),
+        "comparison.txt": lambda path: _write_table(path, comparison),
+    }
+    for name, write in views.items():
+        try:
+            write(folder / name)
+        except Exception as error:  # of a drawing library, say: what was measured stands
+            what = in_words(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            warn(f"warning: {folder / name} was not written: {what}")
     return comparison
+
+
+def _write_table(path: Path, comparison: Comparison) -> None:
+    text = io.StringIO()
+    print_comparison(Console(file=text, width=WIDTH), comparison)
+    write_atomic(path, text.getvalue().encode())
 
 
 def print_comparison(out: Console, comparison: Comparison) -> None:
@@ -75,16 +95,16 @@ def _add(table: Table, row: ComparisonRow, show, name: str | None = None) -> Non
 
 def draw_lanes(path: Path, graph: TaskGraph, records: dict[str, StepRecord], title: str) -> None:
     """One steady step as bars: a row per lane, predicted above measured, coloured by task kind."""
-    import matplotlib  # heavy: not to be counted in the memory of a run
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import Patch
+    with _without("MPLBACKEND"):  # of a notebook, say: matplotlib cannot be imported where it does not have that backend
+        import matplotlib  # heavy: not to be counted in the memory of a run
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
 
     kinds = list(dict.fromkeys(str(task.operation) for task in graph.tasks))
-    palette = dict(zip(kinds, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    palette = dict(zip(kinds, matplotlib.colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
     lanes = list(graph.lanes)
-    figure, axes = pyplot.subplots(len(records), 1, sharex=True, figsize=(12, 1.2 + 0.45 * len(lanes) * len(records)))
+    figure = Figure(figsize=(12, 1.2 + 0.45 * len(lanes) * len(records)))  # itself, without pyplot: no window system is asked
+    axes = figure.subplots(len(records), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, record) in zip(axes, records.items(), strict=True):
         for row, lane in enumerate(lanes):
             numbers = graph.lanes[lane]
@@ -102,5 +122,17 @@ def draw_lanes(path: Path, graph: TaskGraph, records: dict[str, StepRecord], tit
         loc="lower center", ncols=min(6, len(kinds)), fontsize=8, frameon=False,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.3 / figure.get_figheight() + 0.03, 1, 1))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_atomic(path, picture.getvalue())
+
+
+@contextlib.contextmanager
+def _without(variable: str) -> Iterator[None]:
+    """Hide an environment variable for a while."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import torch
 from runtime.inputs.data import TokenWindows, default_text, tokenize
 from runtime.inputs.weights import RandomWeights, SafetensorsWeights, WeightSource
 from runtime.lanes.backend import Backend, make_backend
+from runtime.lanes.clock import RunError
 from runtime.lanes.threads import set_compute_threads
-from runtime.machine import available_host_bytes, identity
+from runtime.machine import identity
 from runtime.measure import PeakMemory, measurement
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.rehearsal import rehearse
@@ -22,6 +22,7 @@ from runtime.training import train
 from slideplan.codec import save
 from slideplan.graph.tasks import tier_bytes
 from slideplan.hf_config import model_from_config
+from slideplan.machine.host import available_host_bytes
 from slideplan.measurement import Measurement
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
@@ -31,9 +32,6 @@ from slideplan.quantities import format_bytes
 
 # Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
 MARGIN_BYTES = 1 << 30
-
-# Files of a run folder that belong to one run and no other.
-OUTPUTS = ("plan.json", "metrics.jsonl", "measurement.json", "comparison.json")
 
 
 @dataclass(frozen=True)
@@ -74,17 +72,6 @@ def check_request(request: RunRequest) -> None:
         raise ValueError(f"--seed is {request.seed}, must be in 0..{(1 << 31) - 1}")
     if request.weights is not None:
         _check_model(plan.model, request.weights, plan.workload.seq_len)
-    earlier = [name for name in OUTPUTS if (request.out / name).exists()]
-    if earlier:
-        raise ValueError(f"{request.out}: holds {earlier[0]} of an earlier run; name another folder with -o")
-    _check_writable(request.out)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise ValueError where the run folder could not be made; nothing is written yet."""
-    ancestor = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: cannot be written ({ancestor} is no writable folder); name another with -o")
 
 
 def _check_model(planned: ModelSpec, weights: Path, seq_len: int) -> None:
@@ -140,7 +127,7 @@ def _weights(request: RunRequest, backend: Backend, show: Show) -> WeightSource:
 
 
 def execute(request: RunRequest, show: Show) -> Measurement:
-    """Run the plan and write plan, metrics and measurement into the run folder.
+    """Run the plan and write metrics and measurement into the run folder, which `folder.claimed` has made.
 
     Raises ValueError for what the user can mend, before memory is reserved; RunError if the run fails.
     """
@@ -158,8 +145,7 @@ def execute(request: RunRequest, show: Show) -> Measurement:
             f"{request.plan_path}: machine.optimizer_threads is {plan.machine.optimizer_threads}, numba gives this process "
             f"{host_update.threads}; unset NUMBA_NUM_THREADS, or measure this machine with it and plan again"
         )
-    host_update.compile()  # before anything is written: it may refuse
-    save(request.out / "plan.json", plan)
+    host_update.compile()  # it may refuse
     on_gpu = plan.ledger.tiers[Tier.GPU]
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     try:
@@ -174,5 +160,8 @@ def execute(request: RunRequest, show: Show) -> Measurement:
             backend.close()
         raise
     backend.close()
-    save(request.out / "measurement.json", found)
+    try:
+        save(request.out / "measurement.json", found)
+    except ValueError as error:  # nothing that was asked for is wrong
+        raise RunError(str(error)) from None
     return found

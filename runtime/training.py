@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
+from runtime.folder import METRICS
 from runtime.lanes.clock import RunError
 from runtime.measure import Recorder
 from runtime.session import Session
@@ -30,7 +32,7 @@ def train(session: Session, steps: int, out: Path, show: Show) -> Recorder:
     executor = session.executor(steps)
     recorder = Recorder(executor)
     # Closed, the executor has ended its lanes, whatever happens here: memory that they copy is given back next.
-    with (out / "metrics.jsonl").open("w") as metrics, contextlib.closing(iter(executor)) as running:
+    with (out / METRICS).open("wb", buffering=0) as metrics, contextlib.closing(iter(executor)) as running:
         for step in running:  # the lanes walk the graph by themselves; compute of this step is over
             result = result_of(session, step)
             _log(metrics, result)
@@ -52,11 +54,15 @@ def result_of(session: Session, step: int) -> StepResult:
     return StepResult(step, loss, norm)
 
 
-def _log(metrics: TextIO, result: StepResult) -> None:
+def _log(metrics: FileIO, result: StepResult) -> None:
     # JSON has no infinities.
     values = {name: value if math.isfinite(value) else None for name, value in _values(result).items()}
-    metrics.write(json.dumps({"step": result.step} | values) + "\n")
-    metrics.flush()
+    line = f"{json.dumps({'step': result.step} | values)}\n".encode()
+    try:
+        while line:
+            line = line[metrics.write(line) :]
+    except OSError as error:  # which does not say of which file
+        raise OSError(error.errno, error.strerror, str(metrics.name)) from None
 
 
 def _require_finite(result: StepResult) -> None:

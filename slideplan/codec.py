@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -13,6 +14,11 @@ import msgspec
 from slideplan import __version__
 
 FORMAT_VERSION = 1
+# Beyond any document of ours: what is larger was named by mistake, and must not fill the memory.
+LARGEST_BYTES = 1 << 29
+
+# The device's fault, and nothing that another path of the user's would mend.
+_DEVICE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,11 +68,14 @@ def load(path: str | Path, kind: type[D]) -> D:
     path = Path(path)
     tag = str(kind.__struct_config__.tag)
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_BYTES + 1)
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; name the {tag} file in it") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(raw) > LARGEST_BYTES:
+        raise ValueError(f"{path}: is larger than {LARGEST_BYTES >> 20} MiB, which no {tag} is; name another file")
     header: _Header | None = None
     try:
         header = msgspec.json.decode(raw, type=_Header)
@@ -88,19 +97,25 @@ def load(path: str | Path, kind: type[D]) -> D:
         raise ValueError(f"{path}: not a valid {tag}: {error}{made}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not a valid {tag}: its values are nested too deep") from None
 
 
 def save(path: str | Path, document: msgspec.Struct) -> None:
     """Write whole or not at all: a temporary file beside the target, then a rename."""
-    path = Path(path)
-    text = msgspec.json.format(msgspec.json.encode(document, order="deterministic"), indent=1)
-    write_atomic(path, text + b"\n")
+    write_atomic(Path(path), encoded(document))
+
+
+def encoded(document: msgspec.Struct) -> bytes:
+    """A document as it is written: canonical, indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(document, order="deterministic"), indent=1) + b"\n"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; a crash leaves the old file or the new one, never half of one.
 
-    A link is followed. Raises ValueError where the path cannot be written or is not a regular file.
+    A link is followed. Raises ValueError where the path cannot be written or is not a regular file, OSError naming it where
+    the disk is full or broken.
     """
     path = path.resolve()
     temporary: Path | None = None
@@ -120,5 +135,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+            raise unwritable(path, error) from None
         raise
+
+
+def unwritable(path: Path, error: OSError) -> Exception:
+    """What to raise where a path cannot be written: ValueError, or OSError naming it where the disk is full or broken."""
+    if error.errno in _DEVICE_FAULTS:
+        return OSError(error.errno, error.strerror, str(path))
+    return ValueError(f"{path}: cannot be written: {error.strerror}")

@@ -2,23 +2,75 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import msgspec
 
+from planner.catalogue.here import ThisMachine, profiled_memory_bytes, this_machine
+from planner.catalogue.near import hint
 from slideplan import codec
+from slideplan.command import path
 from slideplan.machine.profile import MachineProfile
+from slideplan.quantities import format_bytes
 
 LOCAL_PROFILES = Path("profiles")  # of the working directory: where `planner profile` writes
 DEFAULT_MACHINE = "rtx4090-2tib"
+MOST_REASONS = 3  # why files were left out, in one line
+
+
+@dataclass(frozen=True)
+class Known:
+    """The profiles that can be read, by the name of their file, and in one line what was left out; "" where nothing was."""
+
+    shipped: dict[str, MachineProfile]
+    local: dict[str, MachineProfile]
+    left_out: str = ""
+
+    def by_name(self) -> dict[str, MachineProfile]:
+        """All of them; local ones win."""
+        return self.shipped | self.local
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The profile to take where none is named, whether it is this machine's, and what the user should know of the choice."""
+
+    machine: MachineProfile
+    is_here: bool
+    notes: tuple[str, ...]
 
 
 def machines() -> dict[str, Path]:
     """Profile files by name: the shipped ones, then `profiles/*.json` of the working directory, which win."""
-    shipped = Path(str(resources.files("profiles")))
-    return {file.stem: file for folder in (shipped, LOCAL_PROFILES) for file in sorted(folder.glob("*.json"))}
+    return {file.stem: file for file in (*_shipped_files(), *_local_files())}
+
+
+def _shipped_files() -> list[Path]:
+    return sorted(Path(str(resources.files("profiles"))).glob("*.json"))
+
+
+def _local_files() -> list[Path]:
+    """Regular files alone: a pipe that is called so would be waited for."""
+    return sorted(file for file in LOCAL_PROFILES.glob("*.json") if file.is_file())
+
+
+def known_machines() -> Known:
+    """All profiles, but for files in `profiles` of the working directory that are no profiles, or broken ones."""
+    local: dict[str, MachineProfile] = {}
+    reasons = []
+    for file in _local_files():
+        try:
+            local[file.stem] = codec.load(file, MachineProfile)
+        except ValueError as error:
+            reasons.append(" ".join(str(error).split()))
+    more = f" (and {len(reasons) - MOST_REASONS} more)" if len(reasons) > MOST_REASONS else ""
+    return Known(
+        shipped={file.stem: codec.load(file, MachineProfile) for file in _shipped_files()},
+        local=local,
+        left_out=f"left out: {'; '.join(reasons[:MOST_REASONS])}{more}" if reasons else "",
+    )
 
 
 def find_machine(name_or_path: str) -> MachineProfile:
@@ -29,28 +81,58 @@ def find_machine(name_or_path: str) -> MachineProfile:
     known = {name.casefold(): file for name, file in machines().items()}
     file = known.get(name_or_path.casefold())
     if file is None:
-        file = Path(name_or_path).expanduser()
+        file = path(name_or_path)
         if not file.exists():
-            near = get_close_matches(name_or_path.casefold(), known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(
-                f"machine {name_or_path!r} is neither a known profile nor a file; {hint}known are {', '.join(sorted(known))}; "
-                "`planner profile` measures this machine"
+                f"machine {name_or_path!r} is neither a known profile nor a file; {hint(file.stem, known)}known are "
+                f"{', '.join(sorted(known))}; `planner profile` measures this machine"
             )
     return codec.load(file, MachineProfile)
 
 
-def default_machine() -> tuple[MachineProfile, bool]:
-    """The profile to take where none is named, and whether it was measured.
+def default_machine() -> Choice:
+    """The profile to take where none is named.
 
-    The newest measured one in `profiles` of the working directory, else a shipped datasheet profile.
-    Raises ValueError where a local profile cannot be read.
+    That of this machine: the newest measured one whose GPU, processor, cores and memory are this machine's, of those in
+    `profiles` of the working directory, else of the shipped ones. Else a shipped datasheet profile.
     """
-    local = [codec.load(file, MachineProfile) for file in sorted(LOCAL_PROFILES.glob("*.json"))]
-    measured = [profile for profile in local if profile.provenance.source == "measured"]
-    if measured:
-        return max(measured, key=lambda profile: profile.provenance.date), True
-    return find_machine(DEFAULT_MACHINE), False
+    known, here = known_machines(), this_machine()
+    notes = [known.left_out] if known.left_out else []
+    for is_local, profiles in ((True, known.local), (False, known.shipped)):
+        alike = {name: machine for name, machine in profiles.items() if _measured(machine) and here.is_of(machine)}
+        matching = [name for name, machine in alike.items() if here.has_memory_of(machine)]
+        notes += [_differs_in_memory(name, alike[name], here) for name in alike if name not in matching]
+        if matching:
+            newest = max(matching, key=lambda name: alike[name].provenance.date)
+            notes += _of_several(newest, matching, alike[newest]) if len(matching) > 1 else []
+            if not is_local:
+                notes.append(f"taking the shipped {newest}, measured on a machine like this one; {_WAYS}")
+            return Choice(alike[newest], True, tuple(notes))
+    machine = known.shipped[DEFAULT_MACHINE]
+    notes.append(
+        f"no profile of this machine in {LOCAL_PROFILES}/: taking the shipped {machine.name} "
+        f"({machine.gpu.name}, datasheet figures); {_WAYS}"
+    )
+    return Choice(machine, False, tuple(notes))
+
+
+_WAYS = "`planner profile` measures this machine, --machine names another"
+
+
+def _measured(machine: MachineProfile) -> bool:
+    return machine.provenance.source == "measured"
+
+
+def _differs_in_memory(name: str, machine: MachineProfile, here: ThisMachine) -> str:
+    return (
+        f"profile {name} has the GPU, processor and cores of this machine, but {format_bytes(profiled_memory_bytes(machine))} "
+        f"of RAM, of which {format_bytes(here.host_memory_bytes)} show here: not taken; --machine {name} takes it"
+    )
+
+
+def _of_several(newest: str, matching: list[str], machine: MachineProfile) -> list[str]:
+    date = machine.provenance.date
+    return [f"{len(matching)} profiles of this machine: taking the newest, {newest} of {date}; --machine names another"]
 
 
 def with_budget(machine: MachineProfile, gpu_memory_bytes: int | None, host_memory_bytes: int | None) -> MachineProfile:

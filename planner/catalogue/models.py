@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
+from planner.catalogue.near import hint
+from slideplan.command import path
 from slideplan.hf_config import model_from_config
 from slideplan.model import Architecture, ModelSpec, RopeValue
 
@@ -121,26 +122,24 @@ def find_model(name_or_path: str) -> ModelSpec:
     known = _in_catalogue(name_or_path)
     if known is not None:
         return known
-    path = _existing(name_or_path)
-    if path is not None:
-        return model_from_config(path)
+    folder = _existing(name_or_path)
+    if folder is not None:
+        return model_from_config(folder)
     owner, _, repository_name = name_or_path.rpartition("/")
     known = _in_catalogue(repository_name)
     if known is not None and owner and "/" not in owner and owner[0] not in ".~":  # an owner, not the start of a path
         return known
-    near = get_close_matches(repository_name.casefold(), [*MODELS, *ALIASES], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"model {name_or_path!r} is neither in the catalogue nor a directory with a config.json; {hint}"
-        "`planner models` lists the catalogue"
+        f"model {name_or_path!r} is neither in the catalogue nor a directory with a config.json; "
+        f"{hint(repository_name, [*MODELS, *ALIASES])}`planner models` lists the catalogue"
     )
 
 
-def _existing(path: str) -> Path | None:
+def _existing(text: str) -> Path | None:
     try:
-        found = Path(path).expanduser()
+        found = path(text)
         return found if found.exists() else None
-    except (OSError, RuntimeError):  # a name too long for a file, the home of nobody
+    except OSError:  # a name too long for a file
         return None
 
 

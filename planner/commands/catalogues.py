@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from planner.catalogue.machines import machines
+from planner.catalogue.machines import known_machines
 from planner.catalogue.models import MODELS
 from planner.commands.options import (
     Json,
@@ -13,8 +13,6 @@ from planner.commands.options import (
 )
 from planner.reports import machines as report_machines
 from planner.reports.tables import console
-from slideplan import codec
-from slideplan.machine.profile import MachineProfile
 
 
 def list_models(as_json: Json = False) -> None:
@@ -43,12 +41,10 @@ def list_machines(as_json: Json = False) -> None:
       planner machines
       planner machines --json
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
-    profiles: dict[str, MachineProfile] = {}
-    for name, file in machines().items():
-        try:
-            profiles[name] = codec.load(file, MachineProfile)
-        except ValueError as error:  # one broken file must not hide the others
-            note(f"left out: {error}")
+    known = known_machines()
+    profiles = known.by_name()
+    if known.left_out:
+        note(known.left_out)
     if as_json:
         print_json([{"name": name, "profile": profile} for name, profile in profiles.items()])
     else:

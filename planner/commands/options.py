@@ -13,7 +13,7 @@ import typer
 
 from slideplan.quantities import parse_bytes
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_DOES_NOT_HOLD = 1, 2, 3, 4
+EXIT_DOES_NOT_FIT, EXIT_DOES_NOT_HOLD = 3, 4
 DEFAULT_SEQ_LEN = 1024
 DEFAULT_BATCH = 8
 

@@ -30,6 +30,7 @@ from planner.commands.options import (
 from planner.reports import machines as report_machines
 from planner.reports.tables import console
 from slideplan import codec
+from slideplan.command import path
 from slideplan.machine.figures import changes, figures
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.progress import Show
@@ -39,7 +40,7 @@ def profile(
     existing: Annotated[
         str | None, typer.Argument(metavar="PROFILE", help="With --check: a profile's name or file; default: this machine's.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: profiles/NAME.json.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", parser=path, help="Default: profiles/NAME.json.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the profile; default: the output's, or the computer's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repetitions: under a minute.")] = False,
     model: Annotated[
@@ -135,9 +136,15 @@ def _progress() -> Iterator[Show]:
 
 def _measured(name: str | None) -> MachineProfile:
     """The profile to check. Raises ValueError for one that nobody measured."""
-    machine = default_machine()[0] if name is None else find_machine(name)
+    if name is not None:
+        machine, missing = find_machine(name), f"{name}: figures from datasheets"
+    else:
+        choice = default_machine()
+        machine, missing = choice.machine, f"no profile of this machine in {LOCAL_PROFILES}/"
+        if choice.is_here:
+            for each in choice.notes:
+                note(each)
     if machine.provenance.source != "measured":
-        missing = f"no profile of this machine in {LOCAL_PROFILES}/" if name is None else f"{name}: figures from datasheets"
         raise ValueError(f"{missing}, there is nothing to check; `planner profile` measures this machine")
     return machine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from planner.catalogue.machines import LOCAL_PROFILES, default_machine, find_machine
+from planner.catalogue.machines import default_machine, find_machine
 from planner.commands.options import DEFAULT_SEQ_LEN, note
 from planner.reports.tables import console
 from planner.search.best import search
@@ -33,10 +33,7 @@ def search_shown(model: ModelSpec, workload: Workload, machine: MachineProfile, 
 def machine_named(name: str | None) -> MachineProfile:
     if name is not None:
         return find_machine(name)
-    machine, measured = default_machine()
-    if not measured:
-        note(
-            f"no profile of this machine in {LOCAL_PROFILES}/: taking the shipped {machine.name} "
-            f"({machine.gpu.name}, datasheet figures); `planner profile` measures this machine, --machine names another"
-        )
-    return machine
+    choice = default_machine()
+    for each in choice.notes:
+        note(each)
+    return choice.machine

@@ -11,13 +11,14 @@ import typer
 from planner.commands.options import Json, print_json
 from planner.reports.tables import console, facts
 from slideplan import codec
+from slideplan.command import path
 from slideplan.graph.text import LEGEND, grid, names, short_name
 from slideplan.plan import Plan
 from slideplan.quantities import format_bytes, format_ns
 
 
 def show(
-    plan: Annotated[Path, typer.Argument(help="A plan written by `planner simulate -o`.")],
+    plan: Annotated[Path, typer.Argument(parser=path, help="A plan written by `planner simulate -o`.")],
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="One task, by its short or long name: when, which slots, what for.")
     ] = None,
@@ -37,7 +38,7 @@ def show(
     \b
     Exit codes: 0 shown, 2 bad input.
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
-    document = codec.load(plan.expanduser(), Plan)
+    document = codec.load(plan, Plan)
     document.check(str(plan))
     out = console()
     if task is not None:

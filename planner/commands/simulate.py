@@ -38,6 +38,7 @@ from planner.search.shortfall import DoesNotFit
 from planner.search.space import SearchOptions
 from simulator import verify
 from slideplan import codec
+from slideplan.command import path
 from slideplan.plan import Plan
 from slideplan.policy import Workload, check_seq_len
 
@@ -78,7 +79,9 @@ def simulate(
         bool, typer.Option("--verify", help="Simulate the plan by the SimPy model too, and fail where any span differs.")
     ] = False,
     effort: Annotated[float, typer.Option(help="Budget of the search, as a multiple of the usual one.")] = 1.0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, for `runtime execute`.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", parser=path, help="Write the plan here, for `runtime execute`.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Plan a model on a machine and predict its step.

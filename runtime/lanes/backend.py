@@ -10,10 +10,14 @@ from typing import Literal, Protocol
 
 import torch
 
+from runtime import keep_cores
+from runtime.kernels.cache import need_no_home
 from runtime.memory.host_memory import host_buffer
 from slideplan.graph.lanes import LaneKind
 from slideplan.placement import Tier
 from slideplan.quantities import format_bytes
+
+keep_cores()  # now that torch is imported
 
 STREAM_LANES = (LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.GPU_UPDATE)
 
@@ -144,6 +148,7 @@ class CudaBackend:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no GPU; use --device cpu")
+        need_no_home()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._streams = {lane: torch.cuda.Stream(self.device) for lane in STREAM_LANES}
         self._clock = torch.cuda.Stream(self.device)

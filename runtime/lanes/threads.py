@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from runtime.lanes.backend import Backend
-from runtime.machine import usable_cores
+from slideplan.machine.host import usable_cores
 
 
 def optimizer_share(cores: int) -> int:

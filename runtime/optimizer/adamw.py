@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from runtime.optimizer.compiled import compiled
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -132,13 +134,13 @@ def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_
 
 
 # fastmath stays off: results must not depend on how the compiler contracts or reorders.
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+@compiled(nogil=True, error_model="numpy")
 def _chunk(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
     for i in range(high.size):
         _update(i, high, remainder, m, v, _gradient(gradient[i]), decay, w1, beta2, w2, root2, eps, step_size)  # type: ignore[call-arg]
 
 
-@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+@compiled(parallel=True, nogil=True, error_model="numpy")
 def _adamw(threads, size, taken, high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
     for _ in numba.prange(threads):
         start = take(taken) * size  # type: ignore[call-arg]

@@ -9,11 +9,11 @@ import torch
 
 from runtime.handlers import gpu_update
 from runtime.lanes.backend import Backend
-from runtime.machine import available_host_bytes
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.probes.timing import Effort, Work, rate_spread, timed
 from slideplan.graph.lanes import LaneKind
 from slideplan.lowering.sizes import UPDATE_STATE_TRAFFIC_BYTES
+from slideplan.machine.host import available_host_bytes
 from slideplan.machine.profile import Spread
 from slideplan.placement import Tier
 from slideplan.policy import GRADIENT_BYTES

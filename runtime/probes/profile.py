@@ -19,7 +19,7 @@ import transformers
 
 from runtime.lanes.backend import Backend, make_backend
 from runtime.lanes.threads import set_compute_threads
-from runtime.machine import identity, resident_bytes, total_host_bytes, usable_cores
+from runtime.machine import identity, resident_bytes
 from runtime.memory.host_memory import placement
 from runtime.optimizer.adamw import HostUpdate
 from runtime.probes.buffers import MemoryBuffers
@@ -33,6 +33,7 @@ from slideplan import __version__
 from slideplan.graph.lanes import LaneKind
 from slideplan.machine.figures import cost_name, figure_name
 from slideplan.machine.handoffs import Handoffs
+from slideplan.machine.host import total_host_bytes, usable_cores
 from slideplan.machine.profile import (
     ComputeCost,
     GpuProfile,

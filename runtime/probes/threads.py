@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from runtime.lanes.backend import Backend
 from runtime.lanes.threads import optimizer_share
-from runtime.machine import usable_cores
 from runtime.optimizer.adamw import HostUpdate
 from runtime.probes.buffers import BF16_UPDATE_BYTES, MemoryBuffers
 from runtime.probes.timing import ROUNDS, Effort, mean_rate_spread, spread, timed_in_turns, together
 from slideplan.graph.lanes import LaneKind
 from slideplan.lowering.sizes import WEIGHT_BYTES
+from slideplan.machine.host import usable_cores
 from slideplan.machine.profile import BesideCopies, ThreadPoint
 from slideplan.policy import GRADIENT_BYTES
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -87,6 +89,17 @@ def test_truncated(file: Path):
     assert refusal(file).startswith("not valid JSON: ")
 
 
+def test_values_nested_too_deep(file: Path):
+    file.write_bytes(b'{"document": "machine_profile", "a": ' + b"[" * 200_000)
+    assert refusal(file) == "not a valid machine_profile: its values are nested too deep"
+
+
+def test_what_is_larger_than_any_document_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(codec, "LARGEST_BYTES", 1 << 20)
+    os.truncate(file, 1 << 40)  # a sparse terabyte
+    assert refusal(file) == "is larger than 1 MiB, which no machine_profile is; name another file"
+
+
 def test_missing_file(tmp_path: Path):
     assert refusal(tmp_path / "absent.json") == "cannot be read: No such file or directory"
 
@@ -100,15 +113,19 @@ def test_save_makes_folders_and_leaves_nothing_else(tmp_path: Path):
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["m.json"]
 
 
-def test_failed_save_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("number, raised", [(errno.EACCES, ValueError), (errno.ENOSPC, OSError), (errno.EDQUOT, OSError)])
+def test_failed_save_leaves_the_old_file(file: Path, number: int, raised: type, monkeypatch: pytest.MonkeyPatch):
     before = file.read_bytes()
 
     def fail(self: Path, target: Path) -> Path:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(ValueError, match=r"machine\.json: cannot be written: No space left"):
+    # A full disk is not what the user got wrong.
+    with pytest.raises(raised) as told:
         codec.save(file, tiny_machine(name="new"))
+    assert str(file) in str(told.value)
+    assert os.strerror(number) in str(told.value)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 

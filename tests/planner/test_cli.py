@@ -14,6 +14,8 @@ import pytest
 
 from builders import GB_PER_S, tiny_machine
 from planner import cli
+from planner.catalogue import machines as catalogue
+from planner.catalogue.here import ThisMachine
 from slideplan import codec
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.plan import Plan
@@ -31,6 +33,8 @@ class Outcome(NamedTuple):
 def planner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     """Runs `planner ...` in an empty working directory."""
     monkeypatch.chdir(tmp_path)
+    here = ThisMachine(gpus=("test gpu",), cpu="test cpu", cores=4, host_memory_bytes=4 << 30)  # that of `tiny_machine`
+    monkeypatch.setattr(catalogue, "this_machine", lambda: here)
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["planner", *arguments])

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from builders import tiny_machine
+from planner.catalogue import machines as catalogue
 from planner.catalogue.datasheets import datasheet_machines
+from planner.catalogue.here import ThisMachine
 from planner.catalogue.machines import default_machine, find_machine, machines, with_budget
 from slideplan import codec
 from slideplan.machine.profile import MachineProfile
@@ -71,24 +77,168 @@ def test_unknown_machine_lists_the_known_ones():
     with pytest.raises(ValueError) as raised:
         find_machine("rtx4090-2tb")
     message = str(raised.value)
-    assert "machine 'rtx4090-2tb' is neither a known profile nor a file; did you mean rtx4090-2tib?" in message
+    assert "machine 'rtx4090-2tb' is neither a known profile nor a file; did you mean rtx4090-2tib" in message
     assert all(name in message for name in SHIPPED)
 
 
-def test_default_is_the_newest_measurement_else_a_shipped_one():
-    assert default_machine() == (find_machine("rtx4090-2tib"), False)
-    measured("sheet", "2027-01-01", source="datasheet")
-    assert default_machine() == (find_machine("rtx4090-2tib"), False)
-    newer = measured("a", "2026-05-02")
-    measured("b", "2026-05-01")
-    assert default_machine() == (newer, True)
+HERE = ThisMachine(gpus=("test gpu",), cpu="test cpu", cores=4, host_memory_bytes=4 * GIB)
 
 
-def test_a_broken_local_profile_is_not_passed_over():
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Says what this machine is; by default that of `tiny_machine`."""
+
+    def be(**changes: Any) -> None:
+        monkeypatch.setattr(catalogue, "this_machine", lambda: replace(HERE, **changes))
+
+    be()
+    return be
+
+
+def other_machine(name: str, date: str) -> MachineProfile:
+    profile = measured(name, date)
+    other = msgspec.structs.replace(profile, host=msgspec.structs.replace(profile.host, cores=96))
+    codec.save(Path("profiles") / f"{name}.json", other)
+    return other
+
+
+def test_default_is_a_shipped_datasheet_where_nothing_measured_is_of_this_machine(here: Callable[..., None]):
+    shipped = find_machine("rtx4090-2tib")
+    for _ in range(2):
+        choice = default_machine()
+        assert (choice.machine, choice.is_here) == (shipped, False)
+        (note,) = choice.notes
+        assert note.startswith("no profile of this machine in profiles/: taking the shipped rtx4090-2tib (NVIDIA GeForce")
+        assert "`planner profile` measures this machine, --machine names another" in note
+        measured("sheet", "2027-01-01", source="datasheet")
+        other_machine("copied", "2027-01-02")
+
+
+def test_default_is_the_profile_of_this_machine_and_not_the_newest(here: Callable[..., None]):
+    mine = measured("mine", "2026-05-01")
+    other_machine("copied", "2026-05-02")
+    choice = default_machine()
+    assert (choice.machine, choice.is_here, choice.notes) == (mine, True, ())
+
+
+def test_of_several_profiles_of_this_machine_the_newest_is_taken_and_that_is_said(here: Callable[..., None]):
+    measured("a", "2026-05-02T09:00:00+00:00")
+    newest = measured("b", "2026-05-02T10:00:00+00:00")
+    measured("c", "2026-05-01")
+    choice = default_machine()
+    assert choice.machine == newest
+    assert choice.notes == (
+        "3 profiles of this machine: taking the newest, b of 2026-05-02T10:00:00+00:00; --machine names another",
+    )
+
+
+def test_a_profile_that_differs_in_memory_alone_is_named_and_not_taken(here: Callable[..., None]):
+    """Some virtual machines show only the part of their RAM that is in use."""
+    measured("mine", "2026-05-01")
+    here(host_memory_bytes=GIB)
+    choice = default_machine()
+    assert choice.machine.name == "rtx4090-2tib"
+    assert choice.notes[0] == (
+        "profile mine has the GPU, processor and cores of this machine, but 4.00 GiB of RAM, of which 1.00 GiB show here: "
+        "not taken; --machine mine takes it"
+    )
+    full = measured("full", "2026-04-01")
+    codec.save("profiles/full.json", msgspec.structs.replace(full, host=msgspec.structs.replace(full.host, memory_bytes=GIB)))
+    choice = default_machine()
+    assert choice.machine.name == "full"
+    assert len(choice.notes) == 1
+
+
+def test_a_shipped_profile_of_a_machine_like_this_one_is_taken_and_that_is_said(here: Callable[..., None]):
+    shipped = find_machine("h100-80gb-125gib")
+    here(gpus=(shipped.gpu.name,), cpu=shipped.host.cpu, cores=shipped.host.cores, host_memory_bytes=shipped.host.memory_bytes)
+    choice = default_machine()
+    assert (choice.machine, choice.is_here) == (shipped, True)
+    assert choice.notes[0].startswith("taking the shipped h100-80gb-125gib, measured on a machine like this one; `planner")
+    here(gpus=(shipped.gpu.name,), cpu=shipped.host.cpu, cores=shipped.host.cores, host_memory_bytes=30 * GIB)
+    choice = default_machine()
+    assert choice.machine.name == "rtx4090-2tib"
+    assert "--machine h100-80gb-125gib takes it" in choice.notes[0]
+
+
+FOREIGN = {
+    "another program's": ("aws.json", b'{"region": "eu-west-1"}', "expected a 'machine_profile' document"),
+    "a list": ("list.json", b"[1, 2]", "not a valid machine_profile"),
+    "cut off": ("mine.json", b"{", "not valid JSON"),
+    "empty": ("mine.json", b"", "not valid JSON"),
+    "not text": ("mine.json", b"\xff\xfe\x00", "not valid JSON"),
+    "of a later version": ("new.json", b'{"document": "machine_profile", "format_version": 99}', "`format_version` is 99"),
+    "nested": ("deep.json", b'{"document": "x", "a":' + b"[" * 200_000, "nested too deep"),
+    "called as the default": ("rtx4090-2tib.json", b"{}", "expected a 'machine_profile' document"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_profile_is_left_out_in_one_line(kind: str, here: Callable[..., None]):
+    name, content, reason = FOREIGN[kind]
+    mine = measured("here", "2026-05-01")
+    (Path("profiles") / name).write_bytes(content)
+    choice = default_machine()
+    assert choice.machine == mine
+    (note,) = choice.notes
+    assert note.startswith(f"left out: profiles/{name}: ")
+    assert reason in note
+    assert "\n" not in note
+    Path("profiles/here.json").unlink()
+    assert default_machine().machine.name == "rtx4090-2tib"
+
+
+def test_many_files_that_are_no_profiles_are_one_line_still(here: Callable[..., None]):
     Path("profiles").mkdir()
-    Path("profiles/mine.json").write_text("{")
-    with pytest.raises(ValueError, match=r"profiles/mine\.json: not valid JSON"):
-        default_machine()
+    for number in range(20):
+        (Path("profiles") / f"{number:02}.json").write_text("{}")
+    note, _ = default_machine().notes
+    assert note.endswith("(and 17 more)")
+
+
+def test_only_regular_files_are_profiles(here: Callable[..., None]):
+    """A pipe of that name would be waited for, without an end."""
+    Path("profiles/folder.json").mkdir(parents=True)
+    os.mkfifo("profiles/pipe.json")
+    Path("profiles/gone.json").symlink_to("nowhere")
+    assert len(default_machine().notes) == 1
+    assert {"folder", "pipe", "gone"}.isdisjoint(machines())
+
+
+@pytest.mark.parametrize("profiles", ["file", "link"])
+def test_profiles_need_not_be_a_folder(profiles: str, here: Callable[..., None]):
+    Path("profiles").write_text("") if profiles == "file" else Path("profiles").symlink_to("nowhere")
+    assert default_machine().machine.name == "rtx4090-2tib"
+
+
+@pytest.mark.parametrize(
+    "meant, suggested",
+    [
+        ("h100", "h100-80gb-125gib"),
+        ("H100", "h100-80gb-125gib"),
+        ("h100-80gb", "h100-80gb-125gib"),
+        ("H100 80GB", "h100-80gb-125gib"),
+        ("h200", "h200-503gib"),
+        ("a100", "a100-80gib-1tib"),
+        ("a6000", "a6000-48gib-512gib"),
+        ("4090", "rtx4090-128gib or rtx4090-2tib"),
+        ("RTX 4090", "rtx4090-128gib or rtx4090-2tib"),
+        ("rtx3090", "rtx3090-128gib"),
+        ("profiles/h100.json", "h100-80gb-125gib"),
+        ("rtx4090-2tb", "rtx4090-2tib"),
+        ("h100-80gb-125gb", "h100-80gb-125gib"),
+    ],
+)
+def test_a_part_of_a_name_suggests_the_whole(meant: str, suggested: str):
+    with pytest.raises(ValueError, match=f"neither a known profile nor a file; did you mean {suggested}"):
+        find_machine(meant)
+
+
+@pytest.mark.parametrize("meant", ["zzz", "~nobody-of-this-name/zzz.json", "a\0b", "-", "..json"])
+def test_where_nothing_is_near_nothing_is_suggested(meant: str):
+    with pytest.raises(ValueError) as raised:
+        find_machine(meant)
+    assert "did you mean" not in str(raised.value)
 
 
 def test_budget_changes_capacities_only():

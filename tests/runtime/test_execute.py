@@ -1,12 +1,9 @@
 """`runtime execute` and `runtime compare` as a user types them."""
 
-import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -14,9 +11,9 @@ import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from checkpoints import random_state_dict, write_checkpoint
+from commands import runtime
 from running import plan_for
 from runtime import run
-from runtime.cli import main
 from runtime.compute import handlers as compute
 from runtime.lanes.backend import CpuBackend
 from runtime.optimizer import adamw as optimizer
@@ -27,26 +24,6 @@ from slideplan.policy import OtherSystem
 from wording import says
 
 MODEL = tiny_model()
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def runtime(*arguments: object, cwd: Path) -> Done:
-    """Run the command in this process, which spares loading torch every time."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["runtime", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

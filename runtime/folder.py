@@ -1,0 +1,114 @@
+"""The folder of a run: made before anything else, for one run and no other, and gone again if the run never began."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from slideplan.codec import encoded, unwritable
+from slideplan.plan import Plan
+
+RUNS = Path("runs")
+PLAN, METRICS = "plan.json", "metrics.jsonl"
+# Of one run and no other.
+OUTPUTS = (PLAN, METRICS, "measurement.json", "comparison.json")
+LONGEST_NAME = 100  # characters of a model's name that a folder's name takes over
+
+
+@contextlib.contextmanager
+def claimed(out: Path | None, plan: Plan) -> Iterator[Path]:
+    """A folder that no other run has or gets, with the plan in it: `out`, or by default one of this second in runs/.
+
+    Where the run ends before it has written its first metrics, what was made is removed again. Of two runs that ask for the
+    same folder one gets it. Raises ValueError for a folder of an earlier run, or one that cannot be written, OSError where
+    the disk is full.
+    """
+    made: list[Path] = []  # folders, outermost first
+    folder = _made(RUNS / _name(plan), made) if out is None else out
+    try:
+        if out is not None:
+            _make(out, made, may_exist=True)
+        _take(folder, plan)
+    except BaseException:
+        _remove(made)
+        raise
+    try:
+        yield folder
+    except BaseException as error:
+        if (folder / METRICS).exists():
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(f"losses so far are in {folder / METRICS}")
+        else:
+            with contextlib.suppress(OSError):
+                (folder / PLAN).unlink(missing_ok=True)
+            _remove(made)
+        raise
+
+
+def _name(plan: Plan) -> str:
+    """MODEL-DATE, whatever stands in the model's name."""
+    model = re.sub(r"[^\w.-]+", "-", plan.model.name).strip("-.")[:LONGEST_NAME] or "model"
+    return f"{model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _made(wanted: Path, made: list[Path]) -> Path:
+    """A new folder of this name, or with a number behind it where others have come first."""
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            _make(folder, made, may_exist=False)
+            return folder
+    raise AssertionError("numbers do not end")
+
+
+def _make(folder: Path, made: list[Path], may_exist: bool) -> None:
+    """Make a folder and those above it. Raises FileExistsError where it is there and must not be."""
+    missing = [folder, *(parent for parent in folder.parents if not parent.exists())]
+    for each in reversed(missing):
+        try:
+            each.mkdir()
+            made.append(each)
+        except FileExistsError:
+            if each == folder and not may_exist:
+                raise
+            if not each.is_dir():
+                raise ValueError(f"{folder}: cannot be written ({each} is no folder); name another with -o") from None
+        except OSError as error:
+            _refuse(folder, error)
+
+
+def _take(folder: Path, plan: Plan) -> None:
+    """Put the plan into a folder that no run has taken. Only one process can create the file."""
+    earlier = [name for name in OUTPUTS if (folder / name).exists()]
+    if earlier:
+        raise ValueError(f"{folder}: holds {earlier[0]} of an earlier run; name another folder with -o")
+    try:
+        file = (folder / PLAN).open("xb")
+    except FileExistsError:
+        raise ValueError(f"{folder}: another run has just taken it; name another folder with -o") from None
+    except OSError as error:
+        _refuse(folder, error)
+    try:
+        with file:
+            file.write(encoded(plan))
+    except BaseException as error:
+        (folder / PLAN).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(folder / PLAN, error) from None
+        raise
+
+
+def _refuse(folder: Path, error: OSError) -> None:
+    refused = unwritable(folder, error)
+    raise ValueError(f"{refused}; name another with -o") from None if isinstance(refused, ValueError) else refused
+
+
+def _remove(made: list[Path]) -> None:
+    """Remove folders that were made, innermost first, as far as nothing lies in them."""
+    with contextlib.suppress(OSError):
+        for folder in reversed(made):
+            folder.rmdir()

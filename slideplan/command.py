@@ -1,0 +1,35 @@
+"""What the commands share where they read their arguments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperGroup
+
+
+class Interrupted(Exception):  # noqa: N818 - no error, and typer must not see a KeyboardInterrupt
+    """A KeyboardInterrupt on its way out of a command. Typer would turn it into an exit code that tells nothing more."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__()
+        self.stop = stop
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands whose interrupts reach the caller, as `Interrupted`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(stop) from stop
+
+
+def path(text: str) -> Path:
+    """The path that an option names, `~` expanded: a shell leaves it as it is in `--data=~/texts`.
+
+    Where there is no such home it stays in the path, which will then not be found.
+    """
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's takes ./~ for a home, and raises where there is none

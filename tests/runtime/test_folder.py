@@ -1,0 +1,144 @@
+"""Run folders belong to one run; those of runs that never began are gone again."""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Barrier
+
+import msgspec
+import pytest
+
+from builders import tiny_model, tiny_policy, tiny_workload
+from running import plan_for
+from runtime import folder as module
+from runtime.folder import claimed
+from runtime.lanes.backend import CpuBackend
+from slideplan.codec import load
+from slideplan.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_for(tiny_model(), tiny_policy(tiny_model()), tiny_workload(), CpuBackend())
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(folder: Path) -> None:
+    (folder / "metrics.jsonl").touch()
+
+
+def test_the_plan_is_in_the_folder_from_the_start(plan: Plan) -> None:
+    with claimed(Path("a/b/run"), plan) as folder:
+        assert folder == Path("a/b/run")
+        assert load(folder / "plan.json", Plan) == plan
+        train(folder)
+    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl"}
+
+
+def test_runs_of_one_second_get_folders_of_their_own(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_name", lambda plan: "tiny-20260101-000000")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(claimed(None, plan)) for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"runs/tiny-20260101-000000{end}" for end in ("", "-2", "-3")]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_of_runs_that_ask_for_one_folder_at_once_one_gets_it(plan: Plan, exists: bool) -> None:
+    runs = 8
+    for attempt in range(20):
+        out, barrier = Path(f"run{attempt}"), Barrier(runs)
+        if exists:
+            out.mkdir()
+
+        def run(out: Path, barrier: Barrier) -> str:
+            barrier.wait()
+            try:
+                with claimed(out, plan) as folder:
+                    train(folder)
+                    return "done"
+            except ValueError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(runs) as pool:
+            ends = list(pool.map(run, [out] * runs, [barrier] * runs))
+        assert ends.count("done") == 1
+        assert all("name another folder with -o" in end for end in ends if end != "done")
+        assert load(out / "plan.json", Plan) == plan
+
+
+@pytest.mark.parametrize("name", ["plan.json", "metrics.jsonl", "measurement.json", "comparison.json"])
+def test_a_folder_of_an_earlier_run_is_refused_and_kept(plan: Plan, name: str) -> None:
+    Path("run").mkdir()
+    Path("run", name).write_text("dear")
+    with (
+        pytest.raises(ValueError, match=f"run: holds {name} of an earlier run; name another folder with -o"),
+        claimed(Path("run"), plan),
+    ):
+        pytest.fail("was taken")
+    assert [(file.name, file.read_text()) for file in Path("run").iterdir()] == [(name, "dear")]
+
+
+@pytest.mark.parametrize("out", [None, Path("a/b/run")])
+@pytest.mark.parametrize("error", [ValueError("refused"), KeyboardInterrupt()])
+def test_a_run_that_never_began_leaves_nothing(plan: Plan, out: Path | None, error: BaseException, empty: Path) -> None:
+    with pytest.raises(type(error)) as raised, claimed(out, plan):
+        raise error
+    assert list(empty.iterdir()) == []
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_what_was_there_before_stays(plan: Plan) -> None:
+    Path("runs").mkdir()
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    for out in (None, Path("mine")):
+        with pytest.raises(ValueError, match="refused"), claimed(out, plan):
+            raise ValueError("refused")
+    assert list(Path("runs").iterdir()) == []
+    assert [file.name for file in Path("mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("failed"), KeyboardInterrupt()])
+def test_a_run_that_began_keeps_what_it_wrote_and_an_interrupt_says_where(plan: Plan, error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised, claimed(Path("run"), plan) as folder:
+        train(folder)
+        raise error
+    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl"}
+    notes = getattr(raised.value, "__notes__", [])
+    assert notes == (["losses so far are in run/metrics.jsonl"] if isinstance(error, KeyboardInterrupt) else [])
+
+
+@pytest.mark.parametrize("out", ["file/run", "file"])
+def test_a_folder_that_cannot_be_made_is_refused(plan: Plan, out: str) -> None:
+    Path("file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written.*name another with -o"), claimed(Path(out), plan):
+        pytest.fail("was taken")
+    assert Path("file").read_text() == ""
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(plan: Plan, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(document: Plan) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "encoded", full)
+    with pytest.raises(OSError, match="No space left") as raised, claimed(None, plan):
+        pytest.fail("was taken")
+    assert str(raised.value.filename).endswith("plan.json")
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../../away", "/away", "a/b c", "", ".", "..", "x" * 5000, "ä\n\0"])
+def test_a_models_name_does_not_lead_out_of_runs(plan: Plan, name: str, empty: Path) -> None:
+    with claimed(None, msgspec.structs.replace(plan, model=msgspec.structs.replace(plan.model, name=name))) as folder:
+        assert folder.parent == Path("runs")
+        assert folder.resolve().parent == (empty / "runs").resolve()
+        assert "\n" not in folder.name

@@ -74,7 +74,10 @@ def main() -> None:
 def execute(
     plan: Annotated[Path, typer.Argument(help="A plan written by `planner simulate -o`.")],
     data: Annotated[
-        Path | None, typer.Option(help="Text file, or folder of them; default: the sources of Python's standard library.")
+        Path | None,
+        typer.Option(
+            help="Text, JSON lines with a field `text`, or a folder of them; default: the sources of Python's standard library."
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
@@ -83,6 +86,16 @@ def execute(
     byte_tokens: Annotated[
         bool, typer.Option("--byte-tokens", help="Bytes are tokens even with --weights that have no tokenizer.json.")
     ] = False,
+    document_end: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKEN",
+            help="What ends each document: a token of the tokenizer; auto: its end-of-text token, else two line feeds; none.",
+        ),
+    ] = "auto",
+    token_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps prepared tokens; default: ~/.cache/slideplan/tokens.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 10,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/MODEL-DATE.")] = None,
@@ -119,6 +132,8 @@ def execute(
         data=data,
         weights=weights,
         byte_tokens=byte_tokens,
+        document_end=document_end,
+        token_cache=token_cache,
         settings=AdamW(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay),
         seed=seed,
         warmup_steps=warmup,

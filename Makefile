@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test check clean
+.PHONY: demo test check mutants clean
 
 $(BIN)/.installed: pyproject.toml
 	python3 -m venv $(VENV)
@@ -31,6 +31,12 @@ check: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# How many small changes to slideplan/ and simulator/ the tests notice: a random sample, always the same one for the same
+# code. Half an hour of one core; settings in pyproject.toml.
+mutants: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[runtime,dev,mutants]'
+	nice $(BIN)/python benchmarks/mutants.py -o mutants.json
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -15,9 +15,9 @@ from campaign_records import Configuration, Entry
 from planner.catalogue.machines import with_budget
 from planner.catalogue.models import find_model
 from planner.search.best import search
+from planner.search.counts import state_chunks
 from planner.search.kernels import faster_kernels
 from planner.search.shortfall import DoesNotFit
-from planner.search.space import state_chunks
 from simulator import footprint, predict
 from slideplan import __version__
 from slideplan.codec import digest
@@ -25,7 +25,7 @@ from slideplan.graph.tasks import TaskGraph, tier_bytes
 from slideplan.graph.validate import validate
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
-from slideplan.lowering.sizes import PoolLayout
+from slideplan.lowering.pools import PoolLayout
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import Placement, Tier
@@ -232,10 +232,12 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         units=tuple(
             Placement(
                 weights=Tier.GPU if unit in weights else Tier.HOST,
-                state=Tier.GPU if unit in state else Tier.HOST,
+                remainder=Tier.GPU if unit in state else Tier.HOST,
+                moments=Tier.GPU if unit in state else Tier.HOST,
                 boundary=Tier.HOST if unit < offloaded else Tier.GPU,
-                inner="offload" if unit in away else "keep" if unit in kept else "recompute",
-                streams_state=unit in passing,
+                inner=Tier.GPU if unit in kept else None,
+                feed_forward=Tier.HOST if unit in away else Tier.GPU if unit in kept else None,
+                update=Tier.GPU if unit in state or unit in passing else Tier.HOST,
             )
             for unit in range(model.units)
         ),
@@ -276,8 +278,8 @@ def sketch(model: ModelSpec, policy: Policy) -> str:
     layers = [policy.units[unit] for unit in range(1, model.head_unit)]
     state = sum(unit.moments is Tier.GPU for unit in layers)
     weights = sum(unit.weights is Tier.GPU for unit in layers)
-    passing = sum(unit.passing for unit in layers)
-    kept, inner = (sum(unit.inner == how for unit in layers) for how in ("keep", "offload"))
+    passing = sum(bool(unit.passing) for unit in layers)
+    kept, inner = (sum(unit.feed_forward is tier for unit in layers) for tier in (Tier.GPU, Tier.HOST))
     away = sum(unit.boundary is Tier.HOST for unit in policy.units)
     ends = [name for name, unit in (("embedding", 0), ("head", -1)) if policy.units[unit].moments is Tier.GPU]
     parts = [f"{policy.micro_batches}x{policy.micro_batch} {policy.gradient_dtype} {policy.kernels}"]

@@ -47,7 +47,7 @@ def explain(run: str, plan: Plan, measurement: Measurement) -> Explanation:
 
     by_kind: dict[str, list[int]] = {}
     for number, task in enumerate(graph.tasks):
-        by_kind.setdefault(str(task.kind), []).append(number)
+        by_kind.setdefault(str(task.operation), []).append(number)
     kinds_ns = _largest_first({kind: moved(numbers) for kind, numbers in by_kind.items()})
     lanes_ns = _largest_first({str(lane): moved(numbers) for lane, numbers in graph.lanes.items()})
     busiest = max(measured.lanes, key=lambda lane: measured.lanes[lane].busy_ns)

@@ -24,7 +24,8 @@ from campaign_records import Manifest
 from planner.catalogue.models import find_model
 from slideplan import __version__
 from slideplan.codec import Document, Spec, save
-from slideplan.graph.lanes import Lane, LaneKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import COMPUTE_KINDS, TaskKind
 from slideplan.machine.fitting import interference
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.measurement import expected_step_ns
@@ -62,23 +63,68 @@ class Reprice(Document, frozen=True, tag="reprice"):
 def refitted(profile: dict[str, Any]) -> tuple[MachineProfile, dict[str, tuple[float, float]]]:
     """The profile with its contention fitted again, however an earlier version described it, and how well both fit."""
     met = profile["interference"]
-    alone = {Lane(lane): msgspec.convert(rate, Spread) for lane, rate in met["alone"].items()}
-    together = [{Lane(each["lane"]): msgspec.convert(each["rate"], Spread) for each in lanes} for lanes in met["together"]]
+    alone = {LaneKind(lane): msgspec.convert(rate, Spread) for lane, rate in met["alone"].items()}
+    together = [{LaneKind(each["lane"]): msgspec.convert(each["rate"], Spread) for each in lanes} for lanes in met["together"]]
     found = interference(alone, together, profile["gpu"]["memory_bytes_per_s"])
     off: dict[str, list[tuple[float, float]]] = {"memory": [], "ssd": []}
     for then, now in zip(met["together"], found.together, strict=True):
-        on_disk = any(each.lane.kind in (LaneKind.SSD_READ, LaneKind.SSD_WRITE) for each in now)
+        on_disk = any(each.lane in (LaneKind.SSD_READ, LaneKind.SSD_WRITE) for each in now)
         off["ssd" if on_disk else "memory"] += [
             (before["predicted"] - each.speed, each.predicted - each.speed) for before, each in zip(then, now, strict=True)
         ]
-    machine = msgspec.convert(profile | {"interference": msgspec.to_builtins(found)}, MachineProfile)
+    changed = {"interference": msgspec.to_builtins(found), "launches": launches(profile["launches"])}
+    machine = msgspec.convert(profile | changed, MachineProfile)
     return machine, {what: (_root_mean_square(pairs, 0), _root_mean_square(pairs, 1)) for what, pairs in off.items() if pairs}
+
+
+def launches(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Launches of a profile, each with its lane: until 0.7.0 every kind of copy had one of its own, all the same."""
+    kinds: dict[tuple[str, str, str | None, str], dict[str, Any]] = {}
+    for each in found:
+        kind, lane = (each["kind"], each["lane"]) if "lane" in each else _verb_and_lane(each["kind"])
+        kinds.setdefault((kind, lane, each["role"], each["kernels"]), each | {"kind": kind, "lane": lane})
+    return list(kinds.values())
+
+
+def _verb_and_lane(kind: str) -> tuple[str, str]:
+    """Of what 0.7.0 and before called a task."""
+    if kind in COMPUTE_KINDS:
+        return kind, LaneKind.COMPUTE
+    if kind in ("update_host", "update_gpu"):
+        return TaskKind.UPDATE, {"update_host": LaneKind.HOST_UPDATE, "update_gpu": LaneKind.GPU_UPDATE}[kind]
+    verb, _, _ = kind.partition("_")
+    return TaskKind.COPY, {"load": LaneKind.H2D, "fetch": LaneKind.H2D, "offload": LaneKind.D2H}[verb]
+
+
+def placement(found: dict[str, Any]) -> dict[str, Any]:
+    """Of a unit, by tensor class: until 0.7.0 remainder and moments were one, and what became of inner activations a word."""
+    if "state" not in found:
+        return found
+    state = found["state"]
+    inner, feed_forward = {"recompute": (None, None), "keep": ("gpu", "gpu"), "offload": ("gpu", "host")}[found["inner"]]
+    return {
+        "weights": found["weights"],
+        "remainder": state,
+        "moments": state,
+        "boundary": found["boundary"],
+        "inner": inner,
+        "feed_forward": feed_forward,
+        "update": "gpu" if found.get("streams_state") else state,
+    }
+
+
+def manifest_of(report: Path) -> Manifest:
+    """The runs of a report, of whatever version since 0.4.0."""
+    found = json.loads(gzip.decompress((report / "manifest.json.gz").read_bytes()))
+    for entry in found["entries"]:
+        entry["policy"]["units"] = [placement(unit) for unit in entry["policy"]["units"]]
+    return msgspec.convert(found, Manifest)
 
 
 def reprice(report: Path) -> Reprice:
     """All runs of a report. Raises ValueError, OSError or KeyError where it is none, or of too early a version."""
     machine, fit_errors = refitted(json.loads(gzip.decompress((report / "profile.json.gz").read_bytes())))
-    manifest = msgspec.json.decode(gzip.decompress((report / "manifest.json.gz").read_bytes()), type=Manifest)
+    manifest = manifest_of(report)
     results = {result["name"]: result for result in json.loads((report / "campaign.json").read_bytes())["runs"]}
     runs = []
     print(f"{'':44s} {'measured':>12s}  {'  '.join(f'{name:>14s}' for name in COLUMNS)}")

@@ -40,6 +40,7 @@ from slideplan.graph.lanes import LaneKind
 from slideplan.hf_config import config_of
 from slideplan.machine.profile import MachineProfile
 from slideplan.measurement import Comparison, Measurement
+from slideplan.placement import Tier
 from slideplan.plan import Plan
 
 SEQ_LEN = 1024
@@ -105,12 +106,13 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
     policy, model = plan.policy, plan.model
     units = policy.units
     if mechanism == "activations on the host":
-        if all(unit.inner != "offload" for unit in units):
+        if all(unit.feed_forward is not Tier.HOST for unit in units):
             raise ValueError(
                 f"{model.name} at {plan.workload.global_batch}: no inner activations wait on the host in this plan"
             )
         units = tuple(
-            msgspec.structs.replace(unit, inner="recompute") if unit.feed_forward is Tier.HOST else unit for unit in units
+            msgspec.structs.replace(unit, inner=None, feed_forward=None) if unit.feed_forward is Tier.HOST else unit
+            for unit in units
         )
         policy = msgspec.structs.replace(policy, units=units, inner_slots=0)
     elif mechanism == "captured graphs":
@@ -118,7 +120,7 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
             raise ValueError(f"{model.name} at {plan.workload.global_batch}: nothing is captured in this plan")
         policy = msgspec.structs.replace(policy, kernels="fused")
     elif mechanism == "kept activations":
-        units = tuple(msgspec.structs.replace(unit, inner="recompute") for unit in units)
+        units = tuple(msgspec.structs.replace(unit, inner=None, feed_forward=None) for unit in units)
         policy = msgspec.structs.replace(policy, units=units, inner_slots=0)
     elif mechanism == "updates across the step":
         order = tuple(sorted(policy.update_order, reverse=True))
@@ -127,7 +129,7 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
         passing = [unit for unit, placed in enumerate(units) if placed.passing]
         if not passing:
             raise ValueError(f"{model.name} at {plan.workload.global_batch}: no state passes through the GPU in this plan")
-        units = tuple(msgspec.structs.replace(unit, streams_state=False) for unit in units)
+        units = tuple(msgspec.structs.replace(unit, update=Tier.HOST) if unit.passing else unit for unit in units)
         policy = msgspec.structs.replace(policy, units=units, state_slots=0, state_chunks=0)
         # Updated by the host in order of next need, where gradients that wait for it fit; else as they arrive.
         need = sorted((*policy.update_order, *passing))
@@ -143,10 +145,13 @@ def without(mechanism: str, plan: Plan, machine: MachineProfile) -> Plan:
     elif mechanism == "fused kernels":
         policy = msgspec.structs.replace(policy, kernels="eager", inner_slots=0)
         # Eager layers keep more than twice as much: fewer of them can.
-        kept = [unit for unit, placed in enumerate(units) if placed.inner != "recompute"]
+        kept = [unit for unit, placed in enumerate(units) if placed.keeps]
         for count in range(len(kept), -1, -1):
-            fewer = {unit: "keep" if unit in kept[len(kept) - count :] else "recompute" for unit in range(len(units))}
-            changed = tuple(msgspec.structs.replace(placed, inner=fewer[unit]) for unit, placed in enumerate(units))
+            fewer = {unit: Tier.GPU if unit in kept[len(kept) - count :] else None for unit in range(len(units))}
+            changed = tuple(
+                msgspec.structs.replace(placed, inner=fewer[unit], feed_forward=fewer[unit])
+                for unit, placed in enumerate(units)
+            )
             with contextlib.suppress(ValueError):
                 return fixed_plan(model, msgspec.structs.replace(policy, units=changed), plan.workload, machine)
     else:

@@ -78,7 +78,10 @@ def execute(
     plan: Annotated[Path, typer.Argument(parser=path, help="A plan written by `planner simulate -o`.")],
     data: Annotated[
         Path | None,
-        typer.Option(parser=path, help="Text file, or folder of them; default: the sources of Python's standard library."),
+        typer.Option(
+            parser=path,
+            help="Text, JSON lines with a field `text`, or a folder of them; default: sources of Python's standard library.",
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
@@ -90,6 +93,16 @@ def execute(
     byte_tokens: Annotated[
         bool, typer.Option("--byte-tokens", help="Bytes are tokens even with --weights that have no tokenizer.json.")
     ] = False,
+    document_end: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKEN",
+            help="What ends each document: a token of the tokenizer; auto: its end-of-text token, else two line feeds; none.",
+        ),
+    ] = "auto",
+    token_cache: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder that keeps prepared tokens; default: ~/.cache/slideplan/tokens.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 10,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
     out: Annotated[
@@ -129,6 +142,8 @@ def execute(
             data=data,
             weights=weights,
             byte_tokens=byte_tokens,
+            document_end=document_end,
+            token_cache=token_cache,
             settings=settings,
             seed=seed,
             warmup_steps=warmup,
@@ -216,4 +231,4 @@ class ProgressBars:
             detail = f"{progress.done}/{progress.total}  loss {progress.loss:.3f}{norm}{rate}"
         self._bars.update(bar, completed=progress.done, detail=detail)
         if progress.note:
-            self._bars.console.print(progress.note, soft_wrap=True, highlight=False)
+            self._bars.console.print(progress.note, soft_wrap=True, highlight=False, markup=False)

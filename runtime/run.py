@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from runtime.inputs.data import TokenWindows, default_text, tokenize
+from runtime.inputs.data import TokenWindows
+from runtime.inputs.prepare import DataRequest, prepare
 from runtime.inputs.weights import RandomWeights, SafetensorsWeights, WeightSource
 from runtime.lanes.backend import Backend, make_backend
 from runtime.lanes.clock import RunError
 from runtime.lanes.threads import set_compute_threads
-from runtime.machine import identity
+from runtime.machine import identity, resident_bytes
 from runtime.measure import PeakMemory, measurement
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.rehearsal import rehearse
@@ -27,7 +28,7 @@ from slideplan.measurement import Measurement
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import Plan
-from slideplan.progress import Show
+from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes
 
 # Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
@@ -39,6 +40,8 @@ class RunRequest:
     """What to run. `data` None: the sources of Python's standard library. `weights` None: random ones.
 
     byte_tokens: bytes are tokens though there are weights that have learned others.
+    document_end: "auto" (the tokenizer's end-of-text token), "none", or the text of a token.
+    token_cache: folder of prepared tokens; None: the default one.
     """
 
     plan: Plan
@@ -51,6 +54,8 @@ class RunRequest:
     settings: AdamW = field(default_factory=AdamW)
     seed: int = 0
     byte_tokens: bool = False
+    document_end: str = "auto"
+    token_cache: Path | None = None
     warmup_steps: int = 2
     command: str = ""
 
@@ -71,15 +76,19 @@ def check_request(request: RunRequest) -> None:
     if not 0 <= request.seed < 1 << 31:
         raise ValueError(f"--seed is {request.seed}, must be in 0..{(1 << 31) - 1}")
     if request.weights is not None:
-        _check_model(plan.model, request.weights)
+        _check_model(plan.model, request.weights, plan.workload.seq_len)
 
 
-def _check_model(planned: ModelSpec, weights: Path) -> None:
+def _check_model(planned: ModelSpec, weights: Path, seq_len: int) -> None:
+    """Raise ValueError where the folder's config describes another model than the planned one, for such sequences."""
     found = model_from_config(weights)
     differing = [
         f"{name} is {getattr(found, name)}, planned {getattr(planned, name)}"
         for name in planned.__struct_fields__
-        if name != "name" and getattr(found, name) != getattr(planned, name)
+        if name != "name"
+        and getattr(found, name) != getattr(planned, name)
+        # Up to how many positions a model is offered changes nothing below them: scaled frequencies are read without it.
+        and not (name == "max_positions" and seq_len <= found.max_positions)
     ]
     if differing:
         raise ValueError(
@@ -112,6 +121,35 @@ def check_machine(plan: Plan, backend: Backend, where: str) -> None:
             )
 
 
+def _weights(request: RunRequest, backend: Backend, show: Show) -> WeightSource:
+    model = request.plan.model
+    if request.weights is None:
+        return RandomWeights(model, request.seed, backend.device)
+    source = SafetensorsWeights(model, request.weights)
+    for note in source.notes:
+        show(Progress("checking weights", 1, 1, note=note))
+    return source
+
+
+def _token_windows(request: RunRequest, show: Show) -> TokenWindows:
+    """Prepare the data in the memory that the plan's slots take later, and say what was read."""
+    plan = request.plan
+    wanted = DataRequest(
+        data=request.data,
+        weights=request.weights,
+        vocabulary=plan.model.vocabulary,
+        byte_tokens=request.byte_tokens,
+        document_end=request.document_end,
+        cache=request.token_cache,
+        host_bytes=tier_bytes(plan.graph.pools, Tier.HOST) + MARGIN_BYTES - resident_bytes(),
+    )
+    data = prepare(wanted, show)
+    windows = TokenWindows(data.tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
+    for line in (data.said(request.steps, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
+        show(Progress("data", 1, 1, note=line))
+    return windows
+
+
 def execute(request: RunRequest, show: Show) -> Measurement:
     """Run the plan and write metrics and measurement into the run folder, which `folder.claimed` has made.
 
@@ -121,13 +159,8 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     plan = request.plan
     backend = make_backend(request.device)
     check_machine(plan, backend, request.plan_path)
-    source: WeightSource = (
-        RandomWeights(plan.model, request.seed, backend.device)
-        if request.weights is None
-        else SafetensorsWeights(plan.model, request.weights)
-    )
-    tokens = tokenize(request.data or default_text(), request.weights, plan.model.vocabulary, request.byte_tokens)
-    windows = TokenWindows(tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
+    source = _weights(request, backend, show)
+    windows = _token_windows(request, show)
     set_compute_threads(backend)
     host_update = HostUpdate(plan.machine.optimizer_threads)
     if host_update.threads < plan.machine.optimizer_threads:

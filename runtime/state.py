@@ -56,20 +56,21 @@ class UnitState:
         return torch.cat([part.reshape(-1).view(torch.uint8) for part in whole])
 
     def write(self, tensor: TensorClass, values: torch.Tensor) -> None:
-        """Put back what `read` gave. Raises ValueError where shape or dtype differ."""
+        """Put back what `read` gave. Raises ValueError where shape or dtype differ; nothing is written then."""
         if tensor is TensorClass.WEIGHTS:
-            _check(values, self._weights, tensor)
+            _check(values, self._weights.dtype, (self.elements,), tensor)
             self._weights.copy_(values)
             return
         chunks = self._chunks(tensor)
-        eight_bit = chunks[0][0].dtype is torch.uint8
-        whole = _parts(values, self.elements) if eight_bit == (values.dtype is torch.uint8) else [values]
+        dtype, blocks = chunks[0][0].dtype, -(-self.elements // MOMENT_BLOCK)
+        shapes = {torch.int16: (self.elements,), torch.uint8: (2 * self.elements + 8 * blocks,)}
+        _check(values, dtype, shapes.get(dtype, (2, self.elements)), tensor)
+        whole = _parts(values, self.elements)
         first = [0] * len(whole)
         for slot, n in chunks:
-            for place, (part, source) in enumerate(zip(_parts(slot, n), whole, strict=True)):
+            for place, part in enumerate(_parts(slot, n)):
                 size = part.shape[-1]
-                _check(source[..., first[place] : first[place] + size], part, tensor)
-                part.copy_(source[..., first[place] : first[place] + size])
+                part.copy_(whole[place][..., first[place] : first[place] + size])
                 first[place] += size
 
     def place(self, piece: Piece) -> None:
@@ -108,9 +109,8 @@ def _parts(slot: torch.Tensor, n: int) -> list[torch.Tensor]:
     return [slot[: 2 * n].view(2, n), scales]
 
 
-def _check(source: torch.Tensor, target: torch.Tensor, tensor: TensorClass) -> None:
-    if source.shape != target.shape or source.dtype is not target.dtype:
+def _check(values: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], tensor: TensorClass) -> None:
+    if tuple(values.shape) != shape or values.dtype is not dtype:
         raise ValueError(
-            f"{tensor} of a unit: {source.dtype} {list(source.shape)} does not go where {target.dtype} "
-            f"{list(target.shape)} lies"
+            f"{tensor} of a unit: {values.dtype} {list(values.shape)} does not go where {dtype} {list(shape)} lies"
         )

@@ -43,14 +43,14 @@ class TaskCost(Spec, frozen=True):
     demand:      bytes/s that it takes from shared resources while it runs at full speed
     source:      "measured" at this very size; "interpolated" from measurements at other sizes; "derived"
                  from measured rates; or "datasheet", derived from rates that nobody measured
-    weights:     share weights where a resource is full, 1 where none is given (see `plan.sharing.fair_speeds`)
+    shares:      where a resource is full, 1 where none is given (see `machine.sharing.fair_speeds`)
     uncertainty_percent: by which the duration may be off, either way
     """
 
     duration_ns: int
     demand: dict[Resource, int]
     source: Source
-    weights: dict[Resource, float] = msgspec.field(default_factory=dict)
+    shares: dict[Resource, float] = msgspec.field(default_factory=dict)
     uncertainty_percent: float = 0.0
 
 
@@ -137,7 +137,7 @@ class _Pricer:
             duration_ns=max(1, duration_ns),
             demand=self._sharing.demand(lane, bytes_per_s),
             source="datasheet" if self._from_datasheet else source,
-            weights=self._sharing.weights_of(lane),
+            shares=self._sharing.shares_of(lane),
             uncertainty_percent=DATASHEET_PERCENT if self._from_datasheet else percent,
         )
 

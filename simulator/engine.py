@@ -62,7 +62,7 @@ def entries(graph: TaskGraph, costs: Sequence[TaskCost], handoffs: Handoffs) -> 
         if id(cost) not in draw_of:
             drawn = tuple(sorted((resource, rate) for resource, rate in cost.demand.items() if rate))
             flows = drawn and cost.duration_ns
-            shares = tuple(sorted(cost.weights.items()))
+            shares = tuple(sorted(cost.shares.items()))
             draw_of[id(cost)] = numbers.setdefault((drawn, shares), len(numbers)) if flows else None
     queues: dict[Lane, list[Entry]] = {lane: [] for lane in graph.lanes}
     later_on = handoffs.table(graph.lanes)

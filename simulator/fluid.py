@@ -1,4 +1,4 @@
-"""Shared bandwidth as a fluid: running flows are slowed together, by weight (see `plan.sharing`)."""
+"""Shared bandwidth as a fluid: running flows are slowed together, by their shares (see `slideplan.machine.sharing`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from simpy import Environment, Event
 
-from slideplan.machine.sharing import Demand, Resource, Weights, fair_speeds, within
+from slideplan.machine.sharing import Demand, Resource, Shares, fair_speeds, within
 
 # Work left is counted in 2^-40 ns of a flow's time alone, so that sums over many changes of speed stay
 # exact integers. Speeds are rounded up to this grid: ten minutes of work then end within a nanosecond.
@@ -16,10 +16,10 @@ _ONE = 1 << FRACTION_BITS
 
 
 class Draw(NamedTuple):
-    """What a flow takes at full speed, in bytes/s of each resource, and its share weights there."""
+    """What a flow takes at full speed, in bytes/s of each resource, and its shares there."""
 
     demand: Demand
-    weights: Weights
+    shares: Shares
 
 
 class Speeds:
@@ -30,7 +30,7 @@ class Speeds:
     """
 
     def __init__(self, draws: Sequence[Draw], capacities: Mapping[Resource, int]) -> None:
-        self._draws = [Draw(within(draw.demand, capacities), draw.weights) for draw in draws]
+        self._draws = [Draw(within(draw.demand, capacities), draw.shares) for draw in draws]
         self._capacities = capacities
         self._known: dict[tuple[int, ...], list[int]] = {}
 
@@ -41,7 +41,7 @@ class Speeds:
             # Sorted, so that sums of floats do not depend on who came first; equal draws have equal speeds.
             order = sorted(flows)
             draws = [self._draws[draw] for draw in order]
-            fair = fair_speeds([draw.demand for draw in draws], self._capacities, [draw.weights for draw in draws])
+            fair = fair_speeds([draw.demand for draw in draws], self._capacities, [draw.shares for draw in draws])
             speed_of = {draw: -int(-speed * _ONE // 1) for draw, speed in zip(order, fair, strict=True)}
             speeds = self._known[flows] = [speed_of[draw] for draw in flows]
         return speeds

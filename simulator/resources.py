@@ -13,7 +13,7 @@ def sharing(machine: MachineProfile) -> Sharing:
 
 
 def default_sharing(machine: MachineProfile) -> Sharing:
-    """Every byte takes one byte of what it passes, and every flow has the same weight. Compute shares nothing.
+    """Every byte takes one byte of what it passes, and every flow has the same share. Compute shares nothing.
 
     On the "cpu" backend a copy is a memcpy in RAM: it reads and writes DRAM.
     """

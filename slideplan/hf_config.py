@@ -2,92 +2,68 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-from slideplan.model import Architecture, ModelSpec, RopeValue
+from slideplan.hf_fields import Fields, read_json_object, shown
+from slideplan.hf_rope import rotary
+from slideplan.model import Architecture, ModelSpec
 
 # Where a config leaves a field out, its class in transformers decides; these are the classes' values.
-_DEFAULT_ROPE_THETA = 10000.0
 _DEFAULT_RMS_NORM_EPS = 1e-6
-_DEFAULT_MISTRAL_WINDOW = 4096
+_DEFAULT_WINDOW = 4096
 _DEFAULT_QWEN_FULL_LAYERS = 28  # `max_window_layers`: the layers before it attend to everything
 _DEFAULT_QWEN3_HEAD_DIM = 128
-_LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_DEFAULT_POSITIONS: dict[Architecture, int] = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+# Published models have 126 layers at most and 10^13 parameters at most; a plan grows with the layers.
+_MAX_LAYERS = 4096
+_MAX_PARAMETERS = 10**14
 _CAUSAL_LM: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-
-
-class _Fields:
-    """Typed access to a config's fields; null counts as absent, as it does in transformers."""
-
-    def __init__(self, where: Path, values: dict[str, Any]) -> None:
-        self.where = where
-        self.values = values
-
-    def error(self, field: str, problem: str) -> ValueError:
-        return ValueError(f"{self.where}: field `{field}` {problem}")
-
-    def has(self, field: str) -> bool:
-        return self.values.get(field) is not None
-
-    def _read(self, field: str, kind: str, types: tuple[type, ...], default: Any) -> Any:
-        if not self.has(field):
-            if default is None:
-                raise self.error(field, f"is missing; add it ({kind})")
-            return default
-        value = self.values[field]
-        # bool is a subclass of int: "true" heads are a mistake, not one head.
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise self.error(field, f"is {value!r}, must be {kind}; correct it")
-        return value
-
-    def integer(self, field: str, default: int | None = None) -> int:
-        value: int = self._read(field, "a positive whole number", (int,), default)
-        if value < 1:
-            raise self.error(field, f"is {value}, must be a positive whole number; correct it")
-        return value
-
-    def number(self, field: str, default: float | None = None) -> float:
-        value = float(self._read(field, "a positive number", (int, float), default))
-        if not 0 < value < float("inf"):
-            raise self.error(field, f"is {value}, must be a positive number; correct it")
-        return value
-
-    def boolean(self, field: str) -> bool:
-        value: bool = self._read(field, "true or false", (bool,), False)
-        return value
+# Fields with which a model is another one than its `model_type` says; the class of that type would not read them.
+_OTHER_MODELS = (
+    "text_config", "vision_config", "audio_config", "block_configs", "per_layer_config",
+    "num_experts", "num_local_experts", "n_routed_experts", "is_encoder_decoder", "add_cross_attention",
+    "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier",
+    "residual_multiplier", "attention_multiplier", "scale_emb", "scale_depth", "dim_model_base",
+)  # fmt: skip
+_OWN_NORMS = ("qk_norm", "use_qk_norm", "qk_layernorm")
+# What `auto_map` may name without touching the model.
+_PREPARATION = ("AutoTokenizer", "AutoProcessor", "AutoFeatureExtractor", "AutoImageProcessor", "AutoVideoProcessor")
 
 
 def model_from_config(path: Path) -> ModelSpec:
     """Read a directory with a `config.json`, or the file itself; the model is named after the directory.
 
-    Understands llama, mistral, qwen2 and qwen3 in the old layout (`rope_theta`, `rope_scaling`) and
-    the new one (`rope_parameters`). Raises ValueError naming file, field, value and remedy.
+    A snapshot in the hub's cache is named after its repository. Understands llama, mistral, qwen2 and qwen3 in the old
+    layout (`rope_theta`, `rope_scaling`) and the new one (`rope_parameters`). Raises ValueError naming file, field,
+    value and remedy.
     """
     file = path / "config.json" if path.is_dir() else path
-    config = _Fields(file, _read_object(file))
+    config = Fields(file, read_json_object(file, _remedy(path)))
     architecture = _architecture(config)
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, architecture)
     heads = config.integer("num_attention_heads")
-    rope_theta, rope_scaling = _rope(config)
-    # Only Llama's class falls back to one key head per query head; the others have fixed numbers.
-    fallback = heads if architecture == "llama" or "num_key_value_heads" in config.values else None
+    head_dim = _head_dim(config, architecture, heads)
+    max_positions = config.integer("max_position_embeddings", _DEFAULT_POSITIONS[architecture])
+    rope_theta, rope_scaling = rotary(config, head_dim, max_positions)
+    # Where it is absent, only Llama's class takes one key head per query head, and where it is null, Qwen's too.
+    null = "num_key_value_heads" in config.values and architecture != "mistral"
+    fallback = heads if architecture == "llama" or null else None
     try:
-        return ModelSpec(
-            name=file.resolve().parent.name,
+        model = ModelSpec(
+            name=_name(file),
             architecture=architecture,
             hidden=config.integer("hidden_size"),
-            layers=config.integer("num_hidden_layers"),
+            layers=config.integer("num_hidden_layers", most=_MAX_LAYERS),
             heads=heads,
             kv_heads=config.integer("num_key_value_heads", fallback),
-            head_dim=_head_dim(config, architecture, heads),
+            head_dim=head_dim,
             ffn=config.integer("intermediate_size"),
             vocabulary=config.integer("vocab_size"),
             tied_embeddings=config.boolean("tie_word_embeddings"),
@@ -96,12 +72,18 @@ def model_from_config(path: Path) -> ModelSpec:
             rms_norm_eps=config.number("rms_norm_eps", _DEFAULT_RMS_NORM_EPS),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            max_positions=config.integer("max_position_embeddings"),
+            max_positions=max_positions,
             sliding_window=_sliding_window(config, architecture),
         )
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(str(file)) else f"{file}: {text}") from None
+    if model.parameter_count > _MAX_PARAMETERS:
+        raise ValueError(
+            f"{file}: `hidden_size` {model.hidden}, `intermediate_size` {model.ffn}, `vocab_size` {model.vocabulary} and "
+            f"`num_hidden_layers` {model.layers} make {model.parameter_count:.1e} parameters; correct them"
+        )
+    return model
 
 
 def config_of(model: ModelSpec) -> dict[str, Any]:
@@ -149,53 +131,87 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
     return config
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ValueError(
-            f"{file}: cannot be read: {error.strerror}; name a directory with a Hugging Face config.json"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}; fetch the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: holds a JSON {type(value).__name__}, must be an object; fetch the file again")
-    return value
+def _name(file: Path) -> str:
+    """What the model is called: its folder as the user names it, before links are followed."""
+    # Not `resolve`, which would lead from a snapshot of the hub's cache to its blobs.
+    folder = Path(os.path.abspath(file)).parent  # noqa: PTH100
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name or "model"
 
 
-def _architecture(config: _Fields) -> Architecture:
+def _remedy(path: Path) -> str:
+    snapshots = path / "snapshots"
+    if snapshots.is_dir():
+        return f"name one of the folders in {snapshots}"
+    return "name a directory with a Hugging Face config.json"
+
+
+def _architecture(config: Fields) -> Architecture:
     given = config.values.get("model_type")
     for architecture in _CAUSAL_LM:
         if given == architecture:
             return architecture
-    raise config.error("model_type", f"is {given!r}; supported are {', '.join(_CAUSAL_LM)}")
+    raise config.error("model_type", f"is {shown(given)}; supported are {', '.join(_CAUSAL_LM)}")
 
 
-def _refuse_unsupported(config: _Fields) -> None:
-    if config.values.get("hidden_act", "silu") != "silu":
-        raise config.error("hidden_act", f"is {config.values['hidden_act']!r}; only 'silu' is supported")
+def _refuse_unsupported(config: Fields, architecture: Architecture) -> None:
+    """Raise ValueError where the model is another one, or is trained another way, than the architecture's plain one."""
+    _refuse_other_classes(config, architecture)
+    values = config.values
+    for field, value in values.items():
+        other = field in _OTHER_MODELS or field.startswith("mm_") or (field in _OWN_NORMS and architecture != "qwen3")
+        if other and value:  # what is null, false, zero or empty is not there
+            raise config.error(field, f"is {shown(value)}, which {_CAUSAL_LM[architecture]} does not have; it is another model")
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise config.error("hidden_act", f"is {shown(values['hidden_act'])}; only 'silu' is supported")
     if config.boolean("mlp_bias"):
         raise config.error("mlp_bias", "is true; feed-forward biases are not supported")
-    if config.values.get("attention_dropout") not in (None, 0, 0.0):
+    if values.get("attention_dropout") not in (None, 0, 0.0):
         raise config.error(
-            "attention_dropout", f"is {config.values['attention_dropout']!r}; dropout is not supported, set it to 0"
+            "attention_dropout", f"is {shown(values['attention_dropout'])}; dropout is not supported, set it to 0"
         )
     if config.has("quantization_config"):
         raise config.error("quantization_config", "is set; training needs the weights before quantization")
 
 
-def _head_dim(config: _Fields, architecture: Architecture, heads: int) -> int:
+def _refuse_other_classes(config: Fields, architecture: Architecture) -> None:
+    """Hold `architectures` and `auto_map` against the class whose training is known."""
+    causal = _CAUSAL_LM[architecture]
+    # A base model has the same layers; whether its head is there, the checkpoint tells.
+    plain = (causal.casefold(), causal.replace("ForCausalLM", "Model").casefold())
+    named = config.values.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(each, str) and each.casefold() in plain for each in named):
+        raise config.error("architectures", f"is {shown(named)}; for model_type {architecture} only {causal} is supported")
+    code = config.values.get("auto_map") or {}
+    own = [f"{key}: {code[key]}" for key in code if key not in _PREPARATION] if isinstance(code, dict) else [code]
+    if own:
+        raise config.error(
+            "auto_map",
+            f"names code of the model's own ({shown(own[0])}), which is not run here; remove the field if {causal} of "
+            "transformers is the same model",
+        )
+
+
+def _head_dim(config: Fields, architecture: Architecture, heads: int) -> int:
+    hidden = config.integer("hidden_size")
+    if architecture == "llama" and hidden % heads:  # its class refuses that whatever head_dim says
+        raise config.error("hidden_size", f"is {hidden}, must be a multiple of num_attention_heads {heads}; correct it")
     if config.has("head_dim"):
         return config.integer("head_dim")
+    if "head_dim" in config.values and architecture in ("qwen2", "qwen3"):
+        raise config.error(
+            "head_dim", f"is null, which transformers cannot read for {architecture}; remove it or give the number"
+        )
     if architecture == "qwen3":
         return _DEFAULT_QWEN3_HEAD_DIM
-    hidden = config.integer("hidden_size")
     if hidden % heads:
         raise config.error("head_dim", f"is missing and hidden_size {hidden} is no multiple of {heads} heads; add head_dim")
     return hidden // heads
 
 
-def _attention_bias(config: _Fields, architecture: Architecture) -> Literal["none", "qkv", "qkvo"]:
+def _attention_bias(config: Fields, architecture: Architecture) -> Literal["none", "qkv", "qkvo"]:
     if architecture == "qwen2":
         return "qkv"
     if not config.boolean("attention_bias"):
@@ -206,57 +222,39 @@ def _attention_bias(config: _Fields, architecture: Architecture) -> Literal["non
     return "qkvo"
 
 
-def _rope(config: _Fields) -> tuple[float, dict[str, RopeValue] | None]:
-    """Base frequency and, if frequencies are scaled, how: with `rope_type`, without `rope_theta`."""
-    field = "rope_scaling" if config.has("rope_scaling") else "rope_parameters"
-    given = config.values.get(field) or {}
-    if not isinstance(given, dict):
-        raise config.error(field, f"is {given!r}, must be an object; correct it")
-    values = dict(given)
-    for key, value in values.items():
-        numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
-        if not (numbers or value is None or isinstance(value, str | int | float)):
-            raise config.error(f"{field}.{key}", f"is {value!r}; rotary parameters per layer type are not supported")
-    rotated = values.get("partial_rotary_factor", config.values.get("partial_rotary_factor"))
-    if rotated not in (None, 1, 1.0):
-        raise config.error("partial_rotary_factor", f"is {rotated!r}; partial rotary embedding is not supported")
-    values.pop("partial_rotary_factor", None)
-    inner = _Fields(config.where, {f"{field}.rope_theta": values.pop("rope_theta", None)})
-    theta = inner.number(f"{field}.rope_theta", config.number("rope_theta", _DEFAULT_ROPE_THETA))
-    old_name = values.pop("type", "default")
-    kind = values.setdefault("rope_type", old_name)
-    if kind not in _ROPE_TYPES:
-        raise config.error(f"{field}.rope_type", f"is {kind!r}; supported are {', '.join(_ROPE_TYPES)}")
-    if kind == "default":
-        return theta, None
-    factor = values.get("factor")
-    if kind != "longrope" and (isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < 1e6):
-        raise config.error(f"{field}.factor", f"is {factor!r}, must be a number of at least 1 for {kind}; correct it")
-    for key in _LLAMA3_KEYS if kind == "llama3" else ():
-        if isinstance(values.get(key), bool) or not isinstance(values.get(key), int | float):
-            raise config.error(f"{field}.{key}", f"is {values.get(key)!r}, must be a number for llama3; correct it")
-    # Lists of whole numbers would be read back as fractions, and the plan's digest would change.
-    return theta, {key: [float(v) for v in value] if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _sliding_window(config: _Fields, architecture: Architecture) -> int | None:
+def _sliding_window(config: Fields, architecture: Architecture) -> int | None:
     """Attention window in tokens, None where every layer attends to everything."""
+    kinds = _layer_types(config)
     if architecture == "llama":
+        if "sliding_attention" in kinds:
+            raise config.error("layer_types", "has sliding_attention; LlamaForCausalLM has no windows, use model_type mistral")
         return None
+    present = "sliding_window" in config.values
+    window = config.integer("sliding_window", _DEFAULT_WINDOW) if config.has("sliding_window") or not present else None
     if architecture == "mistral":
-        window = config.values.get("sliding_window", _DEFAULT_MISTRAL_WINDOW)
-        return None if window is None else config.integer("sliding_window", _DEFAULT_MISTRAL_WINDOW)
-    if not config.boolean("use_sliding_window") or not config.has("sliding_window"):
+        if kinds:
+            raise config.error("layer_types", "is set; transformers reads such a config as Ministral, which is not supported")
+        return window
+    if not config.boolean("use_sliding_window") or window is None:
         return None
+    if kinds:
+        return window if "sliding_attention" in kinds else None
+    # Zero is a legal value here: every layer slides.
+    first = config.values.get("max_window_layers", _DEFAULT_QWEN_FULL_LAYERS)
+    if type(first) is not int:
+        raise config.error("max_window_layers", f"is {shown(first)}, must be a whole number; correct it")
+    return window if first < config.integer("num_hidden_layers") else None
+
+
+def _layer_types(config: Fields) -> list[str]:
+    """Kind of attention by layer; empty where the config leaves it to the class."""
     kinds = config.values.get("layer_types")
     if kinds is None:
-        # Zero is a legal value here: every layer slides.
-        first = config.values.get("max_window_layers", _DEFAULT_QWEN_FULL_LAYERS)
-        if type(first) is not int:
-            raise config.error("max_window_layers", f"is {first!r}, must be a whole number; correct it")
-        sliding = first < config.integer("num_hidden_layers")
-    elif isinstance(kinds, list) and set(kinds) <= {"full_attention", "sliding_attention"}:
-        sliding = "sliding_attention" in kinds
-    else:
-        raise config.error("layer_types", f"is {kinds!r}; supported are lists of full_attention and sliding_attention")
-    return config.integer("sliding_window") if sliding else None
+        return []
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        raise config.error("layer_types", f"is {shown(kinds)}; supported are lists of full_attention and sliding_attention")
+    layers = config.integer("num_hidden_layers", most=_MAX_LAYERS)
+    if len(kinds) != layers:
+        raise config.error("layer_types", f"has {len(kinds)} entries, num_hidden_layers is {layers}; correct one of them")
+    return kinds

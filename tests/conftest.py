@@ -1,4 +1,17 @@
+import os
+import tempfile
+from collections.abc import Iterator
+
 import pytest
+from hypothesis import Phase, settings
+
+# Examples are limited by number, not by time: a busy machine must not fail a test.
+settings.register_profile("untimed", deadline=None)
+# For `make mutants`, which runs the tests hundreds of times: few examples, always the same ones.
+settings.register_profile(
+    "mutants", deadline=None, max_examples=8, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -9,3 +22,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether golden files are to be rewritten."""
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache() -> Iterator[None]:
+    """Prepared tokens of tests are kept for as long as the tests run, and apart from the user's."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = folder
+        yield
+        if before is None:
+            del os.environ["XDG_CACHE_HOME"]
+        else:
+            os.environ["XDG_CACHE_HOME"] = before

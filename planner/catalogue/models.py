@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from planner.catalogue.near import hint
 from slideplan.command import path
 from slideplan.hf_config import model_from_config
@@ -120,17 +122,25 @@ def find_model(name_or_path: str) -> ModelSpec:
     known = _in_catalogue(name_or_path)
     if known is not None:
         return known
-    folder = path(name_or_path)
-    if folder.exists():
+    folder = _existing(name_or_path)
+    if folder is not None:
         return model_from_config(folder)
     owner, _, repository_name = name_or_path.rpartition("/")
     known = _in_catalogue(repository_name)
-    if known is not None and owner.strip(".~") and "/" not in owner:  # an owner, not the start of a path
+    if known is not None and owner and "/" not in owner and owner[0] not in ".~":  # an owner, not the start of a path
         return known
     raise ValueError(
         f"model {name_or_path!r} is neither in the catalogue nor a directory with a config.json; "
         f"{hint(repository_name, [*MODELS, *ALIASES])}`planner models` lists the catalogue"
     )
+
+
+def _existing(text: str) -> Path | None:
+    try:
+        found = path(text)
+        return found if found.exists() else None
+    except OSError:  # a name too long for a file
+        return None
 
 
 def _in_catalogue(name: str) -> ModelSpec | None:

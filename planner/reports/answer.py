@@ -46,7 +46,7 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     section(out, "Policy", facts(policy_in_words(answer.model, answer.policy)))
     section(out, "Memory", _ledger_table(answer.ledger))
     section(out, "Predicted step", _lane_table(answer))
-    out.print(_longest_wait(answer), style="dim", highlight=False, soft_wrap=True)
+    out.print(_longest_wait(answer), style="dim", highlight=False)
     if answer.search.alternatives:
         section(out, "What another value of each knob would cost", _alternatives_table(answer))
         out.print("[dim]all other knobs searched again; ~ the budget ended before a faster one was ruled out[/dim]")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from runtime.inputs.checkpoint import Checkpoint
+from runtime.inputs.tensor_names import Matching, grouped, match, misnamed
 from slideplan.model import ModelSpec
 
 INITIALIZER_STD = 0.02  # `initializer_range` of all supported families
@@ -59,68 +59,106 @@ class RandomWeights:
 class SafetensorsWeights:
     """A Hugging Face directory: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
-    Names and shapes of all parameters are checked when it is opened, before anything is allocated.
+    Names and shapes of all parameters are checked when it is opened, before anything is allocated. What transformers
+    reads is read: names of a base model, without `model.`, and tied embeddings under the name of either end.
     Raises ValueError naming file and tensor.
+
+    notes: what was not used, one line each.
     """
 
     def __init__(self, model: ModelSpec, folder: Path) -> None:
         self._model = model
-        self._folder = folder
-        self._file_of = self._locate()
-        problems = list(self._problems())
+        self._checkpoint = Checkpoint(folder)
+        self._expected = {
+            model.unit_prefix(unit) + parameter.name: parameter.shape
+            for unit in range(model.units)
+            for parameter in model.parameters(model.role(unit))
+        }
+        self._names = match(self._expected, self._checkpoint.tensors, model.tied_embeddings)
+        problems = list(self._problems(self._names))
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise ValueError(f"--weights {folder}: does not hold {model.name}: " + "; ".join(problems[:3]) + more)
+        for kept, copy in self._names.copies:
+            self._check_equal(kept, copy)
+        self.notes = list(self._unused())
 
     def pieces(self, unit: int) -> Iterator[Piece]:
         prefix = self._model.unit_prefix(unit)
         for parameter in self._model.parameters(self._model.role(unit)):
-            name = prefix + parameter.name
-            with safe_open(self._folder / self._file_of[name], framework="pt") as file:
-                tensor = file.get_slice(name)
-                for rows in _rows(parameter.shape):
-                    yield Piece(parameter.name, rows, tensor[rows])
+            for rows, values in self._rows_of(self._names.stored[prefix + parameter.name]):
+                yield Piece(parameter.name, rows, values)
 
-    def _locate(self) -> dict[str, str]:
-        index = self._folder / "model.safetensors.index.json"
-        single = self._folder / "model.safetensors"
-        if not self._folder.is_dir():
-            raise ValueError(f"--weights {self._folder}: is not a folder; name a Hugging Face model directory")
-        if index.is_file():
-            try:
-                located = json.loads(index.read_text())["weight_map"]
-                return {str(name): str(file) for name, file in located.items()}
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{index}: not a safetensors index (no readable `weight_map`); download it again") from None
-        if single.is_file():
-            with _opened(single) as file:
-                return dict.fromkeys(file.keys(), single.name)
-        raise ValueError(f"--weights {self._folder}: holds neither model.safetensors nor model.safetensors.index.json")
+    def _rows_of(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        stored = self._checkpoint.tensors[name]
+        with self._checkpoint.opened(stored.file) as file:
+            tensor = file.get_slice(name)
+            for rows in _rows(stored.shape):
+                yield rows, tensor[rows]
 
-    def _problems(self) -> Iterator[str]:
-        expected = {
-            self._model.unit_prefix(unit) + parameter.name: parameter.shape
-            for unit in range(self._model.units)
-            for parameter in self._model.parameters(self._model.role(unit))
-        }
-        by_file: dict[str, list[str]] = {}
-        for name in expected:
-            if name not in self._file_of:
-                yield f"tensor {name} is missing"
-            else:
-                by_file.setdefault(self._file_of[name], []).append(name)
-        for file_name, names in by_file.items():
-            with _opened(self._folder / file_name) as file:
-                present = set(file.keys())
-                for name in names:
-                    if name not in present:
-                        yield f"tensor {name} is not in {file_name}, where the index places it"
-                        continue
-                    part = file.get_slice(name)
-                    if tuple(part.get_shape()) != expected[name]:
-                        yield f"tensor {name} in {file_name} has shape {part.get_shape()}, expected {list(expected[name])}"
-                    elif part.get_dtype() not in ("BF16", "F16", "F32"):
-                        yield f"tensor {name} in {file_name} has dtype {part.get_dtype()}, expected BF16, F16 or F32"
+    def _problems(self, names: Matching) -> Iterator[str]:
+        tensors = self._checkpoint.tensors
+        missing = [name for name in self._expected if name not in names.stored]
+        explanation = misnamed(self._expected, missing, tensors)
+        if explanation:
+            yield explanation
+            return
+        for name in missing:
+            placed = self._checkpoint.placed.get(name)
+            yield f"tensor {name} is " + (
+                f"not in {placed}, where the index places it" if placed else f"missing{_remedy(name)}"
+            )
+        for name, found in names.stored.items():
+            wanted, stored = self._expected[name], tensors[found]
+            if stored.shape != wanted:
+                hint = ""
+                if name in ("model.embed_tokens.weight", "lm_head.weight") and stored.shape[1:] == wanted[1:]:
+                    hint = f": the vocabulary was padded or extended; if so, set vocab_size to {stored.shape[0]} in config.json"
+                yield f"tensor {found} in {stored.file} has shape {list(stored.shape)}, expected {list(wanted)}{hint}"
+            elif stored.dtype not in ("BF16", "F16", "F32"):
+                yield f"tensor {found} in {stored.file} has dtype {stored.dtype}, expected BF16, F16 or F32"
+
+    def _check_equal(self, kept: str, copy: str) -> None:
+        """Raise ValueError where two stored tensors, of which one stands for both, have different values."""
+        tensors, folder = self._checkpoint.tensors, self._checkpoint.folder
+        # NaN is no reason to call a copy another one.
+        same = tensors[kept].shape == tensors[copy].shape and all(
+            torch.equal(left.float().nan_to_num(), right.float().nan_to_num())
+            for (_, left), (_, right) in zip(self._rows_of(kept), self._rows_of(copy), strict=True)
+        )
+        if not same and "lm_head" in copy:
+            raise ValueError(
+                f"--weights {folder}: {copy} differs from {kept}, though config.json says tie_word_embeddings: true; set it "
+                "to false to train with both, and plan again, or remove the tensor that is wrong"
+            )
+        if not same:
+            raise ValueError(
+                f"--weights {folder}: {copy} differs from {kept}, and nothing says which is right; remove one of them"
+            )
+
+    def _unused(self) -> Iterator[str]:
+        used = {*self._names.stored.values(), *(copy for _, copy in self._names.copies)}
+        unused = [name for name in self._checkpoint.tensors if name not in used]
+        if unused:
+            yield (
+                f"weights: {len(used)} tensors used, {len(unused)} not, because config.json describes a "
+                f"{self._model.architecture} without them: {grouped(unused)}"
+            )
+        if self._checkpoint.left_out:
+            yield f"weights: read {', '.join(_brief(self._checkpoint.files))}; left out: {', '.join(self._checkpoint.left_out)}"
+
+
+def _brief(files: list[str]) -> list[str]:
+    return files if len(files) <= 2 else [files[0], "...", files[-1]]
+
+
+def _remedy(name: str) -> str:
+    if name != "lm_head.weight":
+        return ""
+    return (
+        ": the folder holds a model without output projection, such as one that makes embeddings; set tie_word_embeddings "
+        "to true in config.json to let the embedding matrix take its place, and plan again"
+    )
 
 
 def _rows(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -128,10 +166,3 @@ def _rows(shape: tuple[int, ...]) -> Iterator[slice]:
     rows = max(1, PIECE_ELEMENTS // prod(shape[1:]))
     for first in range(0, shape[0], rows):
         yield slice(first, min(first + rows, shape[0]))
-
-
-def _opened(path: Path):  # type: ignore[no-untyped-def]
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}; download it again") from None

@@ -53,12 +53,13 @@ def _structure(graph: TaskGraph) -> None:
 def _slot_safety(graph: TaskGraph) -> None:
     """Every conflicting pair of accesses to a slot must be ordered by edges and lane order.
 
-    Three steps are enough: the graph repeats, its edges reach one step back, and the first step
-    alone lacks a predecessor.
+    Two steps are enough. A slot that is written at all is written in every step, so accesses that follow each other
+    lie in one step or in neighbouring ones. Edges and lane order lead from a step to itself or to the next one, and
+    never back: whatever orders two accesses of steps n and n + 1 lies within these steps, and is there in steps 0 and 1.
     """
     last_write: dict[tuple[str, int], tuple[int, int]] = {}
     readers: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for step, number, clock in clocks(graph, steps=3):
+    for step, number, clock in clocks(graph, steps=2):
         task = graph.tasks[number]
         for access in task.accesses:
             slot = (access.pool, access.slot)

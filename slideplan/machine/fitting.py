@@ -1,7 +1,7 @@
 """Fits the fluid model of shared bandwidth to lanes measured alone and together.
 
 What is free: the capacity of each resource; what a byte of each lane takes of host DRAM, where a byte of
-the optimizer's traffic counts as one; what each lane takes of the GPU; and share weights on each resource,
+the optimizer's traffic counts as one; what each lane takes of the GPU; and shares on each resource,
 relative to one lane there. They differ from resource to resource: copies to the GPU wait for what they read and
 lose to everything on a busy host memory, and less to copies the other way on PCIe. A byte on PCIe or SSD counts
 as one in either direction: how much of the sum is lost when both run is in the capacity.
@@ -30,11 +30,11 @@ _LINKS = {
     LaneKind.SSD_WRITE: Resource.SSD,
 }
 _ON_GPU = (LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE, LaneKind.GPU_UPDATE)
-# The lane whose share weight is 1 there. On the GPU all have 1 but compute, and who gives way to it.
+# The lane whose share is 1 there. On the GPU all have 1 but compute, and who gives way to it.
 _REFERENCE = {Resource.PCIE: LaneKind.D2H, Resource.SSD: LaneKind.SSD_WRITE, Resource.HOST_DRAM: LaneKind.HOST_UPDATE}
 
-# What meets compute on a GPU takes a small part of it and hardly waits: compute starts with a low weight.
-_COMPUTE_WEIGHT = 1 / 16
+# What meets compute on a GPU takes a small part of it and hardly waits: compute starts with a low share.
+_COMPUTE_SHARE = 1 / 16
 # A lane within this of full speed beside compute was not slowed by it.
 _FULL_SPEED = 0.97
 # A part of the GPU below this cannot be told from noise, and would make every compute task a flow.
@@ -49,9 +49,9 @@ _ROUNDS = 100
 
 @dataclass(frozen=True)
 class _Parameter:
-    """One unknown: a capacity or weight as the logarithm of its ratio to `start`, a usage as itself."""
+    """One unknown: a capacity or share as the logarithm of its ratio to `start`, a usage as itself."""
 
-    of: tuple[Literal["capacity", "usage", "part", "weight"], LaneKind | None, Resource]
+    of: tuple[Literal["capacity", "usage", "part", "share"], LaneKind | None, Resource]
     start: float
     low: float
     high: float
@@ -62,7 +62,7 @@ class _Parameter:
 
     @property
     def _is_ratio(self) -> bool:
-        return self.of[0] in ("capacity", "weight")
+        return self.of[0] in ("capacity", "share")
 
     def value(self, x: float) -> float:
         return self.start * float(np.exp(x)) if self._is_ratio else x
@@ -123,7 +123,7 @@ def fit(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_bytes_p
 
 def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> list[_Parameter]:
     found = []
-    weights: dict[tuple[LaneKind, Resource], float] = {}
+    shares: dict[tuple[LaneKind, Resource], float] = {}
     for resource, reference in _REFERENCE.items():
         users = [lane for lane in alone if _LINKS.get(lane) is resource or (resource is Resource.HOST_DRAM and _on_dram(lane))]
         if users:
@@ -132,11 +132,11 @@ def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_b
             start = max([largest, *loads])
             found.append(_Parameter(("capacity", None, resource), start, float(np.log(largest / start)), 1.0))
         if reference in users:
-            weights |= {(lane, resource): 1.0 for lane in users if lane is not reference}
+            shares |= {(lane, resource): 1.0 for lane in users if lane is not reference}
     if LaneKind.HOST_UPDATE in alone:
         found += [_Parameter(("usage", lane, Resource.HOST_DRAM), 1.0, 0.0, 4.0) for lane in _LINKS if lane in alone]
     if LaneKind.COMPUTE in alone:
-        weights[LaneKind.COMPUTE, Resource.GPU] = _COMPUTE_WEIGHT
+        shares[LaneKind.COMPUTE, Resource.GPU] = _COMPUTE_SHARE
         for speeds in together:
             for lane in _ON_GPU:
                 if set(speeds) == {LaneKind.COMPUTE, lane}:
@@ -144,8 +144,8 @@ def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_b
                     part = min(1.0, max(0.0, 1.0 - compute) / other)
                     found.append(_Parameter(("part", lane, Resource.GPU), part, 0.0, 1.0))
                     if other < _FULL_SPEED:  # the two shared what there is
-                        weights[lane, Resource.GPU] = _COMPUTE_WEIGHT * other / compute
-    return found + [_Parameter(("weight", lane, resource), start, -3.0, 3.0) for (lane, resource), start in weights.items()]
+                        shares[lane, Resource.GPU] = _COMPUTE_SHARE * other / compute
+    return found + [_Parameter(("share", lane, resource), start, -3.0, 3.0) for (lane, resource), start in shares.items()]
 
 
 def _on_dram(lane: LaneKind) -> bool:
@@ -168,11 +168,11 @@ def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[LaneKind,
     if any(Resource.GPU in of for of in usage.values()):
         capacities[Resource.GPU] = gpu_bytes_per_s
         usage[LaneKind.COMPUTE] = {Resource.GPU: 1.0}
-    weights: dict[LaneKind, dict[Resource, float]] = {}
+    shares: dict[LaneKind, dict[Resource, float]] = {}
     for (what, shared_by, resource), found in value.items():
-        if what == "weight" and shared_by is not None and resource in usage[shared_by]:
-            weights.setdefault(shared_by, {})[resource] = found
-    return Sharing(capacities=capacities, usage={lane: of for lane, of in usage.items() if of}, weights=weights)
+        if what == "share" and shared_by is not None and resource in usage[shared_by]:
+            shares.setdefault(shared_by, {})[resource] = found
+    return Sharing(capacities=capacities, usage={lane: of for lane, of in usage.items() if of}, shares=shares)
 
 
 def _least_squares(residuals: Callable[[Vector], Vector], x: Vector, low: Vector, high: Vector) -> Vector:

@@ -11,9 +11,9 @@ from slideplan.codec import Spec
 from slideplan.graph.lanes import LaneKind
 
 Demand = Mapping["Resource", int]
-Weights = Mapping["Resource", float]
+Shares = Mapping["Resource", float]
 
-# Of share weights, and of bytes that a byte takes: what is beyond is a mistake.
+# Of shares, and of bytes that a byte takes: what is beyond is a mistake.
 LARGEST_RATIO = 1e9
 # Where floats leave a flow nothing beside one 2^40 times as heavy, it creeps: what stands still would never end.
 SLOWEST = 2.0**-40
@@ -34,22 +34,22 @@ class Sharing(Spec, frozen=True):
     capacities: bytes/s of each resource
     usage:      bytes of a resource that one byte of a lane's traffic takes. A lane without an entry takes
                 nothing. Compute has no bytes of its own: at full speed its traffic is the GPU's capacity.
-    weights:    share weight of each lane where a resource is full, 1 where none is given (see `fair_speeds`)
+    shares:    share of each lane where a resource is full, 1 where none is given (see `fair_speeds`)
     """
 
     capacities: dict[Resource, int]
     usage: dict[LaneKind, dict[Resource, float]]
-    weights: dict[LaneKind, dict[Resource, float]] = msgspec.field(default_factory=dict)
+    shares: dict[LaneKind, dict[Resource, float]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for resource, capacity in self.capacities.items():
             if not capacity > 0:
                 raise ValueError(f"capacities.{resource} is {capacity}, must be positive")
-        for lane, weights in self.weights.items():
-            for resource, weight in weights.items():
-                if not 1 / LARGEST_RATIO <= weight <= LARGEST_RATIO:
+        for lane, shares in self.shares.items():
+            for resource, share in shares.items():
+                if not 1 / LARGEST_RATIO <= share <= LARGEST_RATIO:
                     raise ValueError(
-                        f"weights.{lane}.{resource} is {weight}, must be in {1 / LARGEST_RATIO:g}..{LARGEST_RATIO:g}"
+                        f"shares.{lane}.{resource} is {share}, must be in {1 / LARGEST_RATIO:g}..{LARGEST_RATIO:g}"
                     )
         for lane, usage in self.usage.items():
             for resource, taken in usage.items():
@@ -63,15 +63,15 @@ class Sharing(Spec, frozen=True):
         usage = self.usage.get(lane, {})
         return {resource: taken for resource, each in usage.items() if (taken := round(bytes_per_s * each))}
 
-    def weights_of(self, lane: LaneKind) -> dict[Resource, float]:
-        """Share weights of the lane's tasks, where they are not 1."""
-        return self.weights.get(lane, {})
+    def shares_of(self, lane: LaneKind) -> dict[Resource, float]:
+        """Shares of the lane's tasks, where they are not 1."""
+        return self.shares.get(lane, {})
 
     def speeds(self, alone: Mapping[LaneKind, float]) -> dict[LaneKind, float]:
         """Relative speed of each lane while all of these run at once. `alone`: bytes/s of each by itself."""
         demands = [within(self.demand(lane, rate), self.capacities) for lane, rate in alone.items()]
-        weights = [self.weights_of(lane) for lane in alone]
-        return dict(zip(alone, fair_speeds(demands, self.capacities, weights), strict=True))
+        shares = [self.shares_of(lane) for lane in alone]
+        return dict(zip(alone, fair_speeds(demands, self.capacities, shares), strict=True))
 
 
 def within(demand: Demand, capacities: Mapping[Resource, int]) -> dict[Resource, int]:
@@ -80,41 +80,41 @@ def within(demand: Demand, capacities: Mapping[Resource, int]) -> dict[Resource,
 
 
 def fair_speeds(
-    demands: Sequence[Demand], capacities: Mapping[Resource, int], weights: Sequence[Weights] | None = None
+    demands: Sequence[Demand], capacities: Mapping[Resource, int], shares: Sequence[Shares] | None = None
 ) -> list[float]:
     """Speed of each flow in (0, 1], relative to the flow alone.
 
-    `demands`: bytes/s that each flow takes at full speed; `capacities`: bytes/s of each resource; `weights`:
+    `demands`: bytes/s that each flow takes at full speed; `capacities`: bytes/s of each resource; `shares`:
     positive, of each flow on each resource, 1 where none is given. A resource that is asked for more than
-    it has gives each flow weight x level, at one level for all, and no flow more than the resources before it left
+    it has gives each flow share x level, at one level for all, and no flow more than the resources before it left
     it: max-min fair on each resource. Resources are divided once, in their order: who passes a narrow one, PCIe
     or SSD, passes the wide ones as well, and what he does not get there is free for others here. Not the other
     way round: what a flow must give up on a wide resource is not handed out again on the narrow one.
     """
-    weights = [{}] * len(demands) if weights is None else weights
+    shares = [{}] * len(demands) if shares is None else shares
     speeds = [1.0] * len(demands)
     for resource in Resource:
         flows = [flow for flow, demand in enumerate(demands) if demand.get(resource)]
         if flows:
             rates = [demands[flow][resource] for flow in flows]
-            shares = [weights[flow].get(resource, 1.0) for flow in flows]
-            divided = _divide([speeds[flow] for flow in flows], rates, shares, capacities[resource])
+            of_flows = [shares[flow].get(resource, 1.0) for flow in flows]
+            divided = _divide([speeds[flow] for flow in flows], rates, of_flows, capacities[resource])
             for flow, speed in zip(flows, divided, strict=True):
                 speeds[flow] = speed
     return speeds
 
 
-def _divide(limits: Sequence[float], rates: Sequence[int], weights: Sequence[float], capacity: float) -> list[float]:
-    """Speeds of flows on one resource by progressive filling: weight x level of each, up to its limit."""
+def _divide(limits: Sequence[float], rates: Sequence[int], shares: Sequence[float], capacity: float) -> list[float]:
+    """Speeds of flows on one resource by progressive filling: share x level of each, up to its limit."""
     speeds = list(limits)
     # Those that come to their limits first, first: once one of them is held back by the level, all after it are.
-    order = sorted(range(len(limits)), key=lambda flow: limits[flow] / weights[flow])
+    order = sorted(range(len(limits)), key=lambda flow: limits[flow] / shares[flow])
     spare = capacity
     for place, flow in enumerate(order):
-        level = spare / sum(rates[other] * weights[other] for other in order[place:])
-        if limits[flow] > weights[flow] * level:
+        level = spare / sum(rates[other] * shares[other] for other in order[place:])
+        if limits[flow] > shares[flow] * level:
             for other in order[place:]:
-                speeds[other] = max(SLOWEST, weights[other] * level)
+                speeds[other] = max(SLOWEST, shares[other] * level)
             break
         spare -= rates[flow] * limits[flow]
     return speeds

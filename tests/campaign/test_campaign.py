@@ -28,6 +28,7 @@ from slideplan.codec import load, save
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.replay import replay
 from slideplan.machine.profile import MachineProfile
+from slideplan.progress import silent
 
 ENOUGH_S = 1000.0
 SMALL = (
@@ -53,7 +54,7 @@ def options(folder: Path, *more: str) -> argparse.Namespace:
 def machine() -> MachineProfile:
     models = find_model("demo"), find_model("tiny-qwen3")
     request = ProfileRequest(name="test-cpu", models=models, shapes=((4, 64),), quick=True, device="cpu")
-    return profile_machine(request, lambda *_: None)
+    return profile_machine(request, silent)
 
 
 def started(folder: CampaignFolder, machine: MachineProfile, *more: str) -> Manifest:

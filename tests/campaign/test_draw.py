@@ -77,8 +77,8 @@ def test_every_knob_takes_its_values_in_200_draws() -> None:
             sum(policy.units[unit].weights is Tier.GPU and policy.units[unit].moments is Tier.HOST for unit in layers)
             for policy in policies
         },
-        "embedding": {policy.units[0].state for policy in policies},
-        "head": {policy.units[-1].state for policy in policies},
+        "embedding": {policy.units[0].moments for policy in policies},
+        "head": {policy.units[-1].moments for policy in policies},
     }
     assert seen["micro_batches"] == {1, 2, 4, 8}
     assert seen["gradient_slots"] == {1, 2, 3}

@@ -32,7 +32,7 @@ TRUTH = Sharing(
         COMPUTE: {GPU: 1.0},
         GPU_UPDATE: {GPU: 0.95},
     },
-    weights={
+    shares={
         H2D: {PCIE: 0.9, DRAM: 0.8},
         D2H: {DRAM: 1.3},
         READ: {SSD: 1.5},
@@ -52,8 +52,8 @@ def test_recovers_the_model_that_made_the_figures() -> None:
     for lane, resource in ((H2D, DRAM), (D2H, DRAM), (H2D, GPU), (D2H, GPU), (UPDATE, GPU), (GPU_UPDATE, GPU)):
         assert found.usage[lane][resource] == pytest.approx(TRUTH.usage[lane][resource], rel=0.01), (lane, resource)
     for lane, resource in ((H2D, PCIE), (H2D, DRAM), (D2H, DRAM), (READ, SSD)):
-        assert found.weights[lane][resource] == pytest.approx(TRUTH.weights[lane][resource], rel=0.01), (lane, resource)
-    assert found.weights[GPU_UPDATE][GPU] / found.weights[COMPUTE][GPU] == pytest.approx(0.17 / 0.06, rel=0.01)
+        assert found.shares[lane][resource] == pytest.approx(TRUTH.shares[lane][resource], rel=0.01), (lane, resource)
+    assert found.shares[GPU_UPDATE][GPU] / found.shares[COMPUTE][GPU] == pytest.approx(0.17 / 0.06, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -95,7 +95,7 @@ def test_figures_of_an_h100() -> None:
     )
     assert sum(each**2 for each in off) < 0.6 * sum(each**2 for each in residuals(even))
     assert 158 * G <= found.capacities[DRAM] < 170 * G
-    assert found.weights[D2H][DRAM] > found.weights[H2D][DRAM]
+    assert found.shares[D2H][DRAM] > found.shares[H2D][DRAM]
 
 
 def test_what_was_not_measured_keeps_its_start() -> None:
@@ -103,7 +103,7 @@ def test_what_was_not_measured_keeps_its_start() -> None:
     assert found.capacities[PCIE] == pytest.approx(16 * G, rel=1e-3)
     assert GPU not in found.capacities
     assert COMPUTE not in found.usage
-    assert found.weights[H2D][PCIE] == pytest.approx(1.0, abs=1e-3)
+    assert found.shares[H2D][PCIE] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_compute_that_nothing_slows_shares_nothing() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 
 from builders import tiny_model
 from slideplan.hf_config import config_of, model_from_config
+from wording import says
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 128, "vocab_size": 256, "max_position_embeddings": 512,
 }  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ABSENT = object()
 
 
@@ -76,8 +79,10 @@ def test_head_dim_and_key_heads_where_absent(tmp_path: Path):
     assert read(tmp_path, model_type="qwen3").head_dim == 128
     assert read(tmp_path, head_dim=None).head_dim == 16
     assert read(tmp_path, head_dim=32).head_dim == 32
-    assert "`num_key_value_heads` is missing" in refusal(tmp_path, model_type="mistral", num_key_value_heads=ABSENT)
-    assert "hidden_size 66 is no multiple of 4 heads; add head_dim" in refusal(tmp_path, hidden_size=66)
+    for absent in (ABSENT, None):
+        assert "`num_key_value_heads` is missing" in refusal(tmp_path, model_type="mistral", num_key_value_heads=absent)
+    assert "hidden_size 66 is no multiple of 4 heads; add head_dim" in refusal(tmp_path, model_type="mistral", hidden_size=66)
+    assert "`hidden_size` is 66, must be a multiple of num_attention_heads 4" in refusal(tmp_path, hidden_size=66, head_dim=16)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,10 @@ def test_head_dim_and_key_heads_where_absent(tmp_path: Path):
             {"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "layer_types": ["full_attention"] * 4},
             None,
         ),
-        ({"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, 64),
+        (
+            {"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 4},
+            64,
+        ),
     ],
 )
 def test_sliding_window_only_where_active(tmp_path: Path, changes: dict, window: int | None):
@@ -120,6 +128,13 @@ def test_sliding_window_only_where_active(tmp_path: Path, changes: dict, window:
         ({"num_attention_heads": -4}, "field `num_attention_heads` is -4"),
         ({"num_key_value_heads": 3}, "heads (4) is not a multiple of kv_heads (3)"),
         ({"head_dim": 15}, "head_dim is 15, rotary embedding needs an even one"),
+        ({"head_dim": None, "model_type": "qwen2"}, "field `head_dim` is null, which transformers cannot read for qwen2"),
+        ({"head_dim": None, "model_type": "qwen3"}, "field `head_dim` is null"),
+        ({"rope_theta": None}, "field `rope_theta` is null, which transformers cannot read; remove it or give its value"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "field `rope_parameters.rope_theta` is null"),
+        ({"rope_parameters": {"rope_type": None, "rope_theta": 1e4}}, "field `rope_parameters.rope_type` is null"),
+        ({"rope_scaling": {"type": None}}, "field `rope_scaling.type` is null"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": None}}, "field `rope_scaling.truncate` is null"),
         ({"rms_norm_eps": "tiny"}, "field `rms_norm_eps` is 'tiny', must be a positive number"),
         ({"rms_norm_eps": 0}, "field `rms_norm_eps` is 0.0, must be a positive number"),
         ({"rope_theta": [1]}, "field `rope_theta` is [1], must be a positive number"),
@@ -131,10 +146,159 @@ def test_sliding_window_only_where_active(tmp_path: Path, changes: dict, window:
         ({"partial_rotary_factor": 0.5}, "field `partial_rotary_factor` is 0.5"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "layer_types": ["linear"]}, "`layer_types`"),
         ({"model_type": "mistral", "sliding_window": "wide"}, "field `sliding_window` is 'wide'"),
+        (
+            {"architectures": ["LlavaLlamaForCausalLM"]},
+            "field `architectures` is ['LlavaLlamaForCausalLM']; for model_type llama",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM is supported"),
+        ({"architectures": ["Qwen2ForRewardModel"], "model_type": "qwen2"}, "field `architectures` is ['Qwen2ForRewardModel']"),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "field `architectures`"),
+        ({"architectures": ["LlamaForCausalLM", "LlamaForTokenClassification"]}, "field `architectures`"),
+        ({"architectures": ["MistralForCausalLM"]}, "field `architectures`"),
+        ({"architectures": "LlamaForCausalLM"}, "field `architectures`"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"}},
+            "field `auto_map` names code of the model's own",
+        ),
+        (
+            {"auto_map": {"AutoConfig": "configuration_clex.CLEXLlamaConfig"}},
+            "('AutoConfig: configuration_clex.CLEXLlamaConfig')",
+        ),
+        ({"auto_map": {"AutoModel": "a--b.C", "AutoTokenizer": ["x", None]}}, "field `auto_map`"),
+        ({"auto_map": "modeling_x"}, "field `auto_map`"),
+        ({"mm_vision_tower": "a/vision-tower"}, "field `mm_vision_tower` is 'a/vision-tower'"),
+        ({"vision_config": {"hidden_size": 8}}, "field `vision_config`"),
+        ({"num_local_experts": 8}, "field `num_local_experts` is 8, which LlamaForCausalLM does not have; it is another model"),
+        ({"residual_multiplier": 0.22}, "field `residual_multiplier` is 0.22"),
+        ({"use_qk_norm": True}, "field `use_qk_norm` is True"),
+        ({"layer_types": ["full_attention"]}, "field `layer_types` has 1 entries, num_hidden_layers is 4"),
+        ({"layer_types": ["sliding_attention"] * 4}, "LlamaForCausalLM has no windows"),
+        (
+            {"layer_types": ["full_attention"] * 4, "model_type": "mistral"},
+            "transformers reads such a config as Ministral",
+        ),
+        ({"num_hidden_layers": 5000}, "field `num_hidden_layers` is 5000, more than 4096"),
+        ({"vocab_size": 10**400}, "field `vocab_size` is 1000"),
+        (
+            {"hidden_size": 2**30, "intermediate_size": 2**30},
+            "`hidden_size` 1073741824, `intermediate_size` 1073741824, `vocab_size`",
+        ),
+        ({"rope_theta": 10**400}, "field `rope_theta` is inf, must be a positive number"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "`rope_scaling.rope_type` is missing, and transformers would ignore factor without it",
+        ),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "field `rope_scaling.rope_type` is 'mrope'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0}}, "field `rope_scaling.alpha` is 1000.0"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3]}}, "`rope_scaling.mrope_section` is [2, 3], which"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "`rope_scaling.factor` is None, must be a number of at least 1 for linear"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": True}}, "`rope_scaling.factor` is True"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "`rope_scaling.factor` is 0.5"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "`rope_scaling.high_freq_factor` is 1.0, must be more than low"),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": None},
+            "field `original_max_position_embeddings` is null",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": "8k"},
+            "field `original_max_position_embeddings` is '8k'",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "field `rope_scaling` is {'rope_type': 'llama3'",
+        ),
+        ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, "`rope_parameters` say otherwise"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8}},
+            "`rope_scaling.long_factor` is None, must be a list of 8",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1] * 7, "long_factor": [1] * 8}},
+            "short_factor` has 7 numbers",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1] * 8, "long_factor": ["1"] * 8}},
+            "`rope_scaling.long_factor`",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": "no"}},
+            "`rope_scaling.truncate` is 'no', must be true or false",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1}, "must be more than 1 for yarn"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}},
+            "`partial_rotary_factor` is 0.5",
+        ),
+        ({"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 1.5}}, "must be a number in 0..1"),
     ],
 )
 def test_refusals_name_file_field_and_value(tmp_path: Path, changes: dict, message: str):
-    assert message in refusal(tmp_path, **changes)
+    assert says(refusal(tmp_path, **changes), message)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": None},
+        {"architectures": []},
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": ["LLaMAForCausalLM"]},  # as the first conversions of its weights wrote it
+        {"architectures": ["LlamaModel"]},
+        {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}},
+        {"hidden_act": "swish"},
+        {"num_experts": 0, "mm_vision_tower": None, "vision_config": {}},
+        {"original_max_position_embeddings": 64},
+        {"layer_types": ["full_attention"] * 4},
+        {"max_window_layers": 2, "transformers_version": "4.0", "pretraining_tp": 1, "torch_dtype": "bfloat16"},
+    ],
+)
+def test_what_changes_nothing(tmp_path: Path, changes: dict):
+    plain = read(tmp_path)
+    assert read(tmp_path, **changes) == plain
+
+
+@pytest.mark.parametrize(
+    ("model_type", "positions"), [("llama", 2048), ("mistral", 131072), ("qwen2", 32768), ("qwen3", 32768)]
+)
+def test_positions_where_absent_are_the_classes(tmp_path: Path, model_type: str, positions: int):
+    assert read(tmp_path, model_type=model_type, max_position_embeddings=ABSENT).max_positions == positions
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoConfig.for_model(model_type).max_position_embeddings == positions
+
+
+def test_a_model_of_the_hubs_cache_has_its_repositorys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cache = tmp_path / "models--acme--tiny-1.5b"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    config_file(cache / "blobs").rename(cache / "blobs" / "c0ffee")
+    (snapshot / "config.json").symlink_to("../../blobs/c0ffee")
+    assert model_from_config(snapshot).name == "tiny-1.5b"
+    assert model_from_config(snapshot / "config.json").name == "tiny-1.5b"
+    monkeypatch.chdir(snapshot)
+    assert model_from_config(Path()).name == "tiny-1.5b"
+    assert model_from_config(Path("config.json")).name == "tiny-1.5b"
+    link = tmp_path / "my-model"
+    link.symlink_to(snapshot)
+    assert model_from_config(link).name == "my-model"
+    assert model_from_config(link / ".").name == "my-model"
+    with pytest.raises(ValueError, match=f"name one of the folders in {cache / 'snapshots'}$"):
+        model_from_config(cache)
+
+
+def test_large_files_pipes_and_pointers_are_no_config(tmp_path: Path):
+    file = tmp_path / "config.json"
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"config\.json: is not a file; name a directory"):
+        model_from_config(file)
+    file.unlink()
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 600\n")
+    with pytest.raises(ValueError, match=r"config\.json: is a Git LFS pointer .* `git lfs pull`"):
+        model_from_config(tmp_path)
+    with file.open("wb") as opened:
+        opened.truncate(1 << 40)  # a hole; reading it would take a terabyte
+    with pytest.raises(ValueError, match="is larger than 16 MiB"):
+        model_from_config(tmp_path)
 
 
 @pytest.mark.parametrize(

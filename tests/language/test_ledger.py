@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import given
 
-from builders import tiny_machine
+from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
 from slideplan.graph.tasks import SlotPool, TaskGraph, tier_bytes
-from slideplan.ledger import ledger, slot_capacity
+from slideplan.graph.validate import validate
+from slideplan.ledger import ledger, slot_capacities, slot_capacity
+from slideplan.lowering.lower import lower
+from slideplan.machine.profile import MachineProfile, SsdProfile
 from slideplan.placement import TensorClass, Tier
 from slideplan.quantities import GIB
-from strategies import Case, cases
+from strategies import FOOTPRINT, Case, cases
 
 
 def machine_with(gpu_bytes: int, context_bytes: int = 0):
@@ -54,6 +58,58 @@ def test_slot_capacity_is_what_headroom_leaves():
     assert slot_capacity(machine_with(50, context_bytes=100), Tier.GPU) == -51
 
 
+def with_drive(capacity_bytes: int) -> MachineProfile:
+    curve = flat_curve(GB_PER_S)
+    ssd = SsdProfile(path="/", capacity_bytes=capacity_bytes, read=curve, write=curve, duplex_bytes_per_s=GB_PER_S)
+    return tiny_machine(ssd=ssd)
+
+
+def on_a_drive(slots: int, slot_bytes: int = 1000) -> TaskGraph:
+    """A graph that fits on the machine, but for slots on a drive."""
+    model = tiny_model()
+    graph = lower(model, tiny_policy(model), tiny_workload(), FOOTPRINT)
+    drive = pool("ssd.moments.layer", TensorClass.MOMENTS, slot_bytes, slots, Tier.SSD)
+    return TaskGraph(pools=(*graph.pools, drive), tasks=graph.tasks)
+
+
+@pytest.mark.parametrize(
+    ("machine", "lacking"),
+    [
+        (tiny_machine(), "lacks 10.0 KiB of SSD memory (needs 10.0 KiB, has 0 B)"),
+        (with_drive(10 * 1024), "lacks 307 B of SSD memory (needs 10.3 KiB, has 10.0 KiB)"),
+    ],
+    ids=["no drive", "a drive too small"],
+)
+def test_what_does_not_fit_on_the_drive_does_not_fit(machine: MachineProfile, lacking: str):
+    found = ledger(on_a_drive(10, 1024), machine)
+    assert not found.fits
+    assert found.lacking() == [lacking]
+    assert found.tiers[Tier.GPU].headroom_bytes > 0
+    assert found.tiers[Tier.HOST].headroom_bytes > 0
+
+
+def test_a_drive_counts_where_a_graph_uses_it():
+    graph = on_a_drive(9)
+    found = ledger(graph, with_drive(10_000))
+    assert found.fits
+    ssd = found.tiers[Tier.SSD]
+    assert ssd.items == {TensorClass.MOMENTS: 9000}
+    assert (ssd.used_bytes, ssd.fixed_bytes, ssd.reserve_bytes, ssd.headroom_bytes) == (9000, 0, 300, 700)
+    assert found.peak_bytes() == {tier: tier_bytes(graph.pools, tier) for tier in Tier}
+    assert not ledger(on_a_drive(10), with_drive(10_000)).fits
+    without = TaskGraph(pools=graph.pools[:-1], tasks=graph.tasks)
+    assert set(ledger(without, with_drive(10_000)).tiers) == {Tier.GPU, Tier.HOST}
+    assert Tier.SSD not in ledger(without, tiny_machine()).peak_bytes()
+
+
+def test_slots_may_lie_on_a_drive_where_there_is_one():
+    assert set(slot_capacities(tiny_machine())) == {Tier.GPU, Tier.HOST}
+    assert slot_capacities(with_drive(10_000))[Tier.SSD] == slot_capacity(with_drive(10_000), Tier.SSD) == 9700
+    validate(on_a_drive(9), slot_capacities(with_drive(10_000)))
+    with pytest.raises(ValueError, match=r"needs 9\.8 KiB of ssd memory, 9\.5 KiB are there: lacks 300 B"):
+        validate(on_a_drive(10), slot_capacities(with_drive(10_000)))
+
+
 @given(cases())
 def test_ledger_adds_up_to_the_pools(case: Case):
     graph = case.graph()
@@ -84,7 +140,7 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     passing = [unit for unit in range(model.units) if policy.units[unit].passing]
     for tier, pools in items.items():
         state = sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name)
-        there = sum(size(u) for u in range(model.units) if policy.units[u].state is tier and u not in passing)
+        there = sum(size(u) for u in range(model.units) if policy.units[u].moments is tier and u not in passing)
         count = policy.state_slots if tier is Tier.GPU else len(passing) * policy.state_chunks
         assert state == there + (count * size(passing[0], policy.state_chunks) if passing else 0)
     weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)

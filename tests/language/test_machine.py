@@ -85,5 +85,5 @@ def test_the_optimizer_has_as_many_threads_as_there_are_cores_at_most(threads: i
 
 
 def test_no_threads_have_no_rate():
-    with pytest.raises(ValueError, match=r"by_threads: threads is 0"):
+    with pytest.raises(ValueError, match=r"by_threads: threads is 0\b"):
         ThreadPoint(threads=0, host_bytes_per_s=Spread.exact(1))

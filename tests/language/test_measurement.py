@@ -73,7 +73,7 @@ def test_errors_are_split_between_cost_model_and_structure(plan: Plan):
     assert found.structure_error == pytest.approx(-0.2)
     assert found.step.error == pytest.approx(-0.6)
     assert found.step_spread == 0
-    loads = next(row for row in found.kinds if row.name == "load_weights")
+    loads = next(row for row in found.kinds if row.name == "weights host>gpu")
     assert (loads.predicted, loads.replayed, loads.measured) == (8000, 16000, 16000)
     assert [(row.predicted, row.replayed, row.measured) for row in found.memory] == [(1000, None, 1100)] * 2
 
@@ -136,4 +136,9 @@ def test_trace_has_a_track_per_lane_and_record(plan: Plan, tmp_path: Path):
     assert min(event["ts"] for event in spans) == 0
     assert all(event["dur"] == 1 for event in spans)
     assert [event["name"] for event in spans[: len(plan.graph.tasks)]] == [task.name for task in plan.graph.tasks]
-    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == set(plan.graph.lanes)
+    for event, number in zip(spans, [*range(len(plan.graph.tasks))] * 2, strict=True):
+        assert event["args"]["waits for"] == "; ".join(plan.graph.why(number))
+    assert any("still read by" in event["args"]["waits for"] for event in spans)
+    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == {
+        lane.name for lane in plan.graph.lanes
+    }

@@ -7,6 +7,11 @@ from builders import tiny_model, tiny_policy, tiny_workload
 from slideplan.model import UnitRole
 from slideplan.placement import Tier
 from slideplan.policy import Policy, Workload
+from wording import says
+
+STATE_ON_GPU = {"remainder": Tier.GPU, "moments": Tier.GPU}
+UPDATED = {"update": Tier.GPU}
+KEPT = {"inner": Tier.GPU, "feed_forward": Tier.GPU}
 
 
 def changed_unit(policy: Policy, unit: int, **fields) -> Policy:
@@ -41,10 +46,10 @@ def test_the_builders_policy_is_legal():
         ({"gradient_slots": 0}, "policy.gradient_slots is 0, must be at least 1"),
         ({"host_gradient_slots": 0}, "policy.host_gradient_slots is 0 with 4 layers updated on the host"),
         ({"host_gradient_slots": -1}, "policy.host_gradient_slots is -1"),
-        ({"boundary_slots": 3}, "policy.boundary_slots must be 0 where no boundary activation waits on the host"),
+        ({"boundary_slots": 3}, "policy.boundary_slots must be 0 where no boundary activation waits on another tier"),
         (
             {"inner_slots": 1},
-            "policy.inner_slots is 1; it must be 1 or more where inner activations of a unit are",
+            "policy.inner_slots is 1; it must be 1 or more where inner activations of a unit wait on another tier",
         ),
         ({"window": 10**9}, "policy.window is 1000000000, more than could be used; take at most 48"),
         ({"update_order": (5, 4, 3, 2, 1)}, "those are [0, 1, 2, 3, 4, 5], it names [5, 4, 3, 2, 1]"),
@@ -52,28 +57,35 @@ def test_the_builders_policy_is_legal():
     ],
 )
 def test_refusals_name_the_knob(knobs: dict, message: str):
-    assert message in refusal(with_knobs(**knobs))
+    assert says(refusal(with_knobs(**knobs)), message)
 
 
 @pytest.mark.parametrize(
     ("unit", "fields", "message"),
     [
-        (2, {"state": Tier.GPU}, "policy.units[2] (layer001): state on the gpu needs weights on the gpu"),
-        (0, {"weights": Tier.GPU}, "policy.units[0] (embedding): weights must lie where state does"),
-        (5, {"inner": "keep"}, "policy.units[5] (head): has no inner activations to keep"),
-        (3, {"state": Tier.SSD}, "policy.units[3] (layer002): the SSD tier cannot be scheduled yet"),
-        (3, {"boundary": Tier.SSD}, "policy.units[3] (layer002): the SSD tier cannot be scheduled yet"),
+        (2, STATE_ON_GPU, "policy.units[2] (layer001): state on the gpu is updated there; set update to gpu"),
+        (2, STATE_ON_GPU | UPDATED, "policy.units[2] (layer001): an update on the gpu needs weights on the gpu"),
+        (2, UPDATED, "policy.units[2] (layer001): an update on the gpu needs weights on the gpu"),
+        (2, {"moments": Tier.GPU}, "policy.units[2] (layer001): remainder and moments must lie on one tier"),
+        (0, {"weights": Tier.GPU}, "policy.units[0] (embedding): weights must lie where they are updated"),
+        (0, {"weights": Tier.GPU} | UPDATED, "policy.units[0] (embedding): only layers' state can pass through another tier"),
+        (5, KEPT, "policy.units[5] (head): has no inner activations to keep"),
+        (2, {"inner": Tier.GPU}, "policy.units[2] (layer001): inner and feed_forward activations are kept together"),
+        (2, {"feed_forward": Tier.GPU}, "policy.units[2] (layer001): inner and feed_forward activations are kept together"),
+        (3, {"moments": Tier.SSD}, "policy.units[3] (layer002).moments is ssd; the runtime can have it on gpu or host"),
+        (3, {"boundary": Tier.SSD}, "policy.units[3] (layer002).boundary is ssd; the runtime can have it on gpu or host"),
+        (3, {"inner": Tier.HOST}, "policy.units[3] (layer002).inner is host; the runtime can have it on gpu or none"),
         (4, {"boundary": Tier.HOST}, "policy.units[4].boundary must be gpu: the head consumes it at once"),
         (5, {"boundary": Tier.HOST}, "policy.units[5].boundary must be gpu"),
         (2, {"boundary": Tier.HOST}, "policy.boundary_slots is 0, must be at least micro_batches + 1 = 3"),
     ],
 )
 def test_refusals_name_the_unit(unit: int, fields: dict, message: str):
-    assert message in refusal(changed_unit(tiny_policy(tiny_model()), unit, **fields))
+    assert says(refusal(changed_unit(tiny_policy(tiny_model()), unit, **fields)), message)
 
 
 def test_kept_activations_need_their_input_on_the_gpu():
-    policy = changed_unit(changed_unit(with_knobs(boundary_slots=3), 1, boundary=Tier.HOST), 2, inner="keep")
+    policy = changed_unit(changed_unit(with_knobs(boundary_slots=3), 1, boundary=Tier.HOST), 2, **KEPT)
     assert "set policy.units[1].boundary to gpu" in refusal(policy)
 
 
@@ -83,14 +95,16 @@ def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
     policy.check(model, tiny_workload())
     assert "policy.state_slots is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, state_slots=0))
     assert "policy.state_chunks is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, state_chunks=0))
-    assert "take at most 64" in refusal(msgspec.structs.replace(policy, state_chunks=65))
+    assert says(refusal(msgspec.structs.replace(policy, state_chunks=65)), "take at most 64")
     blocks = -(-model.flat_elements(UnitRole.LAYER) // 256)
     cut = next(chunks for chunks in range(2, 64) if -(-blocks // -(-blocks // chunks)) != chunks)
     assert "a layer cannot be cut into as many" in refusal(msgspec.structs.replace(policy, state_chunks=cut))
     assert "policy.state_slots is 1; it must be" in refusal(with_knobs(state_slots=1))
-    for wrong in ({"weights": Tier.HOST}, {"state": Tier.GPU}):
-        message = refusal(changed_unit(policy, 2, **wrong))
-        assert "policy.units[2] (layer001): streams_state is for state on the host of a unit with weights on the gpu" in message
+    for wrong, message in (
+        ({"weights": Tier.HOST}, "policy.units[2] (layer001): an update on the gpu needs weights on the gpu"),
+        (STATE_ON_GPU, "policy.state_slots is 2; it must be 1 or more where state of a unit passes through another tier"),
+    ):
+        assert message in refusal(changed_unit(policy, 2, **wrong))
     assert "policy.update_order must name every unit that the host updates" in refusal(
         msgspec.structs.replace(policy, update_order=tuple(reversed(range(model.units))))
     )
@@ -99,9 +113,9 @@ def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
 def test_offloaded_inner_activations_need_a_slot_and_our_kernels():
     policy = tiny_policy(tiny_model(), offload_inner=(2,), kernels="fused")
     policy.check(tiny_model(), tiny_workload())
-    assert "policy.inner_slots is 0" in refusal(msgspec.structs.replace(policy, inner_slots=0))
+    assert says(refusal(msgspec.structs.replace(policy, inner_slots=0)), "policy.inner_slots is 0")
     message = refusal(msgspec.structs.replace(policy, kernels="eager"))
-    assert "policy.units[2] (layer001): inner is offload" in message
+    assert "policy.units[2] (layer001): feed_forward is on the host" in message
     assert "set policy.kernels to fused" in message
 
 
@@ -115,7 +129,7 @@ def test_no_window_where_nothing_streams():
 def test_sequences_longer_than_the_model_allows():
     policy = tiny_policy(tiny_model())
     assert "seq_len 600 exceeds the 512 positions of tiny" in refusal(policy, tiny_workload(seq_len=600))
-    assert "exceeds the sliding attention window 16" in refusal(policy, sliding_window=16)
+    assert says(refusal(policy, sliding_window=16), "exceeds the sliding attention window 16")
 
 
 @pytest.mark.parametrize("fields", [{"seq_len": 0, "global_batch": 1}, {"seq_len": 1, "global_batch": -1}])

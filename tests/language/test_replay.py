@@ -9,27 +9,27 @@ from hypothesis import strategies as st
 
 from builders import tiny_workload
 from slideplan.graph.lanes import LaneKind
-from slideplan.graph.operations import LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST, TaskKind
+from slideplan.graph.operations import FORWARD, LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST, Operation
 from slideplan.graph.replay import replay, unroll
 from slideplan.graph.tasks import Dependency, Task, TaskGraph
 from slideplan.timeline import Span, step_record
 from strategies import Case, cases
 
 H2D, COMPUTE, D2H, HOST = (
-    LOAD_WEIGHTS, TaskKind.FORWARD, OFFLOAD_GRADIENT, UPDATE_HOST,
+    LOAD_WEIGHTS, FORWARD, OFFLOAD_GRADIENT, UPDATE_HOST,
 )  # fmt: skip
 
 
-def graph_of(*tasks: tuple[TaskKind, list[tuple[int, int]]]) -> TaskGraph:
-    """Tasks as (kind, [(task, distance), ...])."""
+def graph_of(*tasks: tuple[Operation, list[tuple[int, int]]]) -> TaskGraph:
+    """Tasks as (operation, [(task, distance), ...])."""
     return TaskGraph(
         pools=(),
         tasks=tuple(
             Task(
-                name=f"t{number}", kind=kind, unit=0, micro=None, bytes_moved=0, flops=0, accesses=(),
+                name=f"t{number}", operation=operation, unit=0, micro=None, bytes_moved=0, flops=0, accesses=(),
                 dependencies=tuple(Dependency(task=task, distance=distance) for task, distance in edges),
             )
-            for number, (kind, edges) in enumerate(tasks)
+            for number, (operation, edges) in enumerate(tasks)
         ),
     )  # fmt: skip
 

@@ -81,7 +81,9 @@ def test_unknown_names_get_the_nearest_ones():
         find_model("zzz")
 
 
-@pytest.mark.parametrize("path", ["./tiny", "../tiny", "~/no-such-folder/tiny", "/tiny", "a/b/tiny"])
+@pytest.mark.parametrize(
+    "path", ["~nobody-of-that-name/tiny", "tiny" * 1000, "./tiny", "../tiny", "~/no-such-folder/tiny", "/tiny", "a/b/tiny"]
+)
 def test_a_path_that_is_not_there_is_not_taken_for_a_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is neither in the catalogue nor a directory"):

@@ -20,6 +20,7 @@ from slideplan import codec
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.plan import Plan
 from slideplan.progress import Progress, Show
+from wording import says
 
 
 class Outcome(NamedTuple):
@@ -143,7 +144,7 @@ def test_bad_input_is_one_line_and_exit_code_2(planner: Any, arguments: tuple[st
     assert (outcome.code, outcome.out) == (2, "")
     assert len(outcome.err.splitlines()) == 1
     assert outcome.err.startswith("planner: ")
-    assert message in outcome.err
+    assert says(outcome.err, message)
 
 
 def test_unknown_options_are_exit_code_2(planner: Any) -> None:
@@ -286,7 +287,7 @@ def test_profile_writes_where_simulate_looks(planner: Any, requests: list[FakeRe
 def test_profile_refuses_bad_input(planner: Any, requests: list[FakeRequest], arguments: tuple[str, ...], message: str) -> None:
     outcome = planner("profile", "--device", "cpu", *arguments)
     assert outcome.code == 2
-    assert message in outcome.err
+    assert says(outcome.err, message)
     assert not requests
 
 
@@ -333,7 +334,7 @@ def test_check_needs_a_measured_profile(
 ) -> None:
     outcome = planner("profile", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
-    assert message in outcome.err
+    assert says(outcome.err, message)
 
 
 WITHOUT_TORCH = """

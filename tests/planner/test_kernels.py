@@ -7,6 +7,7 @@ from builders import tiny_machine, tiny_model, tiny_workload
 from planner.search.best import search
 from planner.search.kernels import check_kernels, faster_kernels, measured_kernels
 from planner.search.space import SearchOptions
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import TaskKind
 from slideplan.machine.profile import ComputeCost, LaunchCost, LayerShape, MachineProfile, Spread
 from slideplan.model import UnitRole
@@ -29,7 +30,10 @@ def costs(**times_ns: int) -> tuple[ComputeCost, ...]:
 
 def machine(launch_ns: int = 0, **times_ns: int) -> MachineProfile:
     launches = tuple(
-        LaunchCost(kind=kind, role=UnitRole.LAYER, duration_ns=Spread.exact(launch_ns // 2), kernels="fused") for kind in KINDS
+        LaunchCost(
+            kind=kind, lane=LaneKind.COMPUTE, role=UnitRole.LAYER, duration_ns=Spread.exact(launch_ns // 2), kernels="fused"
+        )
+        for kind in KINDS
     )
     return tiny_machine(costs=costs(**times_ns), launches=launches)
 
@@ -48,13 +52,13 @@ def machine(launch_ns: int = 0, **times_ns: int) -> MachineProfile:
     ],
 )
 def test_the_fastest_measured_kernels_are_taken(times_ns: dict[str, int], launch_ns: int, chosen: str) -> None:
-    assert faster_kernels(machine(launch_ns, **times_ns), MODEL, 2, 32) == chosen
+    assert faster_kernels(MODEL, 2, 32, machine(launch_ns, **times_ns)) == chosen
 
 
 def test_a_layer_that_was_not_measured_takes_kernels_that_were() -> None:
     wider = tiny_model(ffn=256)
-    assert faster_kernels(machine(eager=1000), wider, 2, 32) == "eager"
-    assert faster_kernels(machine(eager=1000, fused=1200), wider, 2, 32) == "fused"
+    assert faster_kernels(wider, 2, 32, machine(eager=1000)) == "eager"
+    assert faster_kernels(wider, 2, 32, machine(eager=1000, fused=1200)) == "fused"
     assert measured_kernels(machine(eager=1000, fused=1200)) == {"eager", "fused"}
 
 

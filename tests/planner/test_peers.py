@@ -91,9 +91,9 @@ def test_slideformer_waits_at_the_barrier_and_our_order_does_not() -> None:
 def test_updates_that_reach_into_the_next_forward_are_not_idle() -> None:
     model = tiny_model(layers=8)
     workload = Workload(seq_len=32, global_batch=2)
-    policy = msgspec.structs.replace(
-        SLIDEFORMER.policy(model, workload), step_barrier=False, update_order=tuple(range(model.units)), host_gradient_slots=10
-    )
+    policy = SLIDEFORMER.policy(model, workload)
+    other = msgspec.structs.replace(policy.other, step_barrier=False)
+    policy = msgspec.structs.replace(policy, other=other, update_order=tuple(range(model.units)), host_gradient_slots=10)
     graph = lower(model, policy, workload, peers.footprint(model, policy, workload))
     spans = price_peer(peers.Peer(name="x", what="", policy=lambda *_: policy), model, workload, tiny_machine())
     assert spans.prediction is not None

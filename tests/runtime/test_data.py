@@ -1,14 +1,15 @@
-"""Text to token windows."""
+"""Token windows."""
 
+import mmap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from runtime.compute.uploads import TokenUploads
-from runtime.inputs.data import TokenWindows, default_text, text_files, tokenize
+from runtime.inputs.data import TokenWindows
+from runtime.machine import resident_bytes
 
 
 def test_windows_cover_an_epoch_once_and_shift_labels() -> None:
@@ -51,58 +52,17 @@ def test_what_was_sent_ahead_is_what_the_step_takes() -> None:
 
 
 def test_too_little_text_is_an_error() -> None:
-    with pytest.raises(ValueError, match="holds 10 tokens, one sequence needs 11"):
+    with pytest.raises(ValueError, match=r"holds 10 tokens, one sequence needs 11\b"):
         TokenWindows(np.arange(10, dtype=np.uint32), 10, 1)
 
 
-def test_bytes_are_tokens_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "b.txt").write_text("xyz")
-    (tmp_path / "a.txt").write_text("hello")
-    assert bytes(tokenize(tmp_path, None, 256).astype(np.uint8)) == b"hello\n\nxyz\n\n"
-    monkeypatch.setattr("runtime.inputs.data.MAX_TOKENS", 4)
-    assert bytes(tokenize(tmp_path, None, 256)) == b"hell"
-
-
-def test_tokenizer_of_the_weights_is_used(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({"hello": 0, "world": 1, "?": 2}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "text.txt").write_text("hello big world")
-    assert tokenize(tmp_path / "text.txt", tmp_path, 3).tolist() == [0, 2, 1]
-    with pytest.raises(ValueError, match="gives token 2, the model's vocabulary has 2"):
-        tokenize(tmp_path / "text.txt", tmp_path, 2)
-    assert tokenize(tmp_path / "text.txt", tmp_path, 256, byte_tokens=True).tolist() == [*b"hello big world", 10, 10]
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
-        tokenize(tmp_path / "text.txt", tmp_path, 3)
-
-
-def test_missing_and_empty_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing: does not exist"):
-        text_files(tmp_path / "nothing")
-    (tmp_path / "picture.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no text files"):
-        text_files(tmp_path)
-    (tmp_path / "a.txt").write_text("abc")
-    with pytest.raises(ValueError, match="byte-level tokens need a vocabulary of 256"):
-        tokenize(tmp_path, None, 100)
-
-
-def test_default_text_is_there() -> None:
-    assert len(tokenize(default_text(), None, 256)) > 1_000_000
-
-
-def test_folder_below_installed_packages_is_data_too(tmp_path: Path) -> None:
-    folder = tmp_path / "site-packages" / "mine"
-    folder.mkdir(parents=True)
-    (folder / "a.txt").write_text("abc")
-    assert text_files(folder) == [folder / "a.txt"]
-    (tmp_path / "b.txt").write_text("abc")
-    assert text_files(tmp_path) == [tmp_path / "b.txt"]
-
-
-def test_no_more_of_a_large_file_is_read_than_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.inputs.data.MAX_TOKENS", 100)
-    with (tmp_path / "large.txt").open("wb") as file:
-        file.truncate(1 << 40)  # sparse: nothing of it lies anywhere
-    assert len(tokenize(tmp_path / "large.txt", None, 256)) == 100
+def test_only_windows_being_read_of_mapped_tokens_are_in_memory(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(1 << 23, dtype=np.uint32))
+    with (tmp_path / "tokens.npy").open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    windows = TokenWindows(np.frombuffer(mapping, dtype=np.uint32, offset=128), 1023, 64, seed=1)
+    before = resident_bytes()
+    for step in range(windows.windows // 64):
+        batch = windows.micro_batch(step, 0, 64)
+        assert torch.equal(batch.labels, batch.inputs + 1)
+    assert resident_bytes() - before < 8 << 20

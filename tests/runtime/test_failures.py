@@ -15,12 +15,14 @@ from running import EVERYTHING, plan_for, session_for
 from runtime.lanes.backend import CpuBackend, Marker
 from runtime.lanes.clock import LaneError, RunError
 from runtime.lanes.executor import Executor, _join
-from runtime.measure import measure
-from runtime.session import Progress, Session
+from runtime.session import Session
+from runtime.training import train
 from slideplan.footprint import Footprint
-from slideplan.graph.lanes import Lane, LaneKind
-from slideplan.graph.operations import OFFLOAD_STATE, TaskKind
+from slideplan.graph import operations
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import CAST_WEIGHTS, CLIP_GRADIENT, OFFLOAD_STATE, REFRESH_WEIGHTS, Operation
 from slideplan.lowering.lower import lower
+from slideplan.progress import Progress
 
 STEPS = 4
 
@@ -41,26 +43,27 @@ _GRAPH = lower(
     tiny_workload(),
     Footprint(inner_bytes=1, workspace_bytes=1),
 )
-KINDS = sorted({task.kind for task in _GRAPH.tasks})
+OPERATIONS = sorted({task.operation for task in _GRAPH.tasks}, key=str)
 
 
-def test_the_plan_here_has_tasks_of_every_kind_that_is_executed() -> None:
-    of_other_systems = {TaskKind.CAST_WEIGHTS, TaskKind.CLIP_GRADIENT, TaskKind.REFRESH_WEIGHTS}
-    assert set(KINDS) == set(TaskKind) - of_other_systems
+def test_the_plan_here_has_tasks_of_every_operation_that_is_executed() -> None:
+    known = {value for value in vars(operations).values() if isinstance(value, Operation)}
+    assert set(OPERATIONS) == known - {CAST_WEIGHTS, CLIP_GRADIENT, REFRESH_WEIGHTS}  # of other systems
+    assert len(OPERATIONS) == 15
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 @pytest.mark.parametrize("step", [0, STEPS - 1])
-def test_failing_task_stops_all_lanes(kind: TaskKind, step: int) -> None:
+def test_failing_task_stops_all_lanes(operation: Operation, step: int) -> None:
     backend = CpuBackend()
     session = everything(backend)
 
     def failing(task, at) -> None:
-        if task.kind is kind and at == step:
+        if task.operation == operation and at == step:
             raise RuntimeError("device is on fire")
         session.handlers(task, at)
 
-    with pytest.raises(LaneError, match=rf"step {step}, task {kind}/\w+.*, unit \d+: RuntimeError: device is on fire"):
+    with pytest.raises(LaneError, match=rf"step {step}, task {operation}/\w+.*, unit \d+: RuntimeError: device is on fire"):
         list(Executor(session.plan.graph, backend, failing, STEPS))
     assert no_lanes_left()
 
@@ -79,7 +82,7 @@ def test_a_failure_that_shows_while_spans_are_read_is_named() -> None:
 
     executor = Executor(session.plan.graph, backend, failing, STEPS)
     with (
-        pytest.raises(LaneError, match=r"lane d2h, step 1, task offload_state/.*: RuntimeError: late"),
+        pytest.raises(LaneError, match=r"lane d2h, step 1, task state gpu>host/.*: RuntimeError: late"),
         closing(iter(executor)) as run,
     ):
         next(run)
@@ -129,7 +132,7 @@ class LeavingBackend(CpuBackend):
     """Fails where a lane is left, all its work issued."""
 
     @contextmanager
-    def lane(self, lane: Lane) -> Iterator[None]:
+    def lane(self, lane: LaneKind) -> Iterator[None]:
         yield
         if lane is LaneKind.HOST_UPDATE:
             raise RuntimeError("too late")
@@ -138,7 +141,7 @@ class LeavingBackend(CpuBackend):
 def test_a_lane_that_fails_after_its_last_task_fails_the_run() -> None:
     backend = LeavingBackend()
     session = everything(backend)
-    with pytest.raises(LaneError, match=r"lane host_update, step 3, task update_host/.*: RuntimeError: too late"):
+    with pytest.raises(LaneError, match=r"lane host_update, step 3, task update host/.*: RuntimeError: too late"):
         list(Executor(session.plan.graph, backend, session.handlers, STEPS))
 
 
@@ -174,7 +177,7 @@ def test_lanes_have_ended_when_measuring_fails(tmp_path: Path) -> None:
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        measure(session, STEPS, 1, tmp_path, "", failing)
+        train(session, STEPS, tmp_path, failing)
     assert no_lanes_left()
 
 
@@ -189,7 +192,7 @@ def test_a_loss_that_cannot_be_read_names_its_step(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torch.Tensor, "item", failing)
     with pytest.raises(RunError, match="step 0: its loss could not be read: an illegal memory access"):
-        measure(session, STEPS, 1, tmp_path, "", lambda _: None)
+        train(session, STEPS, tmp_path, lambda _: None)
     assert no_lanes_left()
 
 

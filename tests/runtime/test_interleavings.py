@@ -83,8 +83,8 @@ def test_without_any_one_edge_some_order_fails(name: str) -> None:
 
 def _hurries(consumer: Lane, producer: Lane):
     """Orders in which the consumer hurries; the producer dawdles, or comes next, before others use its slot again."""
-    yield lambda lanes: min(lanes, key=lambda lane: (lane is not consumer, lane is producer))
-    yield lambda lanes: min(lanes, key=lambda lane: (lane is not consumer, lane is not producer))
+    yield lambda lanes: min(lanes, key=lambda lane: (lane != consumer, lane == producer))
+    yield lambda lanes: min(lanes, key=lambda lane: (lane != consumer, lane != producer))
 
 
 def _fails(plan: Plan, graph: TaskGraph, order, expected) -> bool:

@@ -15,21 +15,22 @@ from runtime.lanes.backend import CpuBackend
 from runtime.machine import identity
 from runtime.probes import profile as probes
 from runtime.probes.buffers import MemoryBuffers
-from runtime.probes.profile import ProfileRequest, check_machine, profile_machine
+from runtime.probes.profile import ProfileRequest, measure_again, profile_machine
 from runtime.probes.timing import mean_rate_spread, placed_rate_spread, rate_spread, timed_in_turns, together
 from runtime.probes.together import COMBINATIONS
 from slideplan.codec import load, save
-from slideplan.graph.lanes import Lane, LaneKind
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import TaskKind
 from slideplan.machine.figures import changes, figures
 from slideplan.machine.profile import LayerShape, MachineProfile
 from slideplan.model import UnitRole
+from slideplan.progress import Progress, silent
 
 
 def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
-    seen: list[tuple[str, int, int]] = []
+    seen: list[Progress] = []
     request = ProfileRequest(
         name="here",
         models=(model,),
@@ -41,7 +42,7 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     # The rule leaves one of two cores to the optimizer: here it is all, which nothing else in the profile takes.
     monkeypatch.setattr(probes, "chosen_threads", lambda backend, points: points[-1].threads)
-    profile = profile_machine(request, lambda *progress: seen.append(progress))
+    profile = profile_machine(request, seen.append)
     assert profile.identity() == identity(CpuBackend())
     assert profile.gpu.memory_bytes == 1 << 20
     assert profile.provenance.source == "measured"
@@ -80,8 +81,8 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told = profile.handoffs
     assert 0 < told.host_to_device_ns == profile.spreads["handoffs.host_to_device_ns"].p50 < 10**8
     assert "handoffs.device_to_host_ns" in figures(profile)
-    done = [progress[1] for progress in seen]
-    assert done == list(range(seen[-1][2] + 1)), "every probe reports once, and the last call says all"
+    done = [progress.done for progress in seen]
+    assert done == list(range(seen[-1].total + 1)), "every probe reports once, and the last call says all"
     save("profile.json", profile)
     assert load("profile.json", MachineProfile) == profile
     assert [file.name for file in tmp_path.iterdir()] == ["profile.json"], "the disk probe cleans up"
@@ -90,26 +91,26 @@ def test_quick_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         MemoryBuffers, "work", lambda buffers, threads: (checked_with.append(threads), work(buffers, threads))[1]
     )
-    checked = check_machine(profile, lambda *_: None)
+    checked = measure_again(profile, silent)
     assert checked_with == [cores]
     assert len(changes(figures(profile), checked)) == len(checked), "what is checked is in the profile by the same name"
     assert {"AdamW on the host", "h2d with d2h", "backward_recompute layer, hidden 64, 2x64, fused, bf16+"} <= set(checked)
     other = msgspec.structs.replace(profile, host=msgspec.structs.replace(profile.host, cpu="another"))
     with pytest.raises(ValueError, match=r"of another machine: .*cpu: another, "):
-        check_machine(other, lambda *_: None)
+        measure_again(other, silent)
 
 
 def test_unknown_device_is_refused() -> None:
     request = ProfileRequest(name="x", models=(tiny_model(),), shapes=((1, 16),), device="tpu")
     with pytest.raises(ValueError, match="device 'tpu' is unknown"):
-        profile_machine(request, lambda *_: None)
+        profile_machine(request, silent)
 
 
 def test_lanes_together_report_rates_over_their_common_time() -> None:
     """Two actions of known length: rates are theirs, and nobody stops before it ran twice."""
     runs = {LaneKind.H2D: 0, LaneKind.HOST_UPDATE: 0}
 
-    def act(lane: Lane, seconds: float) -> None:
+    def act(lane: LaneKind, seconds: float) -> None:
         runs[lane] += 1
         time.sleep(seconds)
 

@@ -16,6 +16,7 @@ from runtime.compute.head import FusedHead
 from runtime.compute.operators import rms_norm, square_sum
 from runtime.lanes.backend import CpuBackend
 from runtime.memory.buffers import parameter_views
+from runtime.rehearsal import rehearse
 from runtime.session import Session
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.policy import Policy
@@ -271,9 +272,9 @@ def test_two_runs_of_a_session_go_on_where_the_first_ended() -> None:
 def test_a_rehearsal_of_host_updates_changes_nothing_of_the_training() -> None:
     """Before the first step, and in the middle."""
     taken: list[int | None] = []
-    check_two_runs(lambda session: taken.append(session.rehearse()))
+    check_two_runs(lambda session: taken.append(rehearse(session, lambda _: None)))
     assert len(taken) == 2
     assert all(nanoseconds is not None and nanoseconds > 0 for nanoseconds in taken)
     model, backend = tiny_model(), CpuBackend()
     resident = plan_for(model, tiny_policy(model, resident_state=tuple(range(model.units))), tiny_workload(), backend)
-    assert session_for(resident, backend).rehearse() is None
+    assert rehearse(session_for(resident, backend), lambda _: None) is None

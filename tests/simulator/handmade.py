@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from simulator import Resource, TaskCost
-from slideplan.graph.lanes import Lane, LaneKind
-from slideplan.graph.operations import LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_GPU, UPDATE_HOST, TaskKind
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.operations import FORWARD, LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_GPU, UPDATE_HOST
 from slideplan.graph.tasks import Dependency, Task, TaskGraph
 from slideplan.timeline import Span
 
-KIND = {
-    LaneKind.COMPUTE: TaskKind.FORWARD,
+OPERATION = {
+    LaneKind.COMPUTE: FORWARD,
     LaneKind.H2D: LOAD_WEIGHTS,
     LaneKind.D2H: OFFLOAD_GRADIENT,
     LaneKind.HOST_UPDATE: UPDATE_HOST,
@@ -19,14 +19,14 @@ KIND = {
 }
 
 
-def graph(*tasks: tuple[Lane, Sequence[int], Sequence[int]]) -> TaskGraph:
+def graph(*tasks: tuple[LaneKind, Sequence[int], Sequence[int]]) -> TaskGraph:
     """Tasks t0, t1, ... as (lane, dependencies in the same step, dependencies in the step before)."""
     return TaskGraph(
         pools=(),
         tasks=tuple(
             Task(
                 name=f"t{number}",
-                kind=KIND[lane],
+                operation=OPERATION[lane],
                 unit=0,
                 micro=None,
                 bytes_moved=0,
@@ -43,9 +43,9 @@ def graph(*tasks: tuple[Lane, Sequence[int], Sequence[int]]) -> TaskGraph:
 
 
 def cost(
-    duration_ns: int, demand: Mapping[Resource, int] | None = None, weights: Mapping[Resource, float] | None = None
+    duration_ns: int, demand: Mapping[Resource, int] | None = None, shares: Mapping[Resource, float] | None = None
 ) -> TaskCost:
-    return TaskCost(duration_ns=duration_ns, demand=dict(demand or {}), source="measured", weights=dict(weights or {}))
+    return TaskCost(duration_ns=duration_ns, demand=dict(demand or {}), source="measured", shares=dict(shares or {}))
 
 
 def times(spans: Sequence[Span]) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from handmade import KIND, cost, graph
+from handmade import OPERATION, cost, graph
 from simulator import Resource, TaskCost
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import TaskGraph
@@ -13,7 +13,7 @@ from slideplan.machine.handoffs import Handoffs
 CAPACITIES = {Resource.PCIE: 80, Resource.HOST_DRAM: 100, Resource.SSD: 30, Resource.GPU: 50}
 
 demands = st.dictionaries(st.sampled_from(list(Resource)), st.integers(1, 120), max_size=3)
-weights = st.dictionaries(st.sampled_from(list(Resource)), st.sampled_from([0.1, 0.5, 1.0, 1.4, 8.0]), max_size=2)
+shares = st.dictionaries(st.sampled_from(list(Resource)), st.sampled_from([0.1, 0.5, 1.0, 1.4, 8.0]), max_size=2)
 
 handoffs = st.builds(
     Handoffs,
@@ -29,7 +29,7 @@ def task_graphs(draw: st.DrawFn, max_tasks: int = 14) -> TaskGraph:
     count = draw(st.integers(1, max_tasks))
     tasks = []
     for number in range(count):
-        lane = draw(st.sampled_from(list(KIND))) if number else LaneKind.COMPUTE
+        lane = draw(st.sampled_from(list(OPERATION))) if number else LaneKind.COMPUTE
         same = draw(st.sets(st.integers(0, number - 1), max_size=3)) if number else set()
         before = draw(st.sets(st.integers(0, count - 1), max_size=2))
         tasks.append((lane, sorted(same), sorted(before)))
@@ -43,7 +43,7 @@ def tied(drawn: TaskGraph) -> TaskGraph:
     for number, task in enumerate(drawn.tasks):
         same = [d.task for d in task.dependencies if d.distance == 0]
         before = [d.task for d in task.dependencies if d.distance == 1]
-        tasks.append((task.lane, same, last if number == 0 else before))
+        tasks.append((task.lane.kind, same, last if number == 0 else before))
     return graph(*tasks)
 
 
@@ -51,4 +51,4 @@ def tied(drawn: TaskGraph) -> TaskGraph:
 def priced_graphs(draw: st.DrawFn, contended: bool) -> tuple[TaskGraph, list[TaskCost]]:
     drawn = draw(task_graphs())
     durations = draw(st.lists(st.integers(0, 1000), min_size=len(drawn.tasks), max_size=len(drawn.tasks)))
-    return drawn, [cost(duration, draw(demands), draw(weights)) if contended else cost(duration) for duration in durations]
+    return drawn, [cost(duration, draw(demands), draw(shares)) if contended else cost(duration) for duration in durations]

@@ -9,6 +9,7 @@ from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy
 from simulator import Resource, TaskCost, capacities, footprint, price
 from simulator.formulas import attention_ns, compute_ns
 from slideplan.footprint import Footprint
+from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import GRADIENT_KINDS, UPDATE_GPU, UPDATE_HOST, TaskKind
 from slideplan.graph.tasks import TaskGraph
 from slideplan.lowering.lower import lower
@@ -77,17 +78,23 @@ class TestCopiesAndUpdates:
 
     def test_on_the_cpu_backend_a_copy_reads_and_writes_dram(self) -> None:
         model, machine = tiny_model(), tiny_machine()
-        machine = msgspec.structs.replace(machine, gpu=msgspec.structs.replace(machine.gpu, backend="cpu"))
         graph = lowered(model)
-        for task, cost in zip(graph.tasks, price(graph, model, work(2), 32, machine), strict=True):
-            if Resource.PCIE in cost.demand:
-                assert task.lane in ("h2d", "d2h")
-                assert cost.demand[Resource.HOST_DRAM] == 2 * cost.demand[Resource.PCIE]
+        for backend, passes in (("cpu", 2), ("cuda", 1)):
+            at = msgspec.structs.replace(machine, gpu=msgspec.structs.replace(machine.gpu, backend=backend))
+            copies = [
+                cost
+                for task, cost in zip(graph.tasks, price(graph, model, work(2), 32, at), strict=True)
+                if task.kind is TaskKind.COPY
+            ]
+            assert len(copies) > 6
+            for cost in copies:
+                assert cost.demand[Resource.PCIE] > 0
+                assert cost.demand[Resource.HOST_DRAM] == passes * cost.demand[Resource.PCIE]
 
     def test_the_curve_has_a_latency_and_a_last_rate(self) -> None:
         model, machine = tiny_model(), tiny_machine()
         graph = lowered(model)
-        sizes = sorted({task.bytes_moved for task in graph.tasks if task.lane == "d2h"})
+        sizes = sorted({task.bytes_moved for task in graph.tasks if task.lane.kind is LaneKind.D2H})
         small, large = sizes[0], sizes[-1]
         assert small < large
         curve = Curve(
@@ -98,10 +105,10 @@ class TestCopiesAndUpdates:
         )
         machine = msgspec.structs.replace(machine, link=msgspec.structs.replace(machine.link, d2h=curve))
         for task, cost in zip(graph.tasks, price(graph, model, work(2), 32, machine), strict=True):
-            if task.lane == "d2h" and task.bytes_moved == small:
+            if task.lane.kind is LaneKind.D2H and task.bytes_moved == small:
                 assert cost.duration_ns == small + 1  # the time of the smallest size measured
                 assert cost.demand[Resource.PCIE] == small * 10**9 // (small + 1)
-            if task.lane == "d2h" and task.bytes_moved == large:
+            if task.lane.kind is LaneKind.D2H and task.bytes_moved == large:
                 assert cost.duration_ns == -(-large // 8)
 
     def test_a_datasheet_measures_nothing(self) -> None:
@@ -112,7 +119,7 @@ class TestCopiesAndUpdates:
     def test_a_small_update_on_the_gpu_takes_its_launch(self) -> None:
         model = tiny_model()
         graph = lowered(model, resident_state=(4,))
-        launch = LaunchCost(kind=UPDATE_GPU, role=None, duration_ns=Spread.exact(10**6))
+        launch = LaunchCost(kind=TaskKind.UPDATE, lane=LaneKind.GPU_UPDATE, role=None, duration_ns=Spread.exact(10**6))
         for launches, least_ns in (((), 1), ((launch,), 10**6)):
             machine = tiny_machine(launches=launches)
             for task, cost in zip(graph.tasks, price(graph, model, work(2, kernels="fused"), 32, machine), strict=True):
@@ -218,7 +225,7 @@ class TestCompute:
 
     def test_what_was_not_measured_takes_no_less_than_its_launch(self) -> None:
         model = tiny_model()
-        launch = LaunchCost(kind=TaskKind.FORWARD, role=UnitRole.LAYER, duration_ns=Spread.exact(10**9))
+        launch = LaunchCost(kind=TaskKind.FORWARD, lane=LaneKind.COMPUTE, role=UnitRole.LAYER, duration_ns=Spread.exact(10**9))
         graph = lowered(model)
         number = next(n for n, t in enumerate(graph.tasks) if t.kind is TaskKind.FORWARD and t.unit > 0)
         assert price(graph, model, work(2), 32, tiny_machine(launches=(launch,)))[number].duration_ns == 10**9
@@ -231,7 +238,9 @@ class TestCompute:
             assert found.duration_ns == pytest.approx(5_000, abs=2)
         # Below all of them it shows again, but never beyond what more work was measured to take.
         for launch_ns, expected in ((10**9, 60_000), (50_000, 50_000), (5_000, 20_000)):
-            launch = LaunchCost(kind=TaskKind.FORWARD, role=UnitRole.LAYER, duration_ns=Spread.exact(launch_ns))
+            launch = LaunchCost(
+                kind=TaskKind.FORWARD, lane=LaneKind.COMPUTE, role=UnitRole.LAYER, duration_ns=Spread.exact(launch_ns)
+            )
             costs = tuple(measured(model, TaskKind.FORWARD, size, 32, 10_000 * size) for size in (6, 8))
             found = price(graph, model, work(2), 32, tiny_machine(launches=(launch,), costs=costs))[number]
             assert found.duration_ns == pytest.approx(expected, abs=2)

@@ -16,6 +16,7 @@ from slideplan.graph.replay import replay, unroll
 from slideplan.graph.tasks import TaskGraph
 from slideplan.lowering.lower import lower
 from slideplan.machine.handoffs import Handoffs
+from wording import says
 
 COMPUTE, H2D, D2H, UPDATE = LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE
 LINK = {Resource.PCIE: 100}
@@ -128,8 +129,8 @@ class TestDeadlock:
         for run in (lambda c: simulate(crossed, c, {}), lambda c: trace(crossed, c, {}, steps=1)):
             with pytest.raises(DeadlockError) as caught:
                 run([cost(1)] * 5)
-            assert "compute: t0 waits for t3 of step 0" in str(caught.value)
-            assert "h2d: t2 waits for t1 of step 0" in str(caught.value)
+            assert says(str(caught.value), "compute: t0 waits for t3 of step 0")
+            assert says(str(caught.value), "h2d: t2 waits for t1 of step 0")
             assert "d2h" not in str(caught.value)
 
     def test_a_cycle_through_a_carried_edge_shows_in_the_second_step(self) -> None:

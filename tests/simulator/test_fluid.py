@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from random_graphs import CAPACITIES, demands, weights
+from random_graphs import CAPACITIES, demands, shares
 from simulator import Resource, fair_speeds
 
 PCIE, SSD, DRAM, GPU = Resource.PCIE, Resource.SSD, Resource.HOST_DRAM, Resource.GPU
 
-flows = st.lists(st.tuples(demands, weights), max_size=6)
+flows = st.lists(st.tuples(demands, shares), max_size=6)
 # What passes a narrow resource passes the wide one, as on a machine.
 nested = st.lists(
     st.one_of(

@@ -138,36 +138,36 @@ class TestPredict:
         assert sum(found.critical_ns.values()) == found.record.step_ns
         assert 0 < found.step_uncertainty_percent <= 45
         assert found.cost_sources == {
-            "load_weights": "measured",
+            "weights host>gpu": "measured",
             "forward": "derived",  # the layers' was measured, the embedding's was not
             "loss": "derived",
             "backward_recompute": "interpolated",
             "backward": "derived",
-            "offload_gradient": "measured",
-            "update_host": "measured",
+            "gradient gpu>host": "measured",
+            "update host": "measured",
         }
 
-    def test_share_weights_of_the_profile_reach_the_simulation(self) -> None:
-        """Where lanes meet in host memory, who has the larger weight there has the shorter tasks."""
+    def test_shares_of_the_profile_reach_the_simulation(self) -> None:
+        """Where lanes meet in host memory, who has the larger share there has the shorter tasks."""
         model, workload, policy = tiny_model(), tiny_workload(), tiny_policy(tiny_model())
         even = sharing(tiny_machine())
         usage = {lane: {Resource.HOST_DRAM: 1.0} for lane in (LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE)}
         found = {}
-        for weight in (0.1, 1.0, 10.0):
+        for share in (0.1, 1.0, 10.0):
             fitted = Sharing(
                 capacities=even.capacities | {Resource.HOST_DRAM: 12 * 10**9},
                 usage=usage,
-                weights={LaneKind.H2D: {Resource.HOST_DRAM: weight}},
+                shares={LaneKind.H2D: {Resource.HOST_DRAM: share}},
             )
             machine = tiny_machine(interference=Interference(alone={}, together=(), fitted=fitted))
             lowered = lower(model, policy, workload, footprint(model, policy, 32, machine))
             costs = price(lowered, model, policy, 32, machine)
             assert all(
-                task.weights == ({Resource.HOST_DRAM: weight} if lane.lane.kind is LaneKind.H2D else {})
+                task.shares == ({Resource.HOST_DRAM: share} if lane.lane.kind is LaneKind.H2D else {})
                 for lane, task in zip(lowered.tasks, costs, strict=True)
             )
             spans = predict(lowered, model, policy, workload, machine, ledger(lowered, machine)).record.spans
-            found[weight] = {lane: sum(spans[number].duration_ns for number in lowered.lanes[lane]) for lane in usage}
+            found[share] = {lane: sum(spans[number].duration_ns for number in lowered.queue(lane)) for lane in usage}
         assert found[0.1][LaneKind.H2D] > found[1.0][LaneKind.H2D] > found[10.0][LaneKind.H2D]
         assert found[0.1][LaneKind.HOST_UPDATE] < found[10.0][LaneKind.HOST_UPDATE]
 

@@ -1,0 +1,97 @@
+"""Where tensors of a unit lie between their uses, and by which copies bytes get from tier to tier."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given
+
+from slideplan.graph.operations import copy
+from slideplan.lowering.pools import holders
+from slideplan.placement import STATE, Placement, TensorClass, Tier, hops
+from strategies import Case, cases
+
+GPU, HOST, SSD = Tier
+
+
+@pytest.mark.parametrize("source, target", [*product(Tier, Tier)])
+def test_hops_lead_from_tier_to_tier_over_links_that_there_are(source: Tier, target: Tier):
+    found = hops(source, target)
+    if source is target:
+        assert found == ()
+        return
+    assert (found[0][0], found[-1][1]) == (source, target)
+    assert all(before[1] is after[0] for before, after in pairwise(found))
+    for hop in found:
+        copy(*hop, TensorClass.WEIGHTS)  # refuses what no lane copies
+    assert len(found) == (2 if {source, target} == {GPU, SSD} else 1)
+
+
+def test_between_drive_and_gpu_bytes_pass_through_the_host():
+    assert hops(SSD, GPU) == ((SSD, HOST), (HOST, GPU))
+    assert hops(GPU, SSD) == ((GPU, HOST), (HOST, SSD))
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        (Placement(), {TensorClass.WEIGHTS: (HOST,), TensorClass.MOMENTS: (HOST,), TensorClass.BOUNDARY: (GPU,)}),
+        # The update writes weights where it runs, and compute reads those of the GPU.
+        (Placement(weights=GPU), {TensorClass.WEIGHTS: (GPU, HOST), TensorClass.REMAINDER: (HOST,)}),
+        (Placement(weights=GPU, update=GPU), {TensorClass.WEIGHTS: (GPU,), TensorClass.MOMENTS: (HOST,)}),
+        (Placement(weights=SSD), {TensorClass.WEIGHTS: (SSD, HOST)}),
+        (Placement(moments=SSD), {TensorClass.MOMENTS: (SSD,), TensorClass.REMAINDER: (HOST,)}),
+        (Placement(), {TensorClass.INNER: (), TensorClass.FEED_FORWARD: ()}),
+        (Placement(inner=GPU, feed_forward=HOST), {TensorClass.INNER: (GPU,), TensorClass.FEED_FORWARD: (HOST,)}),
+        (Placement(boundary=HOST), {TensorClass.BOUNDARY: (HOST,)}),
+    ],
+)
+def test_tiers_on_which_a_unit_has_slots_of_its_own(placement: Placement, expected: dict):
+    assert {tensor: placement.tiers(tensor) for tensor in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        (Placement(), ()),
+        (Placement(weights=GPU), ()),
+        (Placement(weights=GPU, update=GPU), STATE),
+        (Placement(weights=GPU, remainder=GPU, moments=GPU, update=GPU), ()),
+        (Placement(weights=GPU, remainder=GPU, update=GPU), (TensorClass.MOMENTS,)),
+        (Placement(moments=SSD), (TensorClass.MOMENTS,)),
+        (Placement(remainder=SSD, moments=SSD), STATE),
+    ],
+)
+def test_state_that_lies_elsewhere_than_its_update_passes_through(placement: Placement, expected: tuple):
+    assert placement.passing == expected
+
+
+def test_a_unit_keeps_inner_activations_wherever_they_lie():
+    assert not Placement().keeps
+    assert Placement(inner=GPU, feed_forward=GPU).keeps
+    assert Placement(inner=GPU, feed_forward=HOST).keeps
+
+
+@given(cases())
+def test_units_have_slots_of_their_own_where_their_placement_says(case: Case):
+    """Weights aside, of which embedding and head have slots on the GPU in any case; the head has no boundary."""
+    model, policy = case.model, case.policy
+    found: dict[tuple[TensorClass, int], set[Tier]] = {}
+    for holding, units in holders(model, policy).items():
+        for unit in units:
+            found.setdefault((holding.tensor, unit), set()).add(holding.tier)
+    for unit, placement in enumerate(policy.units):
+        for tensor in (*STATE, TensorClass.BOUNDARY, TensorClass.INNER, TensorClass.FEED_FORWARD):
+            if tensor is TensorClass.BOUNDARY and unit == model.head_unit:
+                assert (tensor, unit) not in found
+                continue
+            expected = set(placement.tiers(tensor))
+            if tensor is TensorClass.FEED_FORWARD and placement.feed_forward is GPU:
+                expected = set()  # a part of what is kept there anyway
+            assert found.get((tensor, unit), set()) == expected, (tensor, unit)
+        if 0 < unit < model.head_unit:
+            streams = {GPU} if placement.weights is HOST else set()
+            assert found[TensorClass.WEIGHTS, unit] == set(placement.tiers(TensorClass.WEIGHTS)) - streams
+        else:
+            assert found[TensorClass.WEIGHTS, unit] == {GPU, placement.update}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from builders import tiny_model, tiny_policy
+from builders import tiny_model, tiny_policy, tiny_workload
 from slideplan.footprint import Footprint
+from slideplan.lowering.lower import lower
 from slideplan.lowering.sizes import (
     MASTER_BYTES,
     TRAINING_BYTES,
@@ -69,6 +70,17 @@ def test_sizes_of_a_units_tensors() -> None:
     assert sizes.held_bytes(None, None) == 0
     assert sizes.held_bytes(Tier.GPU, Tier.GPU) == 10**6
     assert sizes.held_bytes(Tier.GPU, Tier.HOST) == 10**6 - 2 * 2 * 64 * 128
+
+
+def test_what_belongs_to_no_unit_takes_a_few_bytes() -> None:
+    """The counter that a step's first load waits for, and the norm of gradients."""
+    model = tiny_model()
+    nothing = Footprint(inner_bytes=1, workspace_bytes=1)
+    plain = lower(model, tiny_policy(model), tiny_workload(), nothing).pool
+    for knobs, name, size in (({"step_barrier": True}, "host.barrier", 8), ({"gradient_norms": True}, "gpu.norm", 4 * 6)):
+        pool = lower(model, tiny_policy(model, **knobs), tiny_workload(), nothing).pool[name]
+        assert (pool.slot_bytes, pool.count) == (size, 1)
+        assert name not in plain
 
 
 def test_chunks_are_of_whole_blocks() -> None:

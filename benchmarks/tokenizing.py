@@ -41,6 +41,7 @@ data, weights, cache = map(Path, sys.argv[1:])
 try:
     found = prepare(DataRequest(data, weights, 32_000, cache=cache, host_bytes=1 << 40), silent)
 except KeyboardInterrupt:
+    print("interrupted", flush=True)
     sys.exit(130)
 print(len(found.tokens), found.record.rough)
 """
@@ -144,18 +145,23 @@ def measured(name: str, size: int, script: str, *arguments: object) -> None:
 
 
 def interrupted(folder: Path, after_s: float) -> None:
-    """Seconds from Ctrl-C to the end of the process and of all that it has started."""
+    """Seconds from Ctrl-C to the answer, when all workers have ended, and to the end of the process, which torch takes down."""
     shutil.rmtree(folder / "cache", ignore_errors=True)
     arguments = [folder / "text.txt", folder / "weights", folder / "cache"]
-    process = subprocess.Popen([sys.executable, "-c", OURS, *map(str, arguments)])
+    process = subprocess.Popen([sys.executable, "-c", OURS, *map(str, arguments)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
     time.sleep(after_s)
-    children = psutil.Process(process.pid).children(recursive=True)
+    workers = len(psutil.Process(process.pid).children(recursive=True))
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
+    answer = process.stdout.readline().decode().strip()
+    answered_s = time.monotonic() - started
     code = process.wait()
-    psutil.wait_procs(children)
-    print(f"Ctrl-C {after_s:.0f} s after the start, {len(children)} workers: exit code {code} after "
-          f"{time.monotonic() - started:.2f} s", flush=True)  # fmt: skip
+    print(
+        f"Ctrl-C {after_s:.0f} s after the start, {workers} workers: {answer!r} after {answered_s:.2f} s, "
+        f"exit code {code} after {time.monotonic() - started:.2f} s; load {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -131,24 +131,44 @@ class TextEncoder:
         return np.array(encoding.ids, dtype=np.uint32)
 
     def piece(self, left: str, core: str, right: str) -> Piece:
-        """Tokens of left + core + right, and those near the seams between them, of which an empty context has none."""
-        encoding = self.tokenizer.encode(left + core + right, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.uint32)
+        """Tokens of left + core + right, and those near the seams between them, of which an empty context has none.
 
-        def near(at: int) -> Near:
-            def start(number: int) -> int:
-                return int(encoding.token_to_chars(number)[0])
+        Where tokens lie in a text takes as long to know as the tokens: it is asked for around the seams alone.
+        """
+        text = left + core + right
+        ids = self.tokens(text)
+        head = tail = None
+        if left:
+            around, head = self._near(text[: 2 * len(left)], len(left))
+            known = head.first + len(head.tokens)
+            if not np.array_equal(around[:known], ids[:known]):
+                head = self._near(text, len(left))[1]
+        if right:
+            start = max(0, len(text) - 2 * len(right))
+            around, tail = self._near(text[start:], len(left) + len(core) - start)
+            known = len(around) - tail.first
+            if np.array_equal(around[tail.first :], ids[len(ids) - known :]):
+                tail = tail._replace(first=len(ids) - known)
+            else:
+                tail = self._near(text, len(left) + len(core))[1]
+        return Piece(ids, head, tail)
 
-            first = bisect.bisect_left(range(len(ids)), at - AGREEMENT, key=start)
-            found = []
-            for number in range(first, len(ids)):
-                begins, ends = encoding.token_to_chars(number)
-                if ends > at + AGREEMENT:
-                    break
-                found.append([begins - at, ends - at, int(ids[number])])
-            return Near(first, found)
+    def _near(self, text: str, at: int) -> tuple[np.ndarray, Near]:
+        """All tokens of a text, and those near a place in it."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = encoding.ids
 
-        return Piece(ids, near(len(left)) if left else None, near(len(left) + len(core)) if right else None)
+        def start(number: int) -> int:
+            return int(encoding.token_to_chars(number)[0])
+
+        first = bisect.bisect_left(range(len(ids)), at - AGREEMENT, key=start)
+        found = []
+        for number in range(first, len(ids)):
+            begins, ends = encoding.token_to_chars(number)
+            if ends > at + AGREEMENT:
+                break
+            found.append([begins - at, ends - at, ids[number]])
+        return np.array(ids, dtype=np.uint32), Near(first, found)
 
     def long_tokens(self, text: str) -> tuple[np.ndarray, int]:
         """Tokens of a text of any length, encoded in pieces, and the number of cuts where its pieces did not agree."""

@@ -111,7 +111,7 @@ def _walk(root: Path) -> tuple[list[Path], list[LeftOut]]:
     seen: set[tuple[int, int]] = set()
 
     def leave(path: Path, why: Other, folder: bool = False) -> None:
-        left_out.append(LeftOut(str(path.relative_to(root)), why, folder))
+        left_out.append(LeftOut(_name(path, root), why, folder))
 
     def visit(folder: Path) -> list[Path]:
         """Sort out what lies in a folder; returns the folders in it."""
@@ -149,6 +149,12 @@ def _walk(root: Path) -> tuple[list[Path], list[LeftOut]]:
     return sorted(files), left_out
 
 
+def _name(path: Path, root: Path) -> str:
+    """A path as messages have it: below the root, in one line, and in characters that can be shown."""
+    name = str(path if path == root else path.relative_to(root))
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
 def _unreadable(error: OSError) -> Other:
     return Other(f"cannot be read: {error.strerror}")
 
@@ -158,7 +164,7 @@ def _look_at_all(candidates: list[Path], root: Path, library: bool, any_encoding
     sizes: list[int] = []  # of what has been looked at; threads append to it
 
     def look(file: Path) -> DataFile | LeftOut:
-        name = str(file) if file == root else str(file.relative_to(root))
+        name = _name(file, root)
         try:
             return _look(file, name, library, any_encoding, sizes, stop)
         except OSError as error:
@@ -266,7 +272,7 @@ def _refuse(root: Path, left_out: list[LeftOut]) -> None:
         raise ValueError(f"--data {root}: is an empty folder; {any_text}")
     first = max(left_out, key=lambda each: bool(each.why.advice))
     advice = first.why.advice or any_text
-    if first.name == str(root):
+    if not root.is_dir():
         raise ValueError(f"--data {root}: is {' '.join(filter(None, (first.why.what, first.why.detail)))}; {advice}")
     detail = f"; {first.name} is {first.why.what} {first.why.detail}" if first.why.detail else ""
     raise ValueError(f"--data {root}: holds nothing that can be read: {listed(left_out)}{detail}; {advice}")

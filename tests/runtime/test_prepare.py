@@ -314,8 +314,8 @@ def large_text(path: Path, size: int) -> Path:
 
 
 def test_memory_is_bounded_and_none_of_it_stays(tmp_path: Path, weights: Path) -> None:
-    """24 MiB of text: this process grows by no more than a few buffers, its workers by no more than a piece each."""
-    data = large_text(tmp_path / "a.txt", 24 << 20)
+    """8 MiB of text: this process grows by no more than a few buffers, its workers by no more than a piece each."""
+    data = large_text(tmp_path / "a.txt", 8 << 20)
     me = psutil.Process()
     ready(large_text(tmp_path / "b.txt", 1 << 20), weights, tmp_path / "cache")
     before = me.memory_info().rss

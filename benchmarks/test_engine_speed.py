@@ -29,7 +29,7 @@ def with_gpu_shared(machine: MachineProfile) -> MachineProfile:
         capacities=even.capacities | {Resource.GPU: gpu_bytes_per_s},
         usage={lane: usage | (part if lane in (LaneKind.H2D, LaneKind.D2H) else {}) for lane, usage in even.usage.items()}
         | {LaneKind.COMPUTE: {Resource.GPU: 1.0}},
-        weights={LaneKind.COMPUTE: {Resource.GPU: 0.1}},
+        shares={LaneKind.COMPUTE: {Resource.GPU: 0.1}},
     )
     return tiny_machine(interference=Interference(alone={}, together=(), fitted=fitted))
 

@@ -107,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/certificates"))
     parser.add_argument("--batch", type=int, action="append", help=f"repeatable; default {BATCHES}")
+    parser.add_argument("--machine", action="append", help="repeatable; default: all shipped ones")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--differences", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     options = parser.parse_args()
@@ -118,7 +119,7 @@ def main() -> None:
         print("\n".join(found) if found else "no differences", f"({len(found)} of {shared} searches differ)", sep="\n")
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    jobs = list(product(sorted(machines()), MODELS, options.batch or BATCHES))
+    jobs = list(product(options.machine or sorted(machines()), MODELS, options.batch or BATCHES))
     rows: list[Row] = []
     with ProcessPoolExecutor(options.processes) as pool, (options.output / "answers.jsonl").open("w") as file:
         for done in as_completed([pool.submit(answer, *job) for job in jobs]):

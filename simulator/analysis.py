@@ -104,28 +104,28 @@ def critical_path(graph: TaskGraph, step_ns: int, spans: Sequence[Span]) -> dict
 
     The steady step is repeated, and every task instance that overlaps the time between the starts of
     two consecutive first compute tasks is a node. Edges are dependencies and lane order, each weighted
-    with the part of its predecessor's realised time that lies in the window and before the successor
+    with the part of its predecessor's realised time that lies in that time and before the successor
     starts. The path that ends where the next step opens is the reason why the step takes as long as it
     does; time on it that no task fills counts as "wait".
     """
     if step_ns == 0:
         return {}
-    window = _window_graph(graph, step_ns, spans)
+    instances = _step_graph(graph, step_ns, spans)
     target = (1, first_compute(graph))
-    path = nx.dag_longest_path(window.subgraph(nx.ancestors(window, target) | {target}), weight="ns")
+    path = nx.dag_longest_path(instances.subgraph(nx.ancestors(instances, target) | {target}), weight="ns")
     found: dict[str, int] = {}
     for before, after in pairwise(path):
         lane = graph.lane_of[before[1]].name
-        found[lane] = found.get(lane, 0) + window.edges[before, after]["ns"]
+        found[lane] = found.get(lane, 0) + instances.edges[before, after]["ns"]
     wait_ns = step_ns - sum(found.values())
-    assert wait_ns >= 0, "a path through the window is no longer than the window"
+    assert wait_ns >= 0, "a path through the step is no longer than the step"
     return found | {WAIT: wait_ns} if wait_ns else found
 
 
-def _window_graph(graph: TaskGraph, step_ns: int, spans: Sequence[Span]) -> nx.DiGraph:
+def _step_graph(graph: TaskGraph, step_ns: int, spans: Sequence[Span]) -> nx.DiGraph:
     """Instances (step, task) that overlap 0..step_ns, where step 0 is the one that opens at 0."""
-    window = nx.DiGraph()
-    window.add_node((1, first_compute(graph)))
+    instances = nx.DiGraph()
+    instances.add_node((1, first_compute(graph)))
     times = {
         (step, number): (span.start_ns + step * step_ns, span.end_ns + step * step_ns)
         for number, span in enumerate(spans)
@@ -142,5 +142,5 @@ def _window_graph(graph: TaskGraph, step_ns: int, spans: Sequence[Span]) -> nx.D
             # Without a strictly steady step, repeating one step may put a start before what it waited for.
             if before is not None and before[0] <= start:
                 overlap = min(before[1], start) - max(before[0], 0)
-                window.add_edge((step - distance, other), (step, number), ns=max(0, overlap))
-    return window
+                instances.add_edge((step - distance, other), (step, number), ns=max(0, overlap))
+    return instances

@@ -172,7 +172,7 @@ def _lanes_together(
     lanes = TogetherProbe()
     with SsdProbe.open(backend, Path.cwd(), effort) as disk:
         work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
-        for what in lanes.measure(backend, work, effort.window_ns):
+        for what in lanes.measure(backend, work, effort.together_ns):
             steps.next(what)
         steps.next("disk")
         duplex = lanes.total(LaneKind.SSD_READ, LaneKind.SSD_WRITE)
@@ -273,7 +273,7 @@ def measure_again(profile: MachineProfile, show: Show) -> dict[str, Spread]:
             found[name] = mean_rate_spread(size, timed(backend, lane, action, effort.repeats))
         for lanes in combinations:
             steps.next(" with ".join(lanes))
-            for lane, rates in together(backend, {lane: work[lane] for lane in lanes}, effort.window_ns).items():
+            for lane, rates in together(backend, {lane: work[lane] for lane in lanes}, effort.together_ns).items():
                 found[figure_name(lane, lanes)] = spread(rates)
         del work
         _release(backend)

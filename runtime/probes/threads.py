@@ -34,7 +34,7 @@ def thread_points(backend: Backend, effort: Effort, buffers: MemoryBuffers) -> t
     beside: list[dict[LaneKind, list[float]]] = [{lane: [] for lane in lanes} for _ in counts]
     for _ in range(ROUNDS):
         for updates, pooled in zip(work, beside, strict=True):
-            for lane, rates in together(backend, {LaneKind.HOST_UPDATE: updates, **copies}, effort.window_ns).items():
+            for lane, rates in together(backend, {LaneKind.HOST_UPDATE: updates, **copies}, effort.together_ns).items():
                 pooled[lane] += rates
     return tuple(
         ThreadPoint(

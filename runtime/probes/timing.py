@@ -27,7 +27,7 @@ class Effort:
     largest_copy_bytes: int
     optimizer_elements: int
     ssd_bytes: int
-    window_ns: int  # for which lanes run together
+    together_ns: int  # for which lanes run together
     host_share: float  # of the free RAM over which updates are sampled
 
     @classmethod
@@ -41,7 +41,7 @@ class Effort:
                 largest_copy_bytes=(64 << 20) // scale,
                 optimizer_elements=(31 << 20) // scale,
                 ssd_bytes=(256 << 20) // scale,
-                window_ns=300_000_000 if gpu else 150_000_000,
+                together_ns=300_000_000 if gpu else 150_000_000,
                 host_share=0.0,
             )
         return cls(
@@ -49,7 +49,7 @@ class Effort:
             largest_copy_bytes=(512 << 20) // scale,
             optimizer_elements=(31 << 22) // scale,
             ssd_bytes=(2 << 30) // scale,
-            window_ns=600_000_000,
+            together_ns=600_000_000,
             host_share=0.5 if gpu else 0.0,
         )
 
@@ -128,13 +128,13 @@ def issue_ns(backend: Backend, lane: LaneKind, action: Callable[[], object], rep
 
 Work = tuple[int, Callable[[], object]]  # units of one run, and what runs
 
-SLICES = 8  # parts of a common window, for the spread over time
+SLICES = 8  # parts of the time together, for the spread over time
 
 
-def together(backend: Backend, work: dict[LaneKind, Work], window_ns: int) -> dict[LaneKind, list[float]]:
+def together(backend: Backend, work: dict[LaneKind, Work], together_ns: int) -> dict[LaneKind, list[float]]:
     """Units per second of each lane while all of them run, over equal parts of the time in which all do.
 
-    Every lane repeats its action for `window_ns` and at least twice, one run queued behind the one that
+    Every lane repeats its action for `together_ns` and at least twice, one run queued behind the one that
     runs, as the executor's streams have it. A run counts by the part of it that lies inside. Of one lane,
     this is its rate alone. Raises whatever an action raises.
     """
@@ -177,7 +177,7 @@ def together(backend: Backend, work: dict[LaneKind, Work], window_ns: int) -> di
         thread.start()
     with contextlib.suppress(threading.BrokenBarrierError):
         started.wait()
-        time.sleep(window_ns / 1e9)
+        time.sleep(together_ns / 1e9)
         for event in enough.values():
             event.wait()
     finished.set()

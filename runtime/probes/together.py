@@ -42,11 +42,11 @@ class TogetherProbe:
         once = [*((lane,) for lane in lanes), *(each for each in COMBINATIONS if set(each) <= set(lanes))]
         return once * ROUNDS
 
-    def measure(self, backend: Backend, work: dict[LaneKind, Work], window_ns: int) -> Iterator[str]:
+    def measure(self, backend: Backend, work: dict[LaneKind, Work], together_ns: int) -> Iterator[str]:
         """Measure; yields what comes next, for progress."""
         for lanes in self.runs(work):
             yield " with ".join(lanes)
-            found = together(backend, {lane: work[lane] for lane in lanes}, window_ns)
+            found = together(backend, {lane: work[lane] for lane in lanes}, together_ns)
             pooled = self._measured.setdefault(lanes, {lane: [] for lane in lanes})
             for lane, rates in found.items():
                 pooled[lane] += rates

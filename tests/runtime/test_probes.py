@@ -118,7 +118,7 @@ def test_lanes_together_report_rates_over_their_common_time() -> None:
         LaneKind.H2D: (1000, lambda: act(LaneKind.H2D, 0.001)),
         LaneKind.HOST_UPDATE: (10, lambda: act(LaneKind.HOST_UPDATE, 0.02)),
     }
-    rates = together(CpuBackend(), work, window_ns=1)
+    rates = together(CpuBackend(), work, together_ns=1)
     assert runs[LaneKind.HOST_UPDATE] >= 3
     assert 0 < median(rates[LaneKind.HOST_UPDATE]) <= 10 / 0.02
     assert 0 < median(rates[LaneKind.H2D]) <= 1000 / 0.001
@@ -154,4 +154,4 @@ def test_a_lane_that_fails_ends_the_others() -> None:
         raise RuntimeError("broken lane")
 
     with pytest.raises(RuntimeError, match="broken lane"):
-        together(CpuBackend(), {LaneKind.H2D: (1, fail), LaneKind.D2H: (1, lambda: None)}, window_ns=1)
+        together(CpuBackend(), {LaneKind.H2D: (1, fail), LaneKind.D2H: (1, lambda: None)}, together_ns=1)

@@ -6,7 +6,7 @@
 Both read split master, both moments and a bf16 gradient and write all but the gradient back, 26 bytes an element
 on the same threads, which take chunks of the same size as they come free; in turns in the same process. "adamw,
 colliding" is the same update with both moments of an element a multiple of 256 MiB apart, which no unit has: see
-COLLIDING_ELEMENTS in slideplan/plan/model.py.
+COLLIDING_ELEMENTS in slideplan/model.py.
 """
 
 from __future__ import annotations

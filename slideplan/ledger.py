@@ -27,6 +27,13 @@ class TierLedger(Spec, frozen=True):
     fixed_bytes: int
     reserve_bytes: int
 
+    def __post_init__(self) -> None:
+        for field in ("capacity_bytes", "fixed_bytes", "reserve_bytes"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"ledger: {field} is {getattr(self, field)}, must be zero or more")
+        if min(self.items.values(), default=0) < 0:
+            raise ValueError("ledger: items must be zero or more")
+
     @property
     def used_bytes(self) -> int:
         """Peak use: slots and fixed part."""
@@ -67,8 +74,8 @@ def slot_capacity(machine: MachineProfile, tier: Tier) -> int:
 
 
 def slot_capacities(machine: MachineProfile) -> dict[Tier, int]:
-    """The same for every tier that the machine has."""
-    return {tier: slot_capacity(machine, tier) for tier, (capacity, _) in _capacity(machine).items() if capacity}
+    """The same for every tier; zero for a drive that is not there."""
+    return {tier: slot_capacity(machine, tier) for tier in _capacity(machine)}
 
 
 def fixed_bytes_of(machine: MachineProfile, tier: Tier) -> int:

@@ -15,18 +15,6 @@ class Tier(StrEnum):
     SSD = "ssd"
 
 
-# What lies between two tiers that no link connects: a copy from one to the other goes through slots of this tier.
-BETWEEN = {(Tier.SSD, Tier.GPU): Tier.HOST, (Tier.GPU, Tier.SSD): Tier.HOST}
-
-
-def hops(source: Tier, target: Tier) -> tuple[tuple[Tier, Tier], ...]:
-    """The copies that bring bytes from one tier to another, in order; none where both are the same."""
-    if source is target:
-        return ()
-    middle = BETWEEN.get((source, target))
-    return ((source, target),) if middle is None else ((source, middle), (middle, target))
-
-
 class TensorClass(StrEnum):
     """What a slot holds."""
 

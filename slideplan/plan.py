@@ -17,6 +17,9 @@ from slideplan.placement import Tier
 from slideplan.policy import Policy, Workload
 from slideplan.timeline import StepRecord
 
+# No task of a step runs as many steps before or after it: each waits for some task of the step before.
+MOST_STEPS_APART = 64
+
 
 class Prediction(Spec, frozen=True):
     """What the simulator says of a steady step.
@@ -165,7 +168,11 @@ class Plan(Document, frozen=True, tag="plan"):
             record.step_ns < 1
             or self.prediction.host_updates_ns < len(self.graph.queue(LaneKind.HOST_UPDATE))
             or any(span.duration_ns < 0 for span in record.spans)
+            or any(max(-span.start_ns, span.end_ns) > MOST_STEPS_APART * record.step_ns for span in record.spans)
         ):
-            raise ValueError(f"{where}: `prediction` has a step, a task or host updates that take no time; plan again")
+            raise ValueError(
+                f"{where}: `prediction` has a step, a task or host updates that take no time, or a task far outside its "
+                "step; plan again"
+            )
         if not self.ledger.fits:
             raise ValueError(f"{where}: `ledger` {'; '.join(self.ledger.lacking())}; plan again")

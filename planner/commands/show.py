@@ -22,7 +22,7 @@ def show(
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="One task, by its short or long name: when, which slots, what for.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Characters across; default: the terminal's.")] = None,
+    width: Annotated[int | None, typer.Option(min=40, help="Characters across; default: the terminal's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a plan's schedule: lanes down, time across.
@@ -64,8 +64,9 @@ def _as_rows(plan: Plan) -> list[dict[str, object]]:
 
 
 def _number_of(plan: Plan, name: str) -> int:
+    short = name.rstrip("+-")  # as grids mark tasks of the next step and of the step before
     for number, (named, task) in enumerate(zip(names(plan.graph), plan.graph.tasks, strict=True)):
-        if name in (short_name(named), task.name):
+        if short == short_name(named) or name == task.name:
             return number
     raise ValueError(f"--task {name!r}: the plan has no such task; `planner show` lists their short names")
 
@@ -75,11 +76,11 @@ def _show_task(plan: Plan, number: int, as_json: bool) -> None:
         print_json(_as_rows(plan)[number])
         return
     task, span = plan.graph.tasks[number], plan.prediction.record.spans[number]
-    words = {"r": "reads", "w": "writes", "rw": "updates"}
+    words = {"r": "reads", "w": "writes", "rw": "reads and writes"}
     rows = [
         ("task", f"{task.name}, on lane {task.lane.name}"),
         ("predicted", f"{format_ns(span.start_ns)} to {format_ns(span.end_ns)}, {format_ns(span.duration_ns)}"),
-        ("work", f"{task.flops / 1e9:,.1f} GFLOP" if task.flops else format_bytes(task.bytes_moved)),
+        ("computes", f"{task.flops / 1e9:,.1f} GFLOP") if task.flops else ("moves", format_bytes(task.bytes_moved)),
         *((words[each.mode], f"slot {each.slot} of {each.pool}, its {each.role}") for each in task.accesses),
         *(("waits for", reason) for reason in plan.graph.why(number)),
     ]

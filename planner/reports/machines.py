@@ -9,13 +9,11 @@ from rich.table import Table
 
 from planner.reports.tables import new_table, parameter_count
 from slideplan.graph.lanes import LaneKind
-from slideplan.lowering.sizes import MOMENT_BYTES, REMAINDER_BYTES, WEIGHT_BYTES
+from slideplan.lowering.sizes import TRAINING_BYTES
 from slideplan.machine.figures import Change, cost_name, launch_name
 from slideplan.machine.profile import Interference, MachineProfile, Spread
 from slideplan.model import ModelSpec
 from slideplan.quantities import format_bytes
-
-TRAINING_BYTES = WEIGHT_BYTES + REMAINDER_BYTES + MOMENT_BYTES  # per parameter, gradients aside
 
 
 def models_table(models: Iterable[ModelSpec]) -> Table:

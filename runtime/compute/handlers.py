@@ -235,7 +235,7 @@ def _bind(
 
 
 def one_of_each_sort(tasks: Sequence[Task]) -> list[Task]:
-    """All tasks, in their order, of the first unit of those whose tasks differ in nothing but unit and slots."""
+    """Tasks of one unit of each sort, in their order. Units are of one sort if their tasks are alike but for unit and slots."""
     sorts: dict[int, list[tuple[object, ...]]] = {}
     for task in tasks:
         used = [(access.role, access.mode) for access in task.accesses]

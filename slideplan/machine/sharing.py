@@ -84,12 +84,13 @@ def fair_speeds(
 ) -> list[float]:
     """Speed of each flow in (0, 1], relative to the flow alone.
 
-    `demands`: bytes/s that each flow takes at full speed; `capacities`: bytes/s of each resource; `shares`:
-    positive, of each flow on each resource, 1 where none is given. A resource that is asked for more than
-    it has gives each flow share x level, at one level for all, and no flow more than the resources before it left
-    it: max-min fair on each resource. Resources are divided once, in their order: who passes a narrow one, PCIe
-    or SSD, passes the wide ones as well, and what he does not get there is free for others here. Not the other
-    way round: what a flow must give up on a wide resource is not handed out again on the narrow one.
+    `demands`: bytes/s that each flow takes at full speed. `capacities`: bytes/s of each resource. `shares`: positive,
+    of each flow on each resource, 1 where none is given.
+
+    Each resource is divided max-min fair: a resource that is asked for more than it has gives each flow share x level,
+    at one level for all. Resources are divided once, in their order. A flow through a narrow resource, PCIe or SSD, also
+    passes the wide ones, at the speed that the narrow one left it. What a flow must give up on a wide resource is not
+    handed out again on a narrow one.
     """
     shares = [{}] * len(demands) if shares is None else shares
     speeds = [1.0] * len(demands)

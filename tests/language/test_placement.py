@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
-
 import pytest
 from hypothesis import given
 
-from slideplan.graph.operations import copy
 from slideplan.lowering.pools import holders
-from slideplan.placement import STATE, Placement, TensorClass, Tier, hops
+from slideplan.placement import STATE, Placement, TensorClass, Tier
 from strategies import Case, cases
 
 GPU, HOST, SSD = Tier
-
-
-@pytest.mark.parametrize("source, target", [*product(Tier, Tier)])
-def test_hops_lead_from_tier_to_tier_over_links_that_there_are(source: Tier, target: Tier):
-    found = hops(source, target)
-    if source is target:
-        assert found == ()
-        return
-    assert (found[0][0], found[-1][1]) == (source, target)
-    assert all(before[1] is after[0] for before, after in pairwise(found))
-    for hop in found:
-        copy(*hop, TensorClass.WEIGHTS)  # refuses what no lane copies
-    assert len(found) == (2 if {source, target} == {GPU, SSD} else 1)
-
-
-def test_between_drive_and_gpu_bytes_pass_through_the_host():
-    assert hops(SSD, GPU) == ((SSD, HOST), (HOST, GPU))
-    assert hops(GPU, SSD) == ((GPU, HOST), (HOST, SSD))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from slideplan.graph.lanes import Lane, LaneKind
 from slideplan.graph.operations import FORWARD, LOAD_WEIGHTS, UPDATE_HOST, Operation
 from slideplan.graph.tasks import Dependency, Task, TaskGraph
 from slideplan.graph.waits import Wait, longest_wait
-from slideplan.placement import BETWEEN, Tier, hops
 from slideplan.timeline import Span
 
 COMPUTE = Lane(LaneKind.COMPUTE)
@@ -50,12 +49,3 @@ def test_the_gap_before_the_first_task_reaches_back_into_the_step_before() -> No
 def test_a_lane_that_never_stands_still_waits_for_nothing() -> None:
     assert longest_wait(WAITING, spans((0, 10), (0, 10), (20, 30), (10, 100)), 100, COMPUTE) is None
     assert longest_wait(WAITING, spans((0, 10), (0, 10), (20, 30), (11, 100)), 100, COMPUTE) == Wait(3, 1, LOAD)
-
-
-def test_copies_between_tiers_go_by_the_host() -> None:
-    assert hops(Tier.HOST, Tier.GPU) == ((Tier.HOST, Tier.GPU),)
-    assert hops(Tier.SSD, Tier.GPU) == ((Tier.SSD, Tier.HOST), (Tier.HOST, Tier.GPU))
-    assert hops(Tier.GPU, Tier.SSD) == ((Tier.GPU, Tier.HOST), (Tier.HOST, Tier.SSD))
-    assert hops(Tier.SSD, Tier.HOST) == ((Tier.SSD, Tier.HOST),)
-    assert all(hops(tier, tier) == () for tier in Tier)
-    assert set(BETWEEN.values()) == {Tier.HOST}

@@ -67,6 +67,7 @@ def first_loss(plan_model: ModelSpec, folder: Path, out: Path) -> tuple[float, l
     shown: list[Progress] = []
     text = folder / "text.txt"
     text.write_text("Neither a borrower nor a lender be. " * 100)
+    out.mkdir()
     request = RunRequest(plan, "plan.json", out, steps=1, device="cpu", data=text, weights=folder, byte_tokens=True)
     return execute(request, shown.append).losses[0], shown
 

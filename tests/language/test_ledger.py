@@ -103,7 +103,9 @@ def test_a_drive_counts_where_a_graph_uses_it():
 
 
 def test_slots_may_lie_on_a_drive_where_there_is_one():
-    assert set(slot_capacities(tiny_machine())) == {Tier.GPU, Tier.HOST}
+    assert slot_capacities(tiny_machine())[Tier.SSD] == 0
+    with pytest.raises(ValueError, match=r"of ssd memory, 0 B are there: lacks"):
+        validate(on_a_drive(1), slot_capacities(tiny_machine()))
     assert slot_capacities(with_drive(10_000))[Tier.SSD] == slot_capacity(with_drive(10_000), Tier.SSD) == 9700
     validate(on_a_drive(9), slot_capacities(with_drive(10_000)))
     with pytest.raises(ValueError, match=r"needs 9\.8 KiB of ssd memory, 9\.5 KiB are there: lacks 300 B"):

@@ -178,7 +178,7 @@ def test_sliding_window_only_where_active(tmp_path: Path, changes: dict, window:
             "transformers reads such a config as Ministral",
         ),
         ({"num_hidden_layers": 5000}, "field `num_hidden_layers` is 5000, more than 4096"),
-        ({"vocab_size": 10**400}, "000..., more than 2147483647"),
+        ({"vocab_size": 10**400}, "..., more than 2147483647"),
         (
             {"hidden_size": 2**30, "intermediate_size": 2**30},
             "`hidden_size` 1073741824, `intermediate_size` 1073741824, `vocab_size`",

@@ -14,10 +14,10 @@ $(BIN)/.installed: pyproject.toml
 # Profile this machine, plan a small decoder for a "GPU" too small for it, run the plan on real text, compare.
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)/run
-	$(BIN)/planner profile --quick --device cpu --model demo --seq-len 128 --micro-batch 2 --micro-batch 4 --micro-batch 8 \
+	$(BIN)/planner profile --quick --device cpu --model tiny --seq-len 128 --micro-batch 2 --micro-batch 4 --micro-batch 8 \
 	    --name demo-machine -o $(DEMO)/machine.json
-	$(BIN)/planner simulate --model demo --machine $(DEMO)/machine.json --seq-len 128 --global-batch 8 \
-	    --gpu-memory 40MiB --verify -o $(DEMO)/plan.json
+	$(BIN)/planner simulate --model tiny --machine $(DEMO)/machine.json --seq-len 128 --global-batch 8 \
+	    --gpu-memory 3MiB --verify -o $(DEMO)/plan.json
 	$(BIN)/planner show $(DEMO)/plan.json
 	$(BIN)/runtime execute $(DEMO)/plan.json --device cpu --steps 40 --lr 2e-3 -o $(DEMO)/run
 	$(BIN)/planner simulate --model 123b

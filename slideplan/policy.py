@@ -260,7 +260,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     def _check_slots(self, model: ModelSpec) -> None:
         # More slots than anything could use would only take memory, and lowering lists them all.
         most = MOST_SLOTS * model.units * self.micro_batches
-        for knob in _SHARED_SLOTS:
+        for knob in SHARED_SLOTS:
             if getattr(self, knob) > most:
                 raise ValueError(f"policy.{knob} is {getattr(self, knob)}, more than could be used; take at most {most}")
         on_host = [unit for unit in range(model.units) if self.units[unit].update is Tier.HOST]
@@ -329,7 +329,8 @@ _PLACES: dict[str, tuple[Tier | None, ...]] = {
     "feed_forward": (Tier.GPU, Tier.HOST, None),
     "update": (Tier.GPU, Tier.HOST),
 }
-_SHARED_SLOTS = ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots")
+# Knobs that count the slots of a pool that several units share.
+SHARED_SLOTS = ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots")
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (
     ("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update"),

@@ -12,7 +12,7 @@ from slideplan.lowering.pools import PASSING, Holding, pool_rows
 from slideplan.lowering.sizes import Sizes
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import STATE, Placement, TensorClass, Tier
-from slideplan.policy import GradientDtype, Kernels, Moments, Policy
+from slideplan.policy import SHARED_SLOTS, GradientDtype, Kernels, Moments, Policy
 
 # Where a layer's inner activations and their feed-forward part lie.
 Inner = tuple[Tier | None, Tier | None]
@@ -168,7 +168,6 @@ HOLDINGS = (
     Holding(TensorClass.INNER, Tier.GPU, "rest"),
     Holding(TensorClass.FEED_FORWARD, Tier.HOST, ""),
 )
-_SLOT_KNOBS = ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots")
 
 
 class SlotBytes:
@@ -182,7 +181,7 @@ class SlotBytes:
         self._footprint = footprint
         self._micro_batches = alike.micro_batches
         sizes = Sizes(model, alike, seq_len, footprint)
-        nothing = msgspec.structs.replace(alike, **dict.fromkeys(_SLOT_KNOBS, 0))
+        nothing = msgspec.structs.replace(alike, **dict.fromkeys(SHARED_SLOTS, 0))
         held = {inner: self._micro_batches * sizes.held_bytes(*inner) for inner in (RECOMPUTED, KEPT, AWAY)}
         self._held = held
         idle = footprint.workspace_beside([0] * model.layers)
@@ -195,7 +194,7 @@ class SlotBytes:
 
         self._base = total(nothing)
         per_unit = [total(nothing, holding) for holding in HOLDINGS]
-        per_slot = [total(msgspec.structs.replace(nothing, **{knob: 1}), *_PASSING) for knob in _SLOT_KNOBS]
+        per_slot = [total(msgspec.structs.replace(nothing, **{knob: 1}), *_PASSING) for knob in SHARED_SLOTS]
         passing = total(nothing, *_PASSING)
         self._of_units = {tier: [each[tier] - self._base[tier] for each in per_unit] for tier in self._base}
         self._of_slots = {tier: [each[tier] - passing[tier] for each in per_slot] for tier in self._base}
@@ -203,7 +202,7 @@ class SlotBytes:
     def of(self, candidate: Candidate) -> dict[Tier, int]:
         """Bytes of the candidate's slots by tier."""
         units, held = candidate.unit_counts(self._model), self._held
-        slots = [getattr(candidate, knob) for knob in _SLOT_KNOBS]
+        slots = [getattr(candidate, knob) for knob in SHARED_SLOTS]
         found = {
             tier: base + sum(map(mul, units, self._of_units[tier])) + sum(map(mul, slots, self._of_slots[tier]))
             for tier, base in self._base.items()

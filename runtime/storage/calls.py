@@ -54,6 +54,11 @@ class Calls:
         with named(source):
             source.rename(target)
 
+    def entries(self, folder: Path) -> list[Path]:
+        """What lies in a folder, sorted."""
+        with named(folder):
+            return sorted(folder.iterdir())
+
     def remove_file(self, path: Path) -> None:
         with named(path):
             path.unlink()
@@ -129,10 +134,15 @@ class Calls:
                 raise OSError(code, os.strerror(code), str(file.path))
 
     def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        """How many bytes at the beginning of a block, which is not empty, have been written: one at least."""
         with named(file.path):
-            return os.pwrite(file.descriptor, block, offset)
+            moved = os.pwrite(file.descriptor, block, offset)
+        if moved == 0:  # asked again it would do the same for ever
+            raise OSError(errno.EIO, "the system writes no byte and gives no reason", str(file.path))
+        return moved
 
     def read(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        """How many bytes at the beginning of a block have been read; 0 at the end of the file."""
         with named(file.path):
             return os.preadv(file.descriptor, [block], offset)
 

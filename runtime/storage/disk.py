@@ -52,7 +52,7 @@ class Disk:
 
     def remove_folder(self, path: Path) -> None:
         """Remove a folder with everything in it; links are removed, not followed. What fails leaves the rest there."""
-        for entry in sorted(path.iterdir()):
+        for entry in self._calls.entries(path):
             if entry.is_dir() and not entry.is_symlink():
                 self.remove_folder(entry)
             else:

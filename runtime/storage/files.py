@@ -27,11 +27,6 @@ def too_short(path: Path, found_bytes: int, wanted_bytes: int) -> OSError:
     return OSError(errno.ENODATA, f"ends at byte {found_bytes} instead of {wanted_bytes}", str(path))
 
 
-def nothing_written(path: Path) -> OSError:
-    """A call that neither writes nor fails: asked again it would do the same for ever."""
-    return OSError(errno.EIO, "the system writes no byte and gives no reason", str(path))
-
-
 class _LargeFile:
     """A file in blocks. `direct`: whether the filesystem grants direct I/O; it may take that back at the first block."""
 
@@ -77,10 +72,6 @@ class _LargeFile:
         if np.frombuffer(block, np.uint8).ctypes.data % ALIGN_BYTES:
             raise ValueError(f"{self.path}: a block's memory does not begin at a multiple of {ALIGN_BYTES}")
 
-    def _stuck(self, place: int) -> OSError:
-        """What it means that a call has moved no byte at this place."""
-        raise NotImplementedError
-
     def _move(self, move: Callable[[OpenFile, memoryview, int], int], block: memoryview, offset: int, wanted: int) -> None:
         """Move a block by as many calls as it takes to move the `wanted` bytes at its beginning."""
         done = 0
@@ -98,7 +89,7 @@ class _LargeFile:
                     self.direct = False
                     continue
             if moved == 0:
-                raise self._stuck(offset + done)
+                raise too_short(self.path, offset + done, self.size_bytes)
             done += moved
 
 
@@ -127,9 +118,6 @@ class FileWriter(_LargeFile):
             page = memoryview(mmap.mmap(-1, ALIGN_BYTES))
             page[: block.nbytes - whole] = block[whole:]
             self._move(self._calls.write, page, offset + whole, ALIGN_BYTES)
-
-    def _stuck(self, place: int) -> OSError:
-        return nothing_written(self.path)
 
     def finish(self) -> None:
         """Everything written is on the drive when this returns; the name is once its folder is synced. Closes in any case."""
@@ -171,9 +159,6 @@ class FileReader(_LargeFile):
             page = memoryview(mmap.mmap(-1, ALIGN_BYTES))
             self._move(self._calls.read, page, offset + whole, block.nbytes - whole)
             block[whole:] = page[: block.nbytes - whole]
-
-    def _stuck(self, place: int) -> OSError:
-        return too_short(self.path, place, self.size_bytes)
 
     def close(self) -> None:
         """Close; a second time does nothing. Never raises: nothing is lost by it."""
@@ -241,7 +226,4 @@ def write_all(calls: Calls, file: OpenFile, content: bytes, offset: int) -> None
     """Write bytes at an offset by as many calls as it takes."""
     block, done = memoryview(content), 0
     while done < len(block):
-        moved = calls.write(file, block[done:], offset + done)
-        if moved == 0:
-            raise nothing_written(file.path)
-        done += moved
+        done += calls.write(file, block[done:], offset + done)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
+import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from runtime.storage.disk import Disk
+from runtime.storage.files import Log
 from slideplan.codec import encoded, unwritable
 from slideplan.plan import Plan
 
 RUNS = Path("runs")
-PLAN, METRICS = "plan.json", "metrics.jsonl"
+PLAN, METRICS, LOCK = "plan.json", "metrics.jsonl", ".lock"
 # Of one run and no other.
 OUTPUTS = (PLAN, METRICS, "measurement.json", "comparison.json")
 LONGEST_NAME = 100  # characters of a model's name that a folder's name takes over
@@ -37,7 +42,8 @@ def claimed(out: Path | None, plan: Plan) -> Iterator[Path]:
         _remove(made)
         raise
     try:
-        yield folder
+        with _locked(folder):
+            yield folder
     except BaseException as error:
         if (folder / METRICS).exists():
             if isinstance(error, KeyboardInterrupt):
@@ -45,8 +51,57 @@ def claimed(out: Path | None, plan: Plan) -> Iterator[Path]:
         else:
             with contextlib.suppress(OSError):
                 (folder / PLAN).unlink(missing_ok=True)
+                (folder / LOCK).unlink(missing_ok=True)
             _remove(made)
         raise
+
+
+@contextlib.contextmanager
+def reopened(folder: Path) -> Iterator[None]:
+    """The folder of an earlier run, for one process alone. Raises ValueError where it is none or another process has it."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is not a folder; name the run folder that `runtime execute` wrote")
+    if not (folder / PLAN).is_file():
+        raise ValueError(f"{folder}: holds no {PLAN}: it is no run folder; name one that `runtime execute` wrote")
+    with _locked(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder. The system gives it back when the process ends, however it ends."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise unwritable(folder / LOCK, error) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process runs in it; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_metrics(folder: Path, first_step: int, disk: Disk) -> Log:
+    """The metrics of a run that goes on with this step: lines of later steps, which it makes again, are cut off."""
+    path = folder / METRICS
+    end = 0
+    if first_step:
+        with contextlib.suppress(FileNotFoundError):
+            for line in disk.read(path).splitlines(keepends=True):
+                if not line.endswith(b"\n") or _step(line) not in range(first_step):
+                    break
+                end += len(line)
+    return disk.open_log(path, end)
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _name(plan: Plan) -> str:

@@ -13,6 +13,7 @@ import numba
 import torch
 import transformers
 
+from runtime.checkpoints.keeper import Keeper
 from runtime.lanes.executor import Executor
 from runtime.machine import identity, peak_resident_bytes, reset_peak_resident, resident_bytes
 from runtime.session import Session
@@ -28,33 +29,41 @@ JUDGED_STEPS = 50
 
 
 class _StepSpans(NamedTuple):
+    """Spans of a step; `steady` unless lanes were empty before it or after it."""
+
     step: int
     spans: list[Span]
+    steady: bool
 
 
 class Recorder:
-    """Losses and origins of all steps of an executor, spans of the last ones."""
+    """Losses and times of all steps of a run, spans of the last ones. Executors follow each other: saves lie between them."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, first_step: int) -> None:
+        self.first_step = first_step
         self.losses: list[float] = []
-        self.origins: list[int] = []
+        self.step_ns: list[int] = []
         self.recent: deque[_StepSpans] = deque(maxlen=JUDGED_STEPS + 1)
-        self._executor = executor
+        self._origins: list[int] = []  # of the executor that runs
 
-    def take(self, step: int, loss: float) -> None:
-        """A step's compute is over. Its updates may still run; those of the step before are over or nearly so."""
+    def take(self, executor: Executor, step: int, loss: float) -> None:
+        """The executor's step's compute is over. Its updates may still run; those of the step before are over or nearly so."""
         self.losses.append(loss)
-        self._take_spans(step - 1)
+        self._take_spans(executor, step)
 
-    def finish(self) -> None:
-        """All steps are over."""
-        self._take_spans(self._executor.steps)
+    def finish(self, executor: Executor) -> None:
+        """All steps of the executor are over."""
+        self._take_spans(executor, executor.steps)
+        # A step lasts from its first compute task to that of the next; the last one, to its own last task.
+        ends = [*self._origins[1:], self._origins[-1] + max(span.end_ns for span in self.recent[-1].spans)]
+        self.step_ns += [end - start for start, end in zip(self._origins, ends, strict=True)]
+        self._origins = []
 
-    def _take_spans(self, until: int) -> None:
-        for step in range(len(self.origins), until):
-            origin, spans = self._executor.spans(step)
-            self.origins.append(origin)
-            self.recent.append(_StepSpans(step, spans))
+    def _take_spans(self, executor: Executor, until: int) -> None:
+        for step in range(len(self._origins), until):
+            origin, spans = executor.spans(step)
+            self._origins.append(origin)
+            self.recent.append(_StepSpans(executor.first_step + step, spans, 0 < step < executor.steps - 1))
 
 
 class PeakMemory:
@@ -78,6 +87,16 @@ class PeakMemory:
         return {Tier.GPU: peak_gpu, Tier.HOST: peak_resident_bytes()}
 
 
+def versions() -> dict[str, str]:
+    """Of what a run's figures and weights depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "numba": numba.__version__,
+    }
+
+
 def measurement(
     session: Session,
     recorder: Recorder,
@@ -85,20 +104,18 @@ def measurement(
     warmup_steps: int,
     command: str,
     rehearsed_ns: int | None,
+    keeper: Keeper | None = None,
 ) -> Measurement:
-    """Judge a run by its steady steps: neither the first `warmup_steps` nor the last.
+    """Judge a run by its steady steps: not the first `warmup_steps`, and none beside which lanes were empty.
 
-    `memory` was watched since before the first step.
+    `memory` was watched since before the first step. keeper: of a run that saves.
     """
-    plan, origins = session.plan, recorder.origins
-    # A step lasts from its first compute task to that of the next; the last one, to its own last task.
-    last = recorder.recent[-1]
-    ends = [*origins[1:], origins[-1] + max(span.end_ns for span in last.spans)]
-    step_ns = [end - start for start, end in zip(origins, ends, strict=True)]
-    # The last step is left out where others are there: no step follows into which it could overlap.
-    steady = [entry for entry in recorder.recent if warmup_steps <= entry.step < last.step] or [last]
+    plan, step_ns, first = session.plan, recorder.step_ns, recorder.first_step
+    # Steps after which or before which lanes are empty are left out where others are there.
+    recent = [entry for entry in recorder.recent if entry.step >= first + warmup_steps]
+    steady = [entry for entry in recent if entry.steady] or recent[:-1] or [recorder.recent[-1]]
     # The low median: a step that was made.
-    middle = sorted(steady, key=lambda entry: step_ns[entry.step])[(len(steady) - 1) // 2]
+    middle = sorted(steady, key=lambda entry: step_ns[entry.step - first])[(len(steady) - 1) // 2]
     task_ns = tuple(
         round(median(entry.spans[number].duration_ns for entry in steady)) for number in range(len(plan.graph.tasks))
     )
@@ -106,18 +123,16 @@ def measurement(
         version=__version__,
         plan_digest=digest(plan),
         machine=identity(session.backend),
-        versions={
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "numba": numba.__version__,
-        },
+        versions=versions(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
         steady_steps=tuple(entry.step for entry in steady),
+        first_step=first,
         step_ns=tuple(step_ns),
         losses=tuple(recorder.losses),
         task_ns=task_ns,
-        record=step_record(plan.graph, plan.workload, step_ns[middle.step], middle.spans, memory.peak_bytes()),
+        record=step_record(plan.graph, plan.workload, step_ns[middle.step - first], middle.spans, memory.peak_bytes()),
         rehearsed_ns=rehearsed_ns,
+        saves=() if keeper is None else tuple(keeper.records),
+        staging_bytes=0 if keeper is None else keeper.staging.size_bytes,
     )

@@ -22,8 +22,8 @@ WORTH_SAYING = 0.03  # of the step
 def rehearse(session: Session, show: Show) -> int | None:
     """Nanoseconds that the host's updates of one step take, one after the other: the median of some passes.
 
-    Where they are not as planned, what step to expect is said. Nothing else may be running. Weights and moments stay as
-    they are, as long as gradients are finite: before the first step they are zero. None where the host updates nothing.
+    Where they are not as planned, what step to expect is said. Nothing else may be running. It comes before the session
+    begins: all slots are zero and stay so. None where the host updates nothing.
     Raises RunError, naming the task, if an update fails.
     """
     plan, phase = session.plan, "rehearsing updates"

@@ -1,47 +1,57 @@
-"""`runtime execute`: from a plan on disk to a measurement on disk."""
+"""`runtime execute` and `runtime resume`: from a plan on disk to trained weights and a measurement on disk."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
+from runtime.checkpoints.contents import Contents, carried, contents_at, contents_of
+from runtime.checkpoints.keeper import Keeper, Stored, check_room
+from runtime.checkpoints.manifest import Manifest, RunRecord, Saving, StoredFile
+from runtime.checkpoints.resuming import Candidate, Resume, clear
+from runtime.checkpoints.staging import Staging
+from runtime.checks import MARGIN_BYTES, check_machine, check_model, check_numbers, check_plan, staging_bytes
+from runtime.folder import PLAN, open_metrics
 from runtime.inputs.data import TokenWindows
-from runtime.inputs.prepare import DataRequest, prepare
+from runtime.inputs.prepare import DataRequest, PreparedData, prepare
 from runtime.inputs.weights import RandomWeights, SafetensorsWeights, WeightSource
 from runtime.lanes.backend import Backend, make_backend
-from runtime.lanes.clock import RunError
+from runtime.lanes.clock import Hung, RunError
 from runtime.lanes.threads import set_compute_threads
-from runtime.machine import identity, resident_bytes
-from runtime.measure import PeakMemory, measurement
+from runtime.machine import resident_bytes
+from runtime.measure import PeakMemory, measurement, versions
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.rehearsal import rehearse
-from runtime.session import Session
-from runtime.training import train
-from slideplan.codec import save
+from runtime.session import Session, Start
+from runtime.storage.disk import Disk
+from runtime.training import Stop, train
+from slideplan import __version__
+from slideplan.codec import digest, save
+from slideplan.entry import first_stop
 from slideplan.graph.tasks import tier_bytes
-from slideplan.hf_config import model_from_config
-from slideplan.machine.host import available_host_bytes
 from slideplan.measurement import Measurement
-from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import Plan
 from slideplan.progress import Progress, Show
-from slideplan.quantities import format_bytes
-
-# Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
-MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class RunRequest:
     """What to run. `data` None: the sources of Python's standard library. `weights` None: random ones.
 
-    byte_tokens: bytes are tokens though there are weights that have learned others.
-    document_end: "auto" (the tokenizer's end-of-text token), "none", or the text of a token.
-    token_cache: folder of prepared tokens; None: the default one.
+    out: the run folder, which `folder` has made or opened and locked
+    steps: in all, those of earlier runs included
+    byte_tokens: bytes are tokens though there are weights that have learned others
+    document_end: "auto" (the tokenizer's end-of-text token), "none", or the text of a token
+    token_cache: folder of prepared tokens; None: the default one
+    saving: None: nothing is kept
+    found: checkpoints to go on from, the newest first; none: a new run
+    data_changed: the data may be others than those of the checkpoint
+    disk: through which checkpoints and metrics are written
     """
 
     plan: Plan
@@ -58,133 +68,220 @@ class RunRequest:
     token_cache: Path | None = None
     warmup_steps: int = 2
     command: str = ""
+    saving: Saving | None = field(default_factory=Saving)
+    found: Sequence[Candidate] = ()
+    data_changed: bool = False
+    disk: Disk = field(default_factory=Disk)
+
+    def resumed(self) -> RunRequest:
+        """The same with what its newest checkpoint says of model, data and settings."""
+        folder, manifest = self.found[0]
+        run = manifest.run
+        return replace(
+            self,
+            weights=folder,
+            data=self.data or (None if run.data is None else Path(run.data)),
+            settings=run.settings,
+            seed=run.seed,
+            byte_tokens=run.byte_tokens,
+            document_end=run.document_end,
+        )
+
+    @property
+    def record(self) -> RunRecord:
+        """What manifests say of it."""
+        return RunRecord(
+            steps=self.steps,
+            data=None if self.data is None else os.path.abspath(self.data),  # noqa: PTH100 - links are kept
+            byte_tokens=self.byte_tokens or self.weights is None,
+            document_end=self.document_end,
+            seed=self.seed,
+            settings=self.settings,
+            saving=self.saving,
+        )
 
 
 def check_request(request: RunRequest) -> None:
     """Everything that can be refused before memory is reserved. Raises ValueError."""
     plan = request.plan
-    if plan.policy.other is not None:
-        raise ValueError(
-            f"{request.plan_path}: policy.other is {plan.policy.other.name}: the plan describes how another system works, and "
-            "can be priced but not executed; run a plan of `planner simulate`"
-        )
-    plan.check(request.plan_path)
-    if request.steps < 1:
-        raise ValueError(f"--steps is {request.steps}, must be at least 1")
-    if request.warmup_steps < 0:
-        raise ValueError(f"--warmup is {request.warmup_steps}, must be zero or more")
-    if not 0 <= request.seed < 1 << 31:
-        raise ValueError(f"--seed is {request.seed}, must be in 0..{(1 << 31) - 1}")
+    check_plan(plan, request.plan_path)
+    check_numbers(request.steps, request.warmup_steps, request.seed)
     if request.weights is not None:
-        _check_model(plan.model, request.weights, plan.workload.seq_len)
+        option = "" if request.found else "--weights "
+        check_model(plan.model, request.weights, plan.workload.seq_len, option)
+    if request.found:
+        _check_progress(request, request.found[0].manifest)
+    if request.saving is not None:
+        check_room(request.disk, request.out, plan, request.saving, request.steps)
 
 
-def _check_model(planned: ModelSpec, weights: Path, seq_len: int) -> None:
-    """Raise ValueError where the folder's config describes another model than the planned one, for such sequences."""
-    found = model_from_config(weights)
-    differing = [
-        f"{name} is {getattr(found, name)}, planned {getattr(planned, name)}"
-        for name in planned.__struct_fields__
-        if name != "name"
-        and getattr(found, name) != getattr(planned, name)
-        # Up to how many positions a model is offered changes nothing below them: scaled frequencies are read without it.
-        and not (name == "max_positions" and seq_len <= found.max_positions)
-    ]
-    if differing:
+def _check_progress(request: RunRequest, manifest: Manifest) -> None:
+    if request.steps <= manifest.step:
         raise ValueError(
-            f"--weights {weights}: is not the model that was planned ({planned.name}): {'; '.join(differing)}; "
-            f"plan for it with `planner simulate --model {weights}`"
+            f"{request.out}: {manifest.step} steps are done, --steps is {request.steps}; name a larger number to go on, or "
+            f"`runtime export {request.out} -o DIR` to take the weights"
+        )
+    planned = request.plan.workload.seq_len
+    if manifest.seq_len != planned:
+        raise ValueError(
+            f"{request.plan_path}: workload.seq_len is {planned}, the run has taken its data in sequences of "
+            f"{manifest.seq_len}; plan with --seq-len {manifest.seq_len}"
         )
 
 
-def check_machine(plan: Plan, backend: Backend, where: str) -> None:
-    """Raise ValueError where the plan was made for another machine or does not fit in what is free."""
-    differences = plan.machine.identity.differences(identity(backend))
-    if differences:
-        raise ValueError(
-            f"{where}: was made for machine {plan.machine.name}, this one differs (planned, here): {'; '.join(differences)}; "
-            "measure this machine with `planner profile` and plan again"
-        )
-    if plan.policy.kernels == "graphed" and backend.name == "cpu":
-        raise ValueError(f'{where}: policy.kernels is "graphed": nothing can be captured on a CPU; plan with --kernels fused')
-    free = {Tier.HOST: available_host_bytes()}
-    if backend.name == "cuda":
-        free[Tier.GPU] = torch.cuda.mem_get_info(backend.device)[0]
-    else:  # the device's memory is RAM too
-        free[Tier.HOST] -= tier_bytes(plan.graph.pools, Tier.GPU)
-    for tier, available in free.items():
-        need = tier_bytes(plan.graph.pools, tier) + (MARGIN_BYTES if tier is Tier.HOST else 0)
-        if need > available:
-            raise ValueError(
-                f"{where}: needs {format_bytes(need)} of {tier} memory, {format_bytes(max(0, available))} are free: lacks "
-                f"{format_bytes(need - available)}; free some, or plan with a smaller --{tier}-memory"
-            )
-
-
-def _weights(request: RunRequest, backend: Backend, show: Show) -> WeightSource:
+def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightSource, Contents]:
+    """Where a new run begins, and what its checkpoints hold beside the state."""
     model = request.plan.model
     if request.weights is None:
-        return RandomWeights(model, request.seed, backend.device)
+        return RandomWeights(model, request.seed, backend.device), contents_of(model)
     source = SafetensorsWeights(model, request.weights)
+    contents, left_out = carried(request.weights, source.names)
+    if left_out and request.saving is not None:
+        source.notes.append(f"weights: too large to be kept with checkpoints: {', '.join(left_out)}")
     for note in source.notes:
         show(Progress("checking weights", 1, 1, note=note))
-    return source
+    return source, contents
 
 
-def _token_windows(request: RunRequest, show: Show) -> TokenWindows:
-    """Prepare the data in the memory that the plan's slots take later, and say what was read."""
+def _prepared(request: RunRequest, show: Show) -> PreparedData:
+    """Prepare the data in the memory that the plan's slots take later."""
     plan = request.plan
     wanted = DataRequest(
         data=request.data,
         weights=request.weights,
         vocabulary=plan.model.vocabulary,
-        byte_tokens=request.byte_tokens,
+        byte_tokens=request.record.byte_tokens,
         document_end=request.document_end,
         cache=request.token_cache,
         host_bytes=tier_bytes(plan.graph.pools, Tier.HOST) + MARGIN_BYTES - resident_bytes(),
     )
-    data = prepare(wanted, show)
-    windows = TokenWindows(data.tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
-    for line in (data.said(request.steps, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
-        show(Progress("data", 1, 1, note=line))
-    return windows
+    found = prepare(wanted, show)
+    before = request.found[0].manifest.data_digest if request.found else found.record.digest
+    if before != found.record.digest and not request.data_changed:
+        raise ValueError(
+            f"{'the default text' if request.data is None else request.data}: its tokens are not those that the run has had "
+            "until now; name the data with --data, or go on with others with --data-changed"
+        )
+    return found
+
+
+def _host_update(request: RunRequest) -> HostUpdate:
+    planned = request.plan.machine.optimizer_threads
+    found = HostUpdate(planned)
+    if found.threads < planned:
+        raise ValueError(
+            f"{request.plan_path}: machine.optimizer_threads is {planned}, numba gives this process "
+            f"{found.threads}; unset NUMBA_NUM_THREADS, or measure this machine with it and plan again"
+        )
+    found.compile()  # it may refuse
+    return found
 
 
 def execute(request: RunRequest, show: Show) -> Measurement:
-    """Run the plan and write metrics and measurement into the run folder, which `folder.claimed` has made.
+    """Run the plan until all steps are done, and write metrics, checkpoints and measurement into the run folder.
 
-    Raises ValueError for what the user can mend, before memory is reserved; RunError if the run fails.
+    Raises ValueError for what the user can mend, before memory is reserved; RunError if the run fails; KeyboardInterrupt
+    where it was asked to stop, once the state is saved.
     """
+    request = request.resumed() if request.found else request
     check_request(request)
     plan = request.plan
     backend = make_backend(request.device)
     check_machine(plan, backend, request.plan_path)
-    source = _weights(request, backend, show)
-    windows = _token_windows(request, show)
+    source: WeightSource | None = None
+    if request.found:
+        contents = contents_at(plan.model, request.found[0].folder)
+    else:
+        source, contents = _weights(request, backend, show)
+    data = _prepared(request, show)
+    windows = TokenWindows(data.tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
+    done = request.found[0].manifest.step if request.found else 0
+    for line in (data.said(request.steps - done, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
+        show(Progress("data", 1, 1, note=line))
     set_compute_threads(backend)
-    host_update = HostUpdate(plan.machine.optimizer_threads)
-    if host_update.threads < plan.machine.optimizer_threads:
-        raise ValueError(
-            f"{request.plan_path}: machine.optimizer_threads is {plan.machine.optimizer_threads}, numba gives this process "
-            f"{host_update.threads}; unset NUMBA_NUM_THREADS, or measure this machine with it and plan again"
-        )
-    host_update.compile()  # it may refuse
+    host_update = _host_update(request)
+    if request.found:  # nothing is refused any more: the folder is this run's
+        clear(request.out, request.disk)
+        save(request.out / PLAN, plan)
     on_gpu = plan.ledger.tiers[Tier.GPU]
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
+    keeper: Keeper | None = None
     try:
-        session = Session(plan, backend, source, windows, request.settings, host_update, show)
-        memory = PeakMemory(session)
+        session = Session(plan, backend, windows, request.settings, host_update, show)
         rehearsed_ns = rehearse(session, show)
-        recorder = train(session, request.steps, request.out, show)
-        found = measurement(session, recorder, memory, request.warmup_steps, request.command, rehearsed_ns)
-    except BaseException:
-        # After a fault of the device closing may fail too; the fault is what the user must see.
-        with contextlib.suppress(Exception):
-            backend.close()
+        staging = Staging(backend, staging_bytes(plan, request.saving), _updates_on_gpu(plan))
+        start: Start = source or Resume(request.found, plan.model, request.disk, staging, backend)
+        session.begin(start, show)
+        if request.saving is not None:
+            stored = Stored(plan.model, session.states, contents)
+            describe = _describe(request, data.record.digest, windows)
+            cost = plan.prediction.save
+            keeper = Keeper(request.out, request.disk, stored, staging, backend, describe, request.saving.keep, cost, show)
+        return _trained(request, session, keeper, rehearsed_ns, show)
+    except BaseException as error:
+        # After a fault of the device closing may fail too; the fault is what the user must see. What hangs is left alone.
+        if not isinstance(error, Hung):
+            with contextlib.suppress(Exception):
+                if keeper is not None:
+                    keeper.close()
+                backend.close()
         raise
-    backend.close()
+
+
+def _trained(request: RunRequest, session: Session, keeper: Keeper | None, rehearsed_ns: int | None, show: Show) -> Measurement:
+    stop = Stop()
+
+    def asked(cause: KeyboardInterrupt) -> None:
+        stop.cause = cause
+        word = "" if keeper is None else ", then the state is saved"
+        show(Progress("training", note=f"the steps that have begun are finished{word}; a second signal stops at once"))
+
+    memory = PeakMemory(session)
+    with open_metrics(request.out, session.first_step, request.disk) as log, first_stop(asked):
+        try:
+            recorder = train(session, request.steps, log, keeper, request.saving or Saving(), stop, show)
+            newest = None if keeper is None else keeper.finish()
+        except RunError as error:
+            if keeper is not None and not isinstance(error, Hung):
+                raise type(error)(f"{error}{keeper.remedy()}") from error.__cause__
+            raise
+    found = measurement(session, recorder, memory, request.warmup_steps, request.command, rehearsed_ns, keeper)
+    session.backend.close()
     try:
         save(request.out / "measurement.json", found)
     except ValueError as error:  # nothing that was asked for is wrong
         raise RunError(str(error)) from None
+    if stop.cause is not None:
+        if newest is not None:
+            stop.cause.add_note(f"{session.steps_done} steps are saved in {newest}; `runtime resume {request.out}` goes on")
+        raise stop.cause
     return found
+
+
+def _updates_on_gpu(plan: Plan) -> bool:
+    return any(unit.update is Tier.GPU for unit in plan.policy.units)
+
+
+def _describe(
+    request: RunRequest, data_digest: str, windows: TokenWindows
+) -> Callable[[int, bool, tuple[StoredFile, ...]], Manifest]:
+    plan = request.plan
+
+    def describe(step: int, optimizer: bool, files: tuple[StoredFile, ...]) -> Manifest:
+        return Manifest(
+            version=__version__,
+            step=step,
+            sequences=windows.sequences(step),
+            seq_len=plan.workload.seq_len,
+            optimizer=optimizer,
+            run=request.record,
+            model_name=plan.model.name,
+            model_digest=digest(plan.model),
+            plan_digest=digest(plan),
+            data_digest=data_digest,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            files=files,
+        )
+
+    return describe

@@ -1,11 +1,13 @@
-"""A plan with its memory reserved and its weights in place."""
+"""A plan with its memory reserved, which runs its steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from runtime.compute.handlers import ComputeHandlers
 from runtime.handlers import Handlers, compile_gpu_update, gpu_update
-from runtime.inputs.data import TokenWindows
-from runtime.inputs.weights import WeightSource
+from runtime.inputs.data import Position, TokenWindows
 from runtime.lanes.backend import Backend
 from runtime.lanes.executor import Executor
 from runtime.memory.buffers import DYNAMIC, Buffers
@@ -17,8 +19,15 @@ from slideplan.plan import Plan
 from slideplan.progress import Progress, Show, silent
 
 
+class Start(Protocol):
+    """Where a run begins."""
+
+    def fill(self, states: Sequence[UnitState], show: Show) -> Position:
+        """Write weights, and optimizer state where there is some already, of all units."""
+
+
 class Session:
-    """A plan with its memory reserved and its weights in place, ready to run steps.
+    """A plan with its memory reserved. Once it has begun somewhere, it runs steps.
 
     `host_update` should be compiled, or the first updates pay for it.
     """
@@ -27,7 +36,6 @@ class Session:
         self,
         plan: Plan,
         backend: Backend,
-        source: WeightSource,
         windows: TokenWindows,
         settings: AdamW,
         host_update: HostUpdate,
@@ -45,11 +53,7 @@ class Session:
             show(Progress("reserving memory", done, total))
 
         self.buffers = Buffers(graph, backend, policy.gradient_dtype, progress=reserved)
-        for unit in range(plan.model.units):
-            state = self.state(unit)
-            for piece in source.pieces(unit):
-                state.place(piece)
-            show(Progress("placing weights", unit + 1, plan.model.units))
+        self.states = [UnitState(graph, plan.model, self.buffers, unit) for unit in range(plan.model.units)]
         self.compute = ComputeHandlers(
             plan.model,
             graph,
@@ -60,16 +64,31 @@ class Session:
             plan.workload.seq_len,
         )
         self.handlers = Handlers(self.buffers, self.compute, settings, host_update)
+        self.windows = windows
         self._warm_up(host_update)
-        self._steps_done = 0
+        self._begun = Position(0, 0)
+        self._executor: Executor | None = None
         if policy.kernels == "graphed":
             self.compute.capture(backend, [task for task in graph.tasks if task.lane.kind is LaneKind.COMPUTE])
         # All of the above ran on the default stream, for which no lane waits.
         backend.release_unused()
 
-    def state(self, unit: int) -> UnitState:
-        """Master weights and moments of a unit. Nothing may be running."""
-        return UnitState(self.plan.graph, self.plan.model, self.buffers, unit)
+    def begin(self, start: Start, show: Show = silent) -> None:
+        """Take weights and state from where the run begins. No lane may be running."""
+        self._begun = start.fill(self.states, show)
+        self._executor = None
+        self.windows.begin(self._begun)
+        self.backend.release_unused()  # as above
+
+    @property
+    def first_step(self) -> int:
+        """Steps that earlier runs have done."""
+        return self._begun.step
+
+    @property
+    def steps_done(self) -> int:
+        """Steps done, earlier runs' included, once the last executor has ended."""
+        return self._begun.step if self._executor is None else self._executor.first_step + self._executor.steps
 
     def _warm_up(self, host_update: HostUpdate) -> None:
         """Compile the GPU's updates before the clock starts; no slot is touched. Units compile in the first, warm-up, step."""
@@ -79,6 +98,5 @@ class Session:
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""
-        first = self._steps_done
-        self._steps_done += steps
-        return Executor(self.plan.graph, self.backend, self.handlers, steps, first)
+        self._executor = Executor(self.plan.graph, self.backend, self.handlers, steps, self.steps_done)
+        return self._executor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from msgspec import UNSET
 
@@ -14,11 +16,28 @@ from slideplan.model import ModelSpec
 from slideplan.placement import STATE, TensorClass
 from slideplan.policy import MOMENT_BLOCK
 
+# Stored names of both moments; where a moment is kept in 8 bits, what the names of its two tensors end with.
+MOMENTS, CODES, SCALES = ("exp_avg", "exp_avg_sq"), ".codes", ".scales"
+_DTYPES = {"": "F32", CODES: "U8", SCALES: "F32"}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a unit as checkpoints store it. dtype: in safetensors' words.
+
+    parts: flat views of the slots that hold it. One after the other they are its elements; what is written there is its new
+    value.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: list[torch.Tensor]
+
 
 class UnitState:
     """Weights, remainder and moments of one unit between two steps. Nothing may be running while it is read or written.
 
-    What is read is the same for every placement, and what is written may come from any other.
+    Its stored tensors are the same for every placement; only how the moments are kept may differ.
     """
 
     def __init__(self, graph: TaskGraph, model: ModelSpec, buffers: Buffers, unit: int) -> None:
@@ -41,37 +60,26 @@ class UnitState:
         """Of each of its tensors, alignment between parameters included."""
         return self._weights.numel()
 
-    def read(self, tensor: TensorClass) -> torch.Tensor:
-        """A copy in CPU memory, the same whatever the placement.
+    def weights(self) -> list[StoredTensor]:
+        """bf16 weights, one tensor a parameter."""
+        views = parameter_views(self._weights, self._layout)
+        return [StoredTensor(each.name, "BF16", each.shape, [views[each.name].reshape(-1)]) for each in self._layout]
 
-        Weights bf16 [n], remainder int16 [n], moments fp32 [2, n]. Moments of 8 bits are uint8: codes of both [2, n], then
-        fp32 scales of both [2, blocks], flat.
+    def optimizer(self) -> list[StoredTensor]:
+        """Remainder and moments, flat over the unit, alignment between parameters included.
+
+        remainder int16 [n]; of each moment, exp_avg and exp_avg_sq, fp32 [n]; or where it is kept in 8 bits its codes,
+        uint8 [n], and scales, fp32 [blocks].
         """
-        if tensor is TensorClass.WEIGHTS:
-            return self._weights.cpu().clone()
-        parts = [[part.cpu() for part in _parts(slot, n)] for slot, n in self._chunks(tensor)]
-        whole = [torch.cat(pieces, dim=-1) for pieces in zip(*parts, strict=True)]
-        if len(whole) == 1:
-            return whole[0]
-        return torch.cat([part.reshape(-1).view(torch.uint8) for part in whole])
-
-    def write(self, tensor: TensorClass, values: torch.Tensor) -> None:
-        """Put back what `read` gave. Raises ValueError where shape or dtype differ; nothing is written then."""
-        if tensor is TensorClass.WEIGHTS:
-            _check(values, self._weights.dtype, (self.elements,), tensor)
-            self._weights.copy_(values)
-            return
-        chunks = self._chunks(tensor)
-        dtype, blocks = chunks[0][0].dtype, -(-self.elements // MOMENT_BLOCK)
-        shapes = {torch.int16: (self.elements,), torch.uint8: (2 * self.elements + 8 * blocks,)}
-        _check(values, dtype, shapes.get(dtype, (2, self.elements)), tensor)
-        whole = _parts(values, self.elements)
-        first = [0] * len(whole)
-        for slot, n in chunks:
-            for place, part in enumerate(_parts(slot, n)):
-                size = part.shape[-1]
-                part.copy_(whole[place][..., first[place] : first[place] + size])
-                first[place] += size
+        remainder = [slot[:n] for slot, n in self._chunks(TensorClass.REMAINDER)]
+        found = [StoredTensor("remainder", "I16", (self.elements,), remainder)]
+        moments = [_moments(slot, n) for slot, n in self._chunks(TensorClass.MOMENTS)]
+        for moment, name in enumerate(MOMENTS):
+            for kind, dtype in _DTYPES.items():
+                parts = [chunk[kind][moment] for chunk in moments if kind in chunk]
+                if parts:
+                    found.append(StoredTensor(name + kind, dtype, (sum(map(len, parts)),), parts))
+        return found
 
     def place(self, piece: Piece) -> None:
         """Write some rows of a parameter, given in any floating dtype, as master weights."""
@@ -98,19 +106,10 @@ class UnitState:
         return [(slot, min(each, self.elements - each * place)) for place, slot in enumerate(slots)]
 
 
-def _parts(slot: torch.Tensor, n: int) -> list[torch.Tensor]:
-    """Views of what a slot holds for `n` elements, along the last dimension; moments of 8 bits have codes and scales."""
-    if slot.dtype is torch.int16:
-        return [slot[:n]]
+def _moments(slot: torch.Tensor, n: int) -> dict[str, torch.Tensor]:
+    """Views of both moments of `n` elements in a slot, [2, n]; of moments of 8 bits codes [2, n] and scales [2, blocks]."""
     if slot.dtype is not torch.uint8:
-        return [slot.reshape(-1)[: 2 * n].view(2, n)]
+        return {"": slot.reshape(-1)[: 2 * n].view(2, n)}
     blocks = -(-n // MOMENT_BLOCK)
     scales = slot[2 * n : 2 * n + 8 * blocks].view(torch.float32).view(2, blocks)
-    return [slot[: 2 * n].view(2, n), scales]
-
-
-def _check(values: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], tensor: TensorClass) -> None:
-    if tuple(values.shape) != shape or values.dtype is not dtype:
-        raise ValueError(
-            f"{tensor} of a unit: {values.dtype} {list(values.shape)} does not go where {dtype} {list(shape)} lies"
-        )
+    return {CODES: slot[: 2 * n].view(2, n), SCALES: scales}

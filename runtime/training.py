@@ -5,15 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from io import FileIO
-from pathlib import Path
+import time
 from typing import NamedTuple
 
-from runtime.folder import METRICS
+from runtime.checkpoints.keeper import Keeper
+from runtime.checkpoints.manifest import Saving
 from runtime.lanes.clock import RunError
 from runtime.measure import Recorder
 from runtime.session import Session
+from runtime.storage.files import Log
 from slideplan.progress import Progress, Show
+
+
+class Stop:
+    """A wish to end training, from outside of its loop. `cause`: the signal's exception, raised once the state is saved."""
+
+    cause: KeyboardInterrupt | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.cause is not None
 
 
 class StepResult(NamedTuple):
@@ -24,23 +35,44 @@ class StepResult(NamedTuple):
     grad_norm: float | None
 
 
-def train(session: Session, steps: int, out: Path, show: Show) -> Recorder:
-    """Run the next steps of a session, one line a step into metrics.jsonl of `out`; what was recorded of them.
+def train(session: Session, steps: int, log: Log, keeper: Keeper | None, saving: Saving, stop: Stop, show: Show) -> Recorder:
+    """Run a session until so many steps are done in all, one line a step into the log; what was recorded of them.
 
-    Raises LaneError if a lane fails, RunError if the device does where no lane waits for it, or if a loss is not finite.
+    Between steps the state is saved as `saving` says, and at the end; without a keeper nothing is. Once `stop` is asked for,
+    the steps that have begun are the last. Raises LaneError if a lane fails, RunError if the device does where no lane waits
+    for it, if a loss is not finite, or if the last state could not be saved.
     """
-    executor = session.executor(steps)
-    recorder = Recorder(executor)
-    # Closed, the executor has ended its lanes, whatever happens here: memory that they copy is given back next.
-    with (out / METRICS).open("wb", buffering=0) as metrics, contextlib.closing(iter(executor)) as running:
-        for step in running:  # the lanes walk the graph by themselves; compute of this step is over
-            result = result_of(session, step)
-            _log(metrics, result)
-            _require_finite(result)
-            show(Progress("training", step + 1, steps, result.loss, result.grad_norm))
-            recorder.take(step, result.loss)
-    recorder.finish()
+    recorder = Recorder(session.first_step)
+    while (done := session.steps_done) < steps and not stop.asked:
+        executor = session.executor(_until_save(done, steps, saving) - done)
+        # Closed, the executor has ended its lanes, whatever happens here: memory that they copy is given back next.
+        with contextlib.closing(iter(executor)) as running:
+            over_ns = 0
+            for step in running:  # the lanes walk the graph by themselves; compute of this step is over
+                result = result_of(session, executor.first_step + step)
+                _log(log, result)
+                _require_finite(result)
+                show(Progress("training", result.step + 1, steps, result.loss, result.grad_norm))
+                recorder.take(executor, step, result.loss)
+                over_ns = time.perf_counter_ns()
+                if stop.asked:
+                    executor.finish()
+        drained_ns = time.perf_counter_ns() - over_ns
+        recorder.finish(executor)
+        if keeper is not None:
+            log.sync()
+            done = session.steps_done
+            last = done == steps or stop.asked
+            if last or (saving.every and done % saving.every == 0):
+                keeper.save(done, optimizer=True, drained_ns=drained_ns)
+            if saving.weights_every and done % saving.weights_every == 0:
+                keeper.save(done, optimizer=False, drained_ns=drained_ns)
     return recorder
+
+
+def _until_save(done: int, steps: int, saving: Saving) -> int:
+    """The next step, counted from the first of all, after which something is saved."""
+    return min([steps, *((done // every + 1) * every for every in (saving.every, saving.weights_every) if every)])
 
 
 def result_of(session: Session, step: int) -> StepResult:
@@ -54,15 +86,10 @@ def result_of(session: Session, step: int) -> StepResult:
     return StepResult(step, loss, norm)
 
 
-def _log(metrics: FileIO, result: StepResult) -> None:
+def _log(log: Log, result: StepResult) -> None:
     # JSON has no infinities.
     values = {name: value if math.isfinite(value) else None for name, value in _values(result).items()}
-    line = f"{json.dumps({'step': result.step} | values)}\n".encode()
-    try:
-        while line:
-            line = line[metrics.write(line) :]
-    except OSError as error:  # which does not say of which file
-        raise OSError(error.errno, error.strerror, str(metrics.name)) from None
+    log.append(f"{json.dumps({'step': result.step} | values)}\n".encode())
 
 
 def _require_finite(result: StepResult) -> None:

@@ -8,18 +8,37 @@ from slideplan.codec import Document, Spec, digest
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.replay import replay
 from slideplan.machine.profile import MachineIdentity
+from slideplan.placement import Tier
 from slideplan.plan import Plan
 from slideplan.timeline import StepRecord, step_record
+
+
+class SaveRecord(Spec, frozen=True):
+    """A save of a run.
+
+    step:       steps done; optimizer: whether remainder and moments were saved
+    drained_ns: from the end of the last step's compute until all lanes were empty
+    paused_ns:  from then until all was copied and training went on; took_ns: until all was on the drive
+    """
+
+    step: int
+    optimizer: bool
+    size_bytes: int
+    drained_ns: int
+    paused_ns: int
+    took_ns: int
 
 
 class Measurement(Document, frozen=True, tag="measurement"):
     """One run of a plan.
 
     record:  the steady step whose time is the median
-    steady_steps: numbers of the steps judged by: neither warm-up nor the last
+    first_step: steps that earlier runs of the same folder have done
+    steady_steps: numbers of the steps judged by, counted from the very first: neither warm-up nor beside empty lanes
     task_ns: median duration of each task over the steady steps
     rehearsed_ns: a step's updates on the host one after the other, before the first step; None where there are none
-    step_ns, losses: every step from the first, warm-up included
+    step_ns, losses: every step from the first of this run, warm-up included
+    saves:    made by this run; staging_bytes: host memory reserved for them beside the plan's
     """
 
     version: str
@@ -34,10 +53,14 @@ class Measurement(Document, frozen=True, tag="measurement"):
     task_ns: tuple[int, ...]
     record: StepRecord
     rehearsed_ns: int | None = None
+    first_step: int = 0
+    saves: tuple[SaveRecord, ...] = ()
+    staging_bytes: int = 0
 
     def __post_init__(self) -> None:
         steps = len(self.step_ns)
-        if len(self.losses) != steps or not self.steady_steps or not set(self.steady_steps) <= set(range(steps)):
+        numbers = range(self.first_step, self.first_step + steps)
+        if len(self.losses) != steps or not self.steady_steps or not set(self.steady_steps) <= set(numbers):
             raise ValueError("steady_steps must name some of the steps, and every step has one time and one loss")
         if min(self.step_ns) < 1 or min(self.task_ns, default=0) < 0 or self.record.step_ns < 1:
             raise ValueError("step times must be positive and task times not negative")
@@ -122,8 +145,9 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
         for column, record in enumerate((predicted, replayed, measured)):
             row[column] += record.spans[number].duration_ns
     expected_ns = None if measurement.rehearsed_ns is None else expected_step_ns(plan, measurement.rehearsed_ns)
-    steady = sorted(measurement.step_ns[step] for step in measurement.steady_steps)
+    steady = sorted(measurement.step_ns[step - measurement.first_step] for step in measurement.steady_steps)
     middle = median(steady)
+    staging_bytes = {Tier.HOST: measurement.staging_bytes}
     return Comparison(
         model=plan.model.name,
         machine=plan.machine.name,
@@ -135,7 +159,7 @@ def compare(plan: Plan, measurement: Measurement, plan_digest: str | None = None
             for lane, use in predicted.lanes.items()
         ),
         memory=tuple(
-            _row(tier, predicted.peak_bytes[tier], None, measured.peak_bytes[tier])
+            _row(tier, predicted.peak_bytes[tier] + staging_bytes.get(tier, 0), None, measured.peak_bytes[tier])
             for tier in predicted.peak_bytes
             if tier in measured.peak_bytes  # without a GPU the device's memory cannot be told from the process's
         ),

@@ -85,15 +85,10 @@ def token_windows(model: ModelSpec, workload: Workload, seed: int = 0) -> TokenW
 
 
 def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Session:
-    source = RandomWeights(plan.model, seed=1, device=backend.device)
-    return Session(
-        plan,
-        backend,
-        source,
-        token_windows(plan.model, plan.workload),
-        settings,
-        HostUpdate(plan.machine.optimizer_threads),
-    )
+    windows = token_windows(plan.model, plan.workload)
+    session = Session(plan, backend, windows, settings, HostUpdate(plan.machine.optimizer_threads))
+    session.begin(RandomWeights(plan.model, seed=1, device=backend.device))
+    return session
 
 
 def unit_tensors(source: WeightSource, unit: int) -> dict[str, torch.Tensor]:
@@ -119,13 +114,13 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
     return {
         model.unit_prefix(unit) + name: value.cpu()
         for unit in range(model.units)
-        for name, value in session.state(unit).master().items()
+        for name, value in session.states[unit].master().items()
     }
 
 
 def train(session: Session, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of the next steps of the real executor, and master weights after them."""
-    first = session._steps_done
+    first = session.steps_done
     losses = [session.compute.losses.pop(first + step).item() for step in session.executor(steps)]
     return losses, masters(session)
 

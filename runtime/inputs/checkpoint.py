@@ -115,6 +115,11 @@ class Checkpoint:
                 )
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether a file of a model's folder is one of weights, of any format, of an optimizer, or an index of them."""
+    return path.suffix in _OTHER_FORMATS or path.name.endswith(".index.json")
+
+
 def _header(path: Path, file: str) -> Iterable[tuple[str, Stored]]:
     with _opened(path) as opened:
         for name in opened.keys():  # noqa: SIM118 - no mapping

@@ -22,11 +22,18 @@ class MicroBatch(NamedTuple):
     positions_in_distinct: torch.Tensor
 
 
+class Position(NamedTuple):
+    """How far a run has come: steps done, and sequences taken from the data."""
+
+    step: int
+    sequences: int
+
+
 class TokenWindows:
     """A token sequence cut into windows of seq_len + 1, dealt out in a new random order each epoch.
 
-    Which windows a step gets depends on the seed and the step number alone. Of tokens that are mapped from a file only
-    the windows being read lie in this process's memory.
+    Which windows a step gets depends on the seed and the number of sequences before it alone. Of tokens that are mapped
+    from a file only the windows being read lie in this process's memory.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, global_batch: int, seed: int = 0) -> None:
@@ -39,12 +46,21 @@ class TokenWindows:
         self.windows = (len(tokens) - 1) // seq_len
         if self.windows < 1:
             raise ValueError(f"the data holds {len(tokens)} tokens, one sequence needs {seq_len + 1}; give more text")
+        self._begun = Position(0, 0)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
+    def begin(self, position: Position) -> None:
+        """Go on from here: a run may have taken its sequences in steps of another size until now."""
+        self._begun = position
+
+    def sequences(self, step: int) -> int:
+        """Sequences taken before a step."""
+        return self._begun.sequences + (step - self._begun.step) * self._global_batch
+
     def micro_batch(self, step: int, micro: int, size: int) -> MicroBatch:
         """Micro-batch `micro` of `size` sequences of a step."""
-        first = step * self._global_batch + micro * size
+        first = self.sequences(step) + micro * size
         rows = [self._window(first + index) for index in range(size)]
         block = np.stack(rows).astype(np.int64)
         if self._mapping is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -10,8 +11,10 @@ from typing import NamedTuple, Protocol
 import torch
 
 from runtime.inputs.checkpoint import Checkpoint
+from runtime.inputs.data import Position
 from runtime.inputs.tensor_names import Matching, grouped, match, misnamed
 from slideplan.model import ModelSpec
+from slideplan.progress import Progress, Show
 
 INITIALIZER_STD = 0.02  # `initializer_range` of all supported families
 # Weights are placed while the slots of a full plan are reserved already; a vocabulary matrix in one piece
@@ -27,14 +30,30 @@ class Piece(NamedTuple):
     values: torch.Tensor
 
 
-class WeightSource(Protocol):
-    """Where the fp32 master weights of a unit come from."""
+class Places(Protocol):
+    """Where the master weights of a unit go."""
 
+    def place(self, piece: Piece) -> None:
+        """Write some rows of a parameter."""
+
+
+class WeightSource(ABC):
+    """Where a run begins that has weights and no optimizer state yet."""
+
+    @abstractmethod
     def pieces(self, unit: int) -> Iterator[Piece]:
         """All parameters of a unit, one after the other."""
 
+    def fill(self, states: Sequence[Places], show: Show) -> Position:
+        """Write the master weights of all units; moments are zero already."""
+        for unit, state in enumerate(states):
+            for piece in self.pieces(unit):
+                state.place(piece)
+            show(Progress("placing weights", unit + 1, len(states)))
+        return Position(0, 0)
 
-class RandomWeights:
+
+class RandomWeights(WeightSource):
     """Hugging Face's initialisation: normal(0, 0.02) matrices, norms one, biases zero; seeded per unit."""
 
     def __init__(self, model: ModelSpec, seed: int, device: torch.device) -> None:
@@ -56,14 +75,14 @@ class RandomWeights:
                 yield Piece(parameter.name, rows, values)
 
 
-class SafetensorsWeights:
+class SafetensorsWeights(WeightSource):
     """A Hugging Face directory: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Names and shapes of all parameters are checked when it is opened, before anything is allocated. What transformers
     reads is read: names of a base model, without `model.`, and tied embeddings under the name of either end.
     Raises ValueError naming file and tensor.
 
-    notes: what was not used, one line each.
+    notes: what was not used, one line each. names: the stored name of each parameter.
     """
 
     def __init__(self, model: ModelSpec, folder: Path) -> None:
@@ -81,6 +100,7 @@ class SafetensorsWeights:
             raise ValueError(f"--weights {folder}: does not hold {model.name}: " + "; ".join(problems[:3]) + more)
         for kept, copy in self._names.copies:
             self._check_equal(kept, copy)
+        self.names: Mapping[str, str] = self._names.stored
         self.notes = list(self._unused())
 
     def pieces(self, unit: int) -> Iterator[Piece]:

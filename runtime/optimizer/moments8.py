@@ -78,6 +78,25 @@ def update_8bit(
     codes[0], codes[1] = signed.view(-1)[:n], unsigned.view(-1)[:n]
 
 
+def expand(codes: torch.Tensor, scales: torch.Tensor, moment: int) -> torch.Tensor:
+    """fp32 values of a moment (0: the first, 1: the second) kept in 8 bits: codes uint8 [n], scales fp32 [blocks]."""
+    found, scales = _blocks(codes.to(torch.int64)), scales.view(-1, 1)
+    if moment:
+        return decode(found, scales, CODES[1]).view(-1)[: codes.numel()]
+    signs = torch.where(found > 127, -1.0, 1.0)
+    return (decode(found & 127, scales, CODES[0]) * signs).view(-1)[: codes.numel()]
+
+
+def compress(values: torch.Tensor, moment: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [n] and scales fp32 [blocks] of a moment's fp32 values, rounded to the nearest code."""
+    found = _blocks(values)
+    scales = found.abs().amax(1, keepdim=True)
+    half = torch.full_like(found, 1 << (DROPPED_BITS - 1), dtype=torch.int64)
+    codes = encode(found.abs(), scales, half, CODES[moment])
+    codes = torch.where(found > 0, codes.clamp(1), 0) if moment else codes | torch.where(found < 0, 128, 0)
+    return codes.view(-1)[: values.numel()].to(torch.uint8), scales.view(-1)
+
+
 def _blocks(flat: torch.Tensor) -> torch.Tensor:
     """[n] as [blocks, MOMENT_BLOCK], the last one filled up with zeros."""
     padding = -flat.numel() % MOMENT_BLOCK

@@ -244,10 +244,10 @@ def test_settings_reach_the_update() -> None:
     plan = plan_for(model, tiny_policy(model), tiny_workload(), backend)
     session = session_for(plan, backend)
     settings = dataclasses.replace(session.handlers._settings, lr=0.0, weight_decay=0.0)
-    before = {name: value.clone() for name, value in session.state(1).master().items()}
+    before = {name: value.clone() for name, value in session.states[1].master().items()}
     frozen = session_for(plan, backend, settings)
     train(frozen, 2)
-    assert all(torch.equal(before[name], value) for name, value in frozen.state(1).master().items())
+    assert all(torch.equal(before[name], value) for name, value in frozen.states[1].master().items())
 
 
 def check_two_runs(before_each: Callable[[Session], object]) -> None:

@@ -30,7 +30,8 @@ def test_weights_arrive_in_the_master_exactly(
     backend = CpuBackend()
     plan = plan_for(MODEL, tiny_policy(MODEL, resident_state=(1,)), tiny_workload(), backend)
     windows = token_windows(MODEL, plan.workload)
-    session = Session(plan, backend, source, windows, AdamW(), HostUpdate(plan.machine.optimizer_threads))
+    session = Session(plan, backend, windows, AdamW(), HostUpdate(plan.machine.optimizer_threads))
+    session.begin(source)
     assert all(torch.equal(tensors[name].float(), value) for name, value in masters(session).items())
 
 

@@ -1,0 +1,71 @@
+"""What a checkpoint holds beside the state: configuration, tokenizer and whatever else lay with the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime.checkpoints.layout import CONFIG, MANIFEST
+from runtime.inputs.checkpoint import INDEX, holds_weights
+from runtime.inputs.tensor_names import match
+from slideplan.hf_config import config_of
+from slideplan.hf_fields import read_json_object
+from slideplan.model import ModelSpec
+from slideplan.quantities import format_bytes
+
+# Tokenizers, the largest of what is carried along, have up to 40 MB. All of it is held in memory.
+LARGEST_BYTES = 64 << 20
+
+
+class Contents(NamedTuple):
+    """names: stored name by parameter, where it is another one. files: by name, without weights and index."""
+
+    names: Mapping[str, str]
+    files: Mapping[str, bytes]
+
+
+def contents_of(model: ModelSpec) -> Contents:
+    """For a model with random weights: its configuration."""
+    return Contents({}, {CONFIG: _json(config_of(model) | {"dtype": "bfloat16"})})
+
+
+def carried(folder: Path, names: Mapping[str, str]) -> tuple[Contents, list[str]]:
+    """All files beside the weights of a Hugging Face directory, and those that are too large to be carried, in words.
+
+    The configuration's dtype becomes that of the stored weights. Raises ValueError where a file cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    left_out = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.name == MANIFEST or holds_weights(path):
+            continue
+        if (size := path.stat().st_size) > LARGEST_BYTES:
+            left_out.append(f"{path.name} ({format_bytes(size)})")
+            continue
+        try:
+            files[path.name] = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    files[CONFIG] = with_dtype(read_json_object(folder / CONFIG, "download it again"), "bfloat16")
+    return Contents(names, files), left_out
+
+
+def contents_at(model: ModelSpec, folder: Path) -> Contents:
+    """What lies beside the state in a checkpoint. Raises ValueError where it cannot be read."""
+    placed = read_json_object(folder / INDEX, "take another checkpoint").get("weight_map")
+    present = placed if isinstance(placed, dict) else {}
+    names = [model.unit_prefix(unit) + each.name for unit in range(model.units) for each in model.parameters(model.role(unit))]
+    return carried(folder, match(names, present, model.tied_embeddings).stored)[0]
+
+
+def with_dtype(config: Mapping[str, object], dtype: str) -> bytes:
+    """A configuration as a file, for weights of this dtype."""
+    # The older name of the field is read by every version of its readers.
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    return _json(dict(config) | dict.fromkeys(names, dtype))
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"

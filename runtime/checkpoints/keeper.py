@@ -1,0 +1,285 @@
+"""Keeps what a run has learned: saves its state, whole or not at all, and removes old checkpoints after."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slideplan.saving import SaveCost, checkpoint_bytes, weights_bytes
+
+from runtime.checkpoints.contents import Contents
+from runtime.checkpoints.layout import (
+    CHECKPOINTS,
+    MANIFEST,
+    REMOVED,
+    UNFINISHED,
+    WEIGHTS,
+    header,
+    index,
+    optimizer_file,
+    step_name,
+    step_of,
+    weights_file,
+)
+from runtime.checkpoints.manifest import Manifest, Saving, StoredFile, content_hash
+from runtime.checkpoints.staging import Staging
+from runtime.checkpoints.writing import FileWrites, ShardFile
+from runtime.lanes.backend import Backend
+from runtime.lanes.clock import RunError
+from runtime.state import StoredTensor, UnitState
+from runtime.storage.disk import Disk
+from slideplan.codec import encoded
+from slideplan.entry import in_words
+from slideplan.measurement import SaveRecord
+from slideplan.model import ModelSpec
+from slideplan.plan import Plan
+from slideplan.progress import Progress, Show
+from slideplan.quantities import format_bytes, format_ns
+
+PHASE = "saving"
+# For folders, the manifest and what the filesystem needs of its own.
+SPARE_BYTES = 16 << 20
+
+# What the manifest of a save says, but for its files: told the steps done, and whether the optimizer's part is saved.
+Describe = Callable[[int, bool, tuple[StoredFile, ...]], Manifest]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """State of a run as files: of each unit those of its weights and of its optimizer, and what lies beside."""
+
+    model: ModelSpec
+    states: Sequence[UnitState]
+    contents: Contents
+
+    def shards(self, optimizer: bool) -> list[ShardFile]:
+        """Files of all units; those of the optimizer, which are larger, first."""
+        units = range(self.model.units)
+        weights = [ShardFile(weights_file(unit, len(units)), self.weights_of(unit)) for unit in units]
+        if not optimizer:
+            return weights
+        return [ShardFile(optimizer_file(unit, len(units)), self.states[unit].optimizer()) for unit in units] + weights
+
+    def weights_of(self, unit: int) -> list[StoredTensor]:
+        """Weights of a unit under the names by which they are stored."""
+        prefix, names = self.model.unit_prefix(unit), self.contents.names
+        found = [each._replace(name=prefix + each.name) for each in self.states[unit].weights()]
+        return [each._replace(name=names.get(each.name, each.name)) for each in found]
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of all saves in a folder of them, oldest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    found = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None and path.is_dir()]
+    return sorted(found)
+
+
+def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, steps: int) -> None:
+    """Raise ValueError where the drive of a run folder has no room for what a run of so many steps in all will save."""
+    kept = len(checkpoints(run / CHECKPOINTS))
+    saves = steps // saving.every + 1 if saving.every else 1
+    # A new checkpoint is whole before an old one is removed.
+    more = max(1, min(saving.keep + 1, kept + saves) - kept)
+    need = more * (checkpoint_bytes(plan.model, plan.policy) + SPARE_BYTES)
+    count = f"{more} checkpoints" if more > 1 else "a checkpoint"
+    if saving.weights_every and (alone := steps // saving.weights_every):
+        need += alone * (weights_bytes(plan.model) + SPARE_BYTES)
+        count += f" and {alone} saves of weights"
+    if need > (free := disk.free_bytes(run)):
+        raise ValueError(
+            f"{run}: {count} need {format_bytes(need)}, {format_bytes(free)} are free; name a folder on another drive with -o, "
+            "save less often or keep fewer (--keep), or train without keeping anything (--no-save)"
+        )
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder that was written to its end."""
+    found = [path for _, path in checkpoints(run / CHECKPOINTS) if (path / MANIFEST).exists()]
+    return found[-1] if found else None
+
+
+class Keeper:
+    """Saves the state of one run into its folder, one save at a time. All calls come from the thread that trains."""
+
+    def __init__(
+        self,
+        folder: Path,
+        disk: Disk,
+        stored: Stored,
+        staging: Staging,
+        backend: Backend,
+        describe: Describe,
+        keep: int,
+        cost: SaveCost | None,
+        show: Show,
+    ) -> None:
+        """keep: checkpoints that stay; of weights alone all do. cost: as planned."""
+        self.folder = folder
+        self.records: list[SaveRecord] = []
+        self.staging = staging
+        self._disk = disk
+        self._stored = stored
+        self._backend = backend
+        self._describe = describe
+        self._keep = keep
+        self._cost = cost
+        self._show = show
+        self._ending: threading.Thread | None = None
+        self._writes: FileWrites | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, optimizer: bool, drained_ns: int = 0) -> None:
+        """Save the state after this many steps, and return once it is copied: training may go on. No lane may be running.
+
+        Waits for the save before. Where the drive is full or fails the user is told, and the run goes on; `finish` raises
+        if that was the last save. drained_ns: what emptying the lanes has cost before.
+        """
+        self._settle()
+        started_ns = time.perf_counter_ns()
+        shards = self._stored.shards(optimizer)
+        size_bytes = sum(_size_bytes(shard) for shard in shards)
+        target = self.folder / (CHECKPOINTS if optimizer else WEIGHTS) / step_name(step)
+        unfinished = target.with_name(UNFINISHED + target.name)
+        try:
+            self._prepare(unfinished, size_bytes)
+            self._writes = FileWrites(
+                self._disk, unfinished, shards, self.staging, self._backend, counted(PHASE, size_bytes, self._show)
+            )  # fmt: skip
+            self._writes.copied()
+        except OSError as error:
+            self._fail(step, unfinished, error)
+            return
+        paused_ns = time.perf_counter_ns() - started_ns
+
+        def end() -> None:
+            try:
+                self._end(step, optimizer, unfinished, target)
+                took_ns = time.perf_counter_ns() - started_ns
+                self._done(SaveRecord(step, optimizer, size_bytes, drained_ns, paused_ns, took_ns), target)
+            except OSError as error:
+                self._fail(step, unfinished, error)
+            except BaseException as error:
+                self._error = error
+
+        self._ending = threading.Thread(target=end, name="checkpoint-end", daemon=True)
+        self._ending.start()
+
+    def finish(self) -> Path | None:
+        """Wait for the last save; the newest checkpoint. Raises RunError where the last save has failed."""
+        self._settle()
+        if self._error is not None:
+            raise RunError(f"the last state was not saved: {self._error}{self.remedy()}")
+        return newest(self.folder)
+
+    def close(self) -> None:
+        """End what is still being written, in the midst of it: the memory that it reads is given back next."""
+        if self._writes is not None:
+            self._writes.abort()
+        if self._ending is not None:
+            self._ending.join()
+
+    def remedy(self) -> str:
+        """How to go on after a failure, as the end of a message."""
+        last = newest(self.folder)
+        return "" if last is None else f"; `runtime resume {self.folder}` goes on from {last.name}"
+
+    def _settle(self) -> None:
+        """Wait for the save that is being written. Raises what went wrong where it was not the drive."""
+        if self._ending is not None:
+            self._ending.join()
+            self._ending = None
+        self._writes = None
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error
+
+    def _prepare(self, unfinished: Path, size_bytes: int) -> None:
+        parent = unfinished.parent
+        if not parent.is_dir():
+            self._disk.make_folder(parent)
+            self._disk.sync_folder(self.folder)
+        if unfinished.exists():
+            self._disk.remove_folder(unfinished)
+        need = size_bytes + sum(map(len, self._stored.contents.files.values())) + SPARE_BYTES
+        free = self._disk.free_bytes(parent)
+        if need > free:
+            raise OSError(errno.ENOSPC, f"{format_bytes(need)} are needed, {format_bytes(free)} are free", str(parent))
+        self._disk.make_folder(unfinished)
+
+    def _end(self, step: int, optimizer: bool, unfinished: Path, target: Path) -> None:
+        """Wait for the state's files, write the others, the manifest last, and give the folder its name."""
+        assert self._writes is not None
+        files = self._writes.finish()
+        stored = self._stored
+        weights = {weights_file(unit, stored.model.units): stored.weights_of(unit) for unit in range(stored.model.units)}
+        for name, content in [*stored.contents.files.items(), index(weights)]:
+            self._disk.write(unfinished / name, content)
+            files.append(StoredFile(name=name, size_bytes=len(content), xxh128=content_hash(content)))
+        manifest = self._describe(step, optimizer, tuple(files)).sealed()
+        # All other names are on the drive before the manifest is: with it the folder counts as whole.
+        self._disk.sync_folder(unfinished)
+        self._disk.write(unfinished / MANIFEST, encoded(manifest))
+        self._disk.sync_folder(unfinished)
+        if target.exists():  # of a run that went on from an earlier step
+            self._remove(target)
+        self._disk.rename(unfinished, target)
+        self._disk.sync_folder(target.parent)
+
+    def _done(self, record: SaveRecord, target: Path) -> None:
+        self.records.append(record)
+        self._error = None
+        planned = None if self._cost is None else self._cost.pause_ns(record.size_bytes)
+        rate = record.size_bytes * 1_000_000_000 // max(1, record.took_ns)
+        note = (
+            f"saved {target}: {format_bytes(record.size_bytes)} in {format_ns(record.took_ns)} ({format_bytes(rate)}/s); "
+            f"training paused for {format_ns(record.drained_ns + record.paused_ns)}"
+            + ("" if planned is None else f", planned {format_ns(planned)}")
+        )
+        self._show(Progress(PHASE, record.size_bytes, record.size_bytes, note=note))
+        if record.optimizer:
+            for _, old in checkpoints(target.parent)[: -self._keep]:
+                try:
+                    self._remove(old)
+                except OSError as error:  # the new one is safe
+                    self._show(Progress(PHASE, 1, 1, note=f"warning: {old} was not removed: {in_words(error)}"))
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a save so that no crash leaves a half of it under its name."""
+        removed = folder.with_name(REMOVED + folder.name)
+        if removed.exists():
+            self._disk.remove_folder(removed)
+        self._disk.rename(folder, removed)
+        self._disk.sync_folder(folder.parent)
+        self._disk.remove_folder(removed)
+
+    def _fail(self, step: int, unfinished: Path, error: OSError) -> None:
+        self._error = error
+        if unfinished.exists():
+            with contextlib.suppress(OSError):
+                self._disk.remove_folder(unfinished)
+        note = f"warning: the state after step {step} was not saved: {in_words(error)}{self.remedy()}"
+        self._show(Progress(PHASE, 1, 1, note=note))
+
+
+def counted(phase: str, total: int, show: Show) -> Callable[[int], None]:
+    """Shows a phase's progress; to be told sizes by several threads."""
+    lock = threading.Lock()
+    done = 0
+    show(Progress(phase, 0, total))
+
+    def more(size: int) -> None:
+        nonlocal done
+        with lock:  # protects the count, which several threads raise
+            done = min(total, done + size)
+            show(Progress(phase, done, total))
+
+    return more
+
+
+def _size_bytes(shard: ShardFile) -> int:
+    return len(header(shard.tensors)) + sum(part.nbytes for tensor in shard.tensors for part in tensor.parts)

@@ -1,0 +1,105 @@
+"""Files of a checkpoint: their names, and safetensors headers."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime.inputs.checkpoint import INDEX
+from runtime.state import StoredTensor
+
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+# What lies in a run folder.
+CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
+# Folders that are being written or removed; whoever holds the lock of the run folder may remove them.
+UNFINISHED, REMOVED = ".unfinished-", ".removed-"
+# The data begin on a page, so that what maps the file finds every tensor aligned.
+ALIGN_BYTES = 4096
+MAX_HEADER_BYTES = 16 << 20
+DTYPE_BYTES = {"BF16": 2, "I16": 2, "F32": 4, "U8": 1}
+
+_STEP = re.compile(r"step-(\d{8,18})")
+
+
+class Entry(NamedTuple):
+    """A tensor in a safetensors file; `first_byte` counts from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    first_byte: int
+
+    @property
+    def size_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype] * prod(self.shape)
+
+
+def step_name(step: int) -> str:
+    """Folder of the state after this many steps."""
+    return f"step-{step:08}"
+
+
+def step_of(name: str) -> int | None:
+    """Steps done by a folder's name; None for other folders."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def weights_file(unit: int, units: int) -> str:
+    """Shard of a unit's weights, in the manner of Hugging Face."""
+    return f"model-{unit + 1:05}-of-{units:05}.safetensors"
+
+
+def optimizer_file(unit: int, units: int) -> str:
+    """Shard of a unit's remainder and moments. Loaders of models look for other names."""
+    return f"optimizer-{unit + 1:05}-of-{units:05}.safetensors"
+
+
+def header(tensors: Sequence[StoredTensor]) -> bytes:
+    """What a safetensors file of these tensors starts with: length, JSON, and spaces up to a whole page."""
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for each in tensors:
+        start, end = end, end + DTYPE_BYTES[each.dtype] * prod(each.shape)
+        described[each.name] = {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": [start, end]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN_BYTES)
+    return struct.pack("<Q", len(text)) + text
+
+
+def header_bytes(first: bytes) -> int:
+    """Length of the header of a file that starts with these eight bytes or more. Raises ValueError."""
+    if len(first) < 8 or not 2 <= (length := struct.unpack("<Q", first[:8])[0]) <= MAX_HEADER_BYTES:
+        raise ValueError("does not start with the header of a safetensors file")
+    return 8 + int(length)
+
+
+def entries(content: bytes) -> dict[str, Entry]:
+    """Tensors by name of a file that starts with this header. Raises ValueError."""
+    try:
+        described = json.loads(content[8:])
+        return {
+            name: Entry(each["dtype"], tuple(each["shape"]), len(content) + each["data_offsets"][0])
+            for name, each in described.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError, LookupError, AttributeError, RecursionError):
+        raise ValueError("has a header that describes no tensors") from None
+
+
+def index(files: Mapping[str, Sequence[StoredTensor]]) -> tuple[str, bytes]:
+    """Name and content of the index of weights in these files."""
+    placed = {each.name: file for file, tensors in files.items() for each in tensors}
+    total = sum(DTYPE_BYTES[each.dtype] * prod(each.shape) for tensors in files.values() for each in tensors)
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    return INDEX, json.dumps(document, indent=2).encode() + b"\n"
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether a file of a checkpoint holds weights, by its name."""
+    return re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name) is not None

@@ -1,0 +1,1 @@
+"""The commands of `runtime`, and what they share."""

@@ -1,0 +1,230 @@
+"""Runs that save, stop and go on train bit for bit as runs that do neither."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from builders import tiny_model, tiny_policy, tiny_workload
+from running import EVERYTHING, plan_for, token_windows
+from runtime import rehearsal, run
+from runtime.checkpoints.export import export
+from runtime.checkpoints.keeper import checkpoints
+from runtime.checkpoints.manifest import Saving, read_manifest
+from runtime.checkpoints.resuming import candidates
+from runtime.inputs.prepare import prepare
+from runtime.lanes.backend import CpuBackend
+from runtime.optimizer.adamw import AdamW
+from runtime.storage.disk import Disk
+from slideplan.codec import save
+from slideplan.model import ModelSpec
+from slideplan.plan import Plan
+from slideplan.policy import Policy
+from slideplan.progress import Progress, silent
+
+SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
+STEPS, CUT = 5, 3
+UNTIED, TIED = tiny_model(vocabulary=256), tiny_model(vocabulary=256, tied_embeddings=True)
+
+PLACEMENTS = {
+    "streamed": {},
+    "boundaries on the host": {"offload_boundaries": True},
+    "resident weights": {"resident_weights": (1, 2)},
+    "resident state": {"resident_state": (0, 1, 2)},
+    "nothing offloaded": {"resident_state": (0, 1, 2, 3, 4, 5), "keep": (1, 2, 3, 4)},
+    "kept": {"keep": (2, 3, 4)},
+    "deferred updates": {"update_order": (0, 1, 2, 3, 4, 5)},
+    "passing": {"resident_state": (0, 1), "stream_state": (2, 3)},
+    "8-bit moments": {"resident_state": (1, 2, 3), "gpu_moments": "8bit"},
+    "8-bit moments that pass": {"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 3},
+    "everything": EVERYTHING | {"kernels": "fused"},
+}
+
+
+def text(folder: Path) -> Path:
+    """Enough for an epoch and a half of all steps."""
+    data = folder / "text.txt"
+    if not data.exists():
+        data.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(40)))
+    return data
+
+
+def planned(model: ModelSpec, **knobs: object) -> Plan:
+    return plan_for(model, tiny_policy(model, **knobs), tiny_workload(), CpuBackend())
+
+
+@pytest.fixture(autouse=True)
+def short_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rehearsal finds is nothing to these tests."""
+    monkeypatch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
+
+
+class Run:
+    """A run folder; what is shown is kept."""
+
+    def __init__(self, folder: Path, plan: Plan, saving: Saving | None = None) -> None:
+        folder.mkdir(parents=True)
+        save(folder / "plan.json", plan)
+        self.folder = folder
+        self.shown: list[Progress] = []
+        self.request = run.RunRequest(
+            plan=plan,
+            plan_path="plan.json",
+            out=folder,
+            steps=STEPS,
+            device="cpu",
+            settings=SETTINGS,
+            saving=saving or Saving(),
+            data=text(folder.parent),
+        )
+
+    def train(self, **changes: object) -> None:
+        run.execute(dataclasses.replace(self.request, **changes), self.shown.append)
+
+    def resume(self, **changes: object) -> None:
+        found = candidates(self.folder, self.shown.append)
+        self.train(found=found, **changes)
+
+    @property
+    def notes(self) -> str:
+        return "\n".join(each.note for each in self.shown if each.note)
+
+    @property
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def state(self, step: int = STEPS) -> dict[str, torch.Tensor]:
+        """All tensors of a checkpoint by file and name, as bytes."""
+        folder = self.folder / "checkpoints" / f"step-{step:08}"
+        return {
+            f"{file.name}/{name}": value.reshape(-1).view(torch.uint8)
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, value in load_file(file).items()
+        }
+
+
+def check_same(left: Run, right: Run) -> None:
+    assert left.metrics == right.metrics
+    first, second = left.state(), right.state()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("model", [UNTIED, TIED], ids=["untied", "tied"])
+def test_a_run_that_was_cut_trains_bit_for_bit_as_one_that_was_not(tmp_path: Path, name: str, model: ModelSpec) -> None:
+    plan = planned(model, **PLACEMENTS[name])
+    whole = Run(tmp_path / "whole", plan)
+    whole.train()
+    cut = Run(tmp_path / "cut", plan, Saving(every=2))
+    cut.train(steps=CUT)
+    assert [step for step, _ in checkpoints(cut.folder / "checkpoints")] == [2, CUT]
+    cut.resume()
+    check_same(whole, cut)
+    assert [each["step"] for each in cut.metrics] == list(range(STEPS))
+    assert [step for step, _ in checkpoints(cut.folder / "checkpoints")] == [4, STEPS]
+
+
+def test_an_uninterrupted_run_that_saves_trains_as_one_that_does_not(tmp_path: Path) -> None:
+    plan = planned(UNTIED, **EVERYTHING, kernels="fused")
+    plain, saving = Run(tmp_path / "plain", plan), Run(tmp_path / "saving", plan, Saving(every=1, weights_every=2, keep=3))
+    plain.train()
+    saving.train()
+    check_same(plain, saving)
+    assert [step for step, _ in checkpoints(saving.folder / "checkpoints")] == [3, 4, 5]
+    assert [step for step, _ in checkpoints(saving.folder / "weights")] == [2, 4]
+    assert not any(saving.folder.glob("weights/*/optimizer-*"))
+    assert not [path for path in saving.folder.rglob(".*") if path.name != ".lock"]
+
+
+CHANGES = {
+    "another window": {"window": 3},
+    "other tiers": {"resident_state": (0, 1), "stream_state": (2, 3), "resident_weights": (4,)},
+    "boundaries on the host": {"offload_boundaries": True},
+    "updates in another order": {"update_order": (0, 1, 2, 3, 4, 5)},
+    "everything resident": {"resident_state": (0, 1, 2, 3, 4, 5), "keep": (1, 2, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_plan_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
+    """What lies where is nothing to the weights; so it is with what is kept and recomputed."""
+    before, after = planned(TIED), planned(TIED, **CHANGES[name])
+    whole, cut = Run(tmp_path / "whole", before), Run(tmp_path / "cut", before)
+    whole.train()
+    cut.train(steps=CUT)
+    cut.resume(plan=after)
+    check_same(whole, cut)
+    assert read_manifest(cut.folder / "checkpoints" / "step-00000005").plan_digest != read_manifest(
+        whole.folder / "checkpoints" / "step-00000005"
+    ).plan_digest
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"micro_batch": 1, "micro_batches": 4}, {"micro_batch": 4, "micro_batches": 1}, {"kernels": "fused"}]
+)
+def test_other_micro_batches_and_kernels_go_on_nearly_alike(tmp_path: Path, knobs: dict) -> None:
+    whole, cut = Run(tmp_path / "whole", planned(UNTIED)), Run(tmp_path / "cut", planned(UNTIED))
+    whole.train()
+    cut.train(steps=CUT)
+    cut.resume(plan=planned(UNTIED, **knobs))
+    assert [each["loss"] for each in cut.metrics] == pytest.approx([each["loss"] for each in whole.metrics], rel=2e-3)
+
+
+def test_another_global_batch_goes_on_with_the_next_sequences(tmp_path: Path) -> None:
+    workload = msgspec.structs.replace(tiny_workload(), global_batch=2)
+    small = plan_for(UNTIED, tiny_policy(UNTIED, micro_batch=1), workload, CpuBackend())
+    cut = Run(tmp_path / "cut", planned(UNTIED))
+    cut.train(steps=CUT)
+    cut.resume(plan=small)
+    taken = [read_manifest(path).sequences for _, path in checkpoints(cut.folder / "checkpoints")]
+    assert taken == [CUT * tiny_workload().global_batch, CUT * tiny_workload().global_batch + 2 * 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"resident_state": (1, 2, 3), "gpu_moments": "8bit"}, {"resident_state": (1, 2, 3)}),
+        ({"resident_state": (1, 2, 3)}, {"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 3}),
+        ({"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 10}, {"stream_state": (1, 3), "state_chunks": 3}),
+    ],
+)
+def test_moments_change_their_precision_with_the_plan_and_that_is_said(tmp_path: Path, before: dict, after: dict) -> None:
+    """Both ways nearly: rounded to the nearest of eight bits, or exactly what eight bits say."""
+    whole, cut = Run(tmp_path / "whole", planned(UNTIED, **before)), Run(tmp_path / "cut", planned(UNTIED, **before))
+    whole.train()
+    cut.train(steps=CUT)
+    cut.resume(plan=planned(UNTIED, **after))
+    assert "moments of 3 units are kept in another precision by this plan than in the checkpoint" in cut.notes
+    assert [each["loss"] for each in cut.metrics] == pytest.approx([each["loss"] for each in whole.metrics], rel=0.02)
+
+
+def test_a_checkpoint_is_what_transformers_reads(tmp_path: Path) -> None:
+    done = Run(tmp_path / "run", planned(TIED))
+    done.train()
+    folder = done.folder / "checkpoints" / f"step-{STEPS:08}"
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    assert network.dtype is torch.bfloat16
+    stored = {name: value for file in folder.glob("model-*.safetensors") for name, value in load_file(file).items()}
+    assert stored.keys() == dict(network.named_parameters()).keys()
+    assert all(torch.equal(stored[name], value) for name, value in network.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_an_export_is_the_master_rounded_to_nearest_even(tmp_path: Path, dtype: str) -> None:
+    done = Run(tmp_path / "run", planned(UNTIED))
+    done.train()
+    folder = done.folder / "checkpoints" / f"step-{STEPS:08}"
+    for file in folder.glob("model-*.safetensors"):  # ties among them, which training would round away from zero
+        halves = load_file(file)
+    export(candidates(done.folder, silent), tmp_path / "out", dtype, Disk(), silent)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert network.dtype is {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]

@@ -8,26 +8,27 @@ from simulator.analysis import critical_path, lower_bound
 from simulator.costs import Source, TaskCost, price
 from simulator.engine import simulate
 from simulator.resources import capacities
+from simulator.saves import save_cost
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import TaskGraph
 from slideplan.ledger import Ledger
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec
 from slideplan.plan import Prediction
-from slideplan.policy import ComputePolicy, Workload
+from slideplan.policy import Policy, Workload
 from slideplan.timeline import step_record
 
 _WORSE: tuple[Source, ...] = ("measured", "interpolated", "derived", "datasheet")
 
 
 def predict(
-    graph: TaskGraph, model: ModelSpec, knobs: ComputePolicy, workload: Workload, machine: MachineProfile, ledger: Ledger
+    graph: TaskGraph, model: ModelSpec, policy: Policy, workload: Workload, machine: MachineProfile, ledger: Ledger
 ) -> Prediction:
-    """Price and simulate a graph on a machine; peak bytes are the ledger's.
+    """Price and simulate a graph on a machine, and what saves cost it; peak bytes are the ledger's.
 
     Raises DeadlockError for a graph that cannot run.
     """
-    costs = price(graph, model, knobs, workload.seq_len, machine)
+    costs = price(graph, model, policy, workload.seq_len, machine)
     shared = capacities(machine)
     bound_ns = lower_bound(graph, costs, shared, machine.handoffs)
     step_ns, spans = simulate(graph, costs, shared, machine.handoffs)
@@ -46,6 +47,7 @@ def predict(
         host_updates_ns=sum(costs[number].duration_ns for number in graph.queue(LaneKind.HOST_UPDATE)),
         step_uncertainty_percent=round(_step_uncertainty(graph, costs, critical_ns), 1),
         handoffs=machine.handoffs,
+        save=None if policy.other else save_cost(graph, costs, model, policy, machine, ledger, step_ns),
     )
 
 

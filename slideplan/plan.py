@@ -15,6 +15,7 @@ from slideplan.machine.profile import MachineIdentity, MachineProfile
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.policy import Policy, Workload
+from slideplan.saving import SaveCost, checkpoint_bytes, staging_bytes, weights_bytes
 from slideplan.timeline import StepRecord
 
 # No task of a step runs as many steps before or after it: each waits for some task of the step before.
@@ -31,6 +32,7 @@ class Prediction(Spec, frozen=True):
     host_updates_ns: the step's updates on the host one after the other, with nothing beside them
     step_uncertainty_percent: by which the costs' uncertainties may move the step time; None if not stated
     handoffs:       from lane to lane, as simulated
+    save:           what saves cost the run; None for the policy of another system, which nothing runs
     """
 
     record: StepRecord
@@ -40,6 +42,7 @@ class Prediction(Spec, frozen=True):
     host_updates_ns: int
     step_uncertainty_percent: float | None = None
     handoffs: Handoffs = IMMEDIATE
+    save: SaveCost | None = None
 
 
 class FrontPoint(Spec, frozen=True):
@@ -176,3 +179,10 @@ class Plan(Document, frozen=True, tag="plan"):
             )
         if not self.ledger.fits:
             raise ValueError(f"{where}: `ledger` {'; '.join(self.ledger.lacking())}; plan again")
+        save = self.prediction.save
+        if save is None or (save.checkpoint_bytes, save.weights_bytes, save.staging_bytes) != (
+            checkpoint_bytes(self.model, self.policy),
+            weights_bytes(self.model),
+            staging_bytes(self.ledger, save.checkpoint_bytes),
+        ):
+            raise ValueError(f"{where}: `prediction.save` is not of `policy` and `ledger`; plan again")

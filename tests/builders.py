@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from slideplan.ledger import Ledger
 from slideplan.machine.profile import (
     Curve,
     Efficiency,
@@ -22,6 +23,7 @@ from slideplan.model import ModelSpec
 from slideplan.placement import Placement, Tier
 from slideplan.policy import OtherSystem, Policy, Workload
 from slideplan.quantities import GIB
+from slideplan.saving import SaveCost, checkpoint_bytes, staging_bytes, weights_bytes
 
 GB_PER_S = 10**9
 
@@ -104,6 +106,20 @@ def tiny_policy(
     # Knobs of other systems are given beside those of a policy.
     other = {knob: changes.pop(knob) for knob in OtherSystem.__struct_fields__ if knob in changes}
     return Policy(**fields | changes, other=OtherSystem(**{"name": "other"} | other) if other else None)
+
+
+def tiny_save(model: ModelSpec, policy: Policy, memory: Ledger) -> SaveCost:
+    """Saves of the size that they have, copied at 10 GB/s and written at 1 GB/s, with nothing to drain."""
+    size_bytes = checkpoint_bytes(model, policy)
+    return SaveCost(
+        checkpoint_bytes=size_bytes,
+        weights_bytes=weights_bytes(model),
+        staging_bytes=staging_bytes(memory, size_bytes),
+        drain_ns=0,
+        copy_bytes_per_s=10 * GB_PER_S,
+        write_bytes_per_s=GB_PER_S,
+        slowed=0.0,
+    )
 
 
 def flat_curve(rate_per_s: int, latency_size: int = 1) -> Curve:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from builders import tiny_machine
+from builders import tiny_machine, tiny_save
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.weights import RandomWeights, WeightSource
 from runtime.lanes.backend import Backend
@@ -71,6 +71,7 @@ def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Back
             critical_ns={},
             cost_sources={},
             host_updates_ns=1000 * len(graph.queue(LaneKind.HOST_UPDATE)),
+            save=tiny_save(model, policy, memory),
         ),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=True,

@@ -16,6 +16,7 @@ from slideplan.placement import TensorClass, Tier
 from slideplan.plan import MachineReference, Plan, SearchRecord
 from slideplan.policy import Kernels, Policy, Workload
 from slideplan.quantities import format_bytes, format_ns
+from slideplan.saving import SaveCost
 
 # -- a plan, or why there is none --------------------------------------------------------------
 
@@ -47,6 +48,9 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     section(out, "Memory", _ledger_table(answer.ledger))
     section(out, "Predicted step", _lane_table(answer))
     out.print(_longest_wait(answer), style="dim", highlight=False)
+    if answer.prediction.save is not None:
+        section(out, "Saves", _saves_table(answer.prediction.save, answer.prediction.record.step_ns))
+        out.print(_saves(answer.prediction.save), style="dim", highlight=False, soft_wrap=True)
     if answer.search.alternatives:
         section(out, "What another value of each knob would cost", _alternatives_table(answer))
         out.print("[dim]all other knobs searched again; ~ the budget ended before a faster one was ruled out[/dim]")
@@ -231,6 +235,38 @@ def _longest_wait(plan: Plan) -> str:
         return "compute never waits"
     waited = f"compute waits longest, {format_ns(wait.duration_ns)}, before {graph.tasks[wait.task].name}"
     return waited if wait.reason is None else f"{waited}: {graph.reason(wait.reason)}"
+
+
+_SAVE_EVERY = 500, 100  # steps, for which the report says what saves add
+
+
+def _saves_table(save: SaveCost, step_ns: int) -> Table:
+    every = (f"every {steps}" for steps in _SAVE_EVERY)
+    table = new_table("", "size", "drive writes", "training pauses", "copied aside", *every)
+    for name, size in (("checkpoint", save.checkpoint_bytes), ("weights alone", save.weights_bytes)):
+        durations = save.write_ns(size), save.pause_ns(size)
+        added = (save.added(size, steps, step_ns) for steps in _SAVE_EVERY)
+        table.add_row(
+            name,
+            format_bytes(size),
+            *("-" if duration is None else format_ns(duration) for duration in durations),
+            format_bytes(min(size, save.staging_bytes)),
+            *("-" if share is None else f"+{share:.1%}" for share in added),
+        )
+    return table
+
+
+def _saves(save: SaveCost) -> str:
+    """What the table of saves means, or what it lacks."""
+    if save.write_bytes_per_s is None:
+        return "no drive was measured, so what a save takes is not known: run `planner profile` on the drive\nand plan again"
+    slower = f", {save.slowed:.1%} slower" if save.slowed >= 0.0005 else ""
+    drive = f"{format_bytes(save.write_bytes_per_s)}/s"
+    return (
+        f"a pause begins with {format_ns(save.drain_ns)} in which all lanes empty; the drive takes {drive}\n"
+        f"copied aside: into RAM that the plan leaves free, and written while training goes on{slower}\n"
+        "every 500: what `--save-every 500`, or `--save-weights-every 500`, adds to the run"
+    )
 
 
 def _sources(plan: Plan) -> list[tuple[str, str]]:

@@ -227,7 +227,8 @@ def _plan(found: Found, machine: MachineProfile, record: SearchRecord) -> Plan:
     graph = searcher.lower(best.candidate)
     validate(graph, dict(builder.capacity))
     memory = ledger(graph, machine)
-    prediction = predict(graph, builder.model, best.candidate, builder.workload, machine, memory)
+    policy = best.candidate.policy(builder.model)
+    prediction = predict(graph, builder.model, policy, builder.workload, machine, memory)
     assert prediction.record.step_ns == best.step_ns, "one graph, one step time"
     return Plan(
         version=__version__,
@@ -235,7 +236,7 @@ def _plan(found: Found, machine: MachineProfile, record: SearchRecord) -> Plan:
         model_digest=digest(builder.model),
         machine=MachineReference.of(machine),
         workload=builder.workload,
-        policy=best.candidate.policy(builder.model),
+        policy=policy,
         footprint=builder.footprint(best.candidate),
         graph=graph,
         ledger=memory,

@@ -34,6 +34,11 @@ def moment_bytes(elements: int, moments: Moments) -> int:
     return MOMENT_BYTES * elements if moments == "fp32" else 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
 
 
+def moments_updated(update: Tier, gpu_moments: Moments) -> Moments:
+    """Format of moments that this tier updates; the host's are exact."""
+    return gpu_moments if update is Tier.GPU else "fp32"
+
+
 def state_bytes(elements: int, moments: Moments) -> int:
     """Remainder and both moments of a unit, or of a part of it."""
     return REMAINDER_BYTES * elements + moment_bytes(elements, moments)
@@ -81,7 +86,7 @@ class Sizes:
 
     def moments(self, update: Tier) -> Moments:
         """Format of moments that this tier updates."""
-        return self._gpu_moments if update is Tier.GPU else "fp32"
+        return moments_updated(update, self._gpu_moments)
 
     def of(self, tensor: TensorClass, elements: int, update: Tier = Tier.HOST) -> int:
         """Bytes of a class of so many elements of a unit; of an activation, those of one micro-batch.

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
+from builders import tiny_machine, tiny_model, tiny_policy, tiny_save, tiny_workload
 from slideplan import __version__, codec
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.replay import replay
@@ -31,6 +31,7 @@ def plan() -> Plan:
     policy = tiny_policy(model)
     graph = lower(model, policy, tiny_workload(), FOOTPRINT)
     predicted = record(graph, [1000] * len(graph.tasks))
+    memory = ledger(graph, machine)
     return Plan(
         version=__version__,
         model=model,
@@ -40,13 +41,14 @@ def plan() -> Plan:
         policy=policy,
         footprint=FOOTPRINT,
         graph=graph,
-        ledger=ledger(graph, machine),
+        ledger=memory,
         prediction=Prediction(
             record=predicted,
             lower_bound_ns=1,
             critical_ns={},
             cost_sources={},
             host_updates_ns=1000 * len(graph.queue(LaneKind.HOST_UPDATE)),
+            save=tiny_save(model, policy, memory),
         ),
         search=SearchRecord(candidates=1, pruned_by_capacity=0, pruned_by_bound=0, simulated=1),
         offloads=True,
@@ -125,6 +127,17 @@ def test_a_changed_plan_is_refused(plan: Plan):
     tasks = tuple(msgspec.structs.replace(task, dependencies=()) for task in plan.graph.tasks)
     other = msgspec.structs.replace(plan, graph=msgspec.structs.replace(plan.graph, tasks=tasks))
     with pytest.raises(ValueError, match=r"plan\.json: task .* without waiting for .*; plan again"):
+        other.check("plan.json")
+
+
+@pytest.mark.parametrize("field", ["checkpoint_bytes", "weights_bytes", "staging_bytes", None])
+def test_a_plan_with_saves_of_another_is_refused(plan: Plan, field: str | None):
+    """A run reserves and writes what the plan says of saves. None: the plan says nothing."""
+    save = plan.prediction.save
+    assert save is not None
+    changed = None if field is None else msgspec.structs.replace(save, **{field: getattr(save, field) + 1})
+    other = msgspec.structs.replace(plan, prediction=msgspec.structs.replace(plan.prediction, save=changed))
+    with pytest.raises(ValueError, match=r"^plan\.json: `prediction\.save` is not of `policy` and `ledger`; plan again$"):
         other.check("plan.json")
 
 

@@ -20,6 +20,7 @@ from slideplan import codec
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.plan import Plan
 from slideplan.progress import Progress, Show
+from slideplan.quantities import format_bytes, format_ns
 from wording import says
 
 
@@ -53,6 +54,46 @@ def test_simulate_prints_verdict_and_names_the_profile_taken(planner: Any) -> No
     assert "tokens/s predicted, bound by" in outcome.out
     assert "taking the shipped rtx4090-2tib" in outcome.err
     assert "planner profile" in outcome.err
+    assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+def test_simulate_says_what_saves_cost(planner: Any) -> None:
+    """From the drive's rate to what `--save-every` adds, of a checkpoint and of weights alone; figures as in the plan."""
+    common = ("simulate", "--model", "tiny", "--placement", "host", "--machine", "h100-80gb-125gib")
+    outcome = planner(*common, "-o", "plan.json")
+    assert outcome.code == 0
+    assert max(map(len, outcome.out.splitlines())) <= 100
+    plan = codec.load("plan.json", Plan)
+    save, step_ns = plan.prediction.save, plan.prediction.record.step_ns
+    assert save is not None
+    head = next(line for line in outcome.out.splitlines() if "training pauses" in line)
+    assert re.split(r"  +", head.strip()) == [
+        "size",
+        "drive writes",
+        "training pauses",
+        "copied aside",
+        "every 500",
+        "every 100",
+    ]
+    for name, size in (("checkpoint", save.checkpoint_bytes), ("weights alone", save.weights_bytes)):
+        line = next(line for line in outcome.out.splitlines() if line.startswith(f"{name} "))
+        assert re.split(r"  +", line.strip()) == [
+            name, format_bytes(size), format_ns(save.write_ns(size)), format_ns(save.pause_ns(size)), format_bytes(size),
+            *(f"+{save.added(size, every, step_ns):.1%}" for every in (500, 100)),
+        ]  # fmt: skip
+    assert "the drive takes 2.83 GiB/s" in outcome.out
+    assert "what `--save-every 500`, or `--save-weights-every 500`, adds to the run" in outcome.out
+    document = json.loads(planner(*common, "--json").out)
+    assert document["prediction"]["save"] == msgspec.to_builtins(save)
+
+
+def test_simulate_without_a_drive_says_what_to_do(planner: Any) -> None:
+    outcome = planner("simulate", "--model", "tiny", "--machine", "rtx4090-128gib")
+    assert outcome.code == 0
+    line = next(line for line in outcome.out.splitlines() if line.startswith("checkpoint "))
+    assert re.split(r"  +", line.strip())[2:4] == ["-", "-"]
+    said = " ".join(outcome.out.split())
+    assert "no drive was measured, so what a save takes is not known: run `planner profile` on the drive and plan again" in said
     assert max(map(len, outcome.out.splitlines())) <= 100
 
 

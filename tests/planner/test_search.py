@@ -57,8 +57,9 @@ def builder(model: ModelSpec, at: MachineProfile, workload: Workload, **options:
 
 
 def predicted_ns(space: SpaceBuilder, at: MachineProfile, candidate: Candidate) -> int:
-    graph = lower(space.model, candidate.policy(space.model), space.workload, space.footprint(candidate))
-    prediction = predict(graph, space.model, candidate, space.workload, at, ledger(graph, at))
+    policy = candidate.policy(space.model)
+    graph = lower(space.model, policy, space.workload, space.footprint(candidate))
+    prediction = predict(graph, space.model, policy, space.workload, at, ledger(graph, at))
     return prediction.record.step_ns
 
 

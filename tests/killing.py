@@ -166,6 +166,8 @@ def _child(
 ) -> None:
     # What the server has imported is not looked through for garbage: that would copy all of it, page by page.
     gc.freeze()
+    # Semaphores that libraries make (numba does) have no name then, and none is left where the process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     faulthandler.dump_traceback_later(0.9 * timeout_s)
     disk = KillingDisk(at_change, seed)
     parent.send(None)

@@ -34,6 +34,11 @@ def named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
 
 
+def _opened(path: Path, flags: int) -> OpenFile:
+    with named(path):
+        return OpenFile(path, os.open(path, flags | os.O_CLOEXEC, 0o666))
+
+
 class Calls:
     """What the operating system does for a `Disk`; every OSError names its file.
 
@@ -81,23 +86,19 @@ class Calls:
 
     def create(self, path: Path) -> OpenFile:
         """A new file, for writing. Raises FileExistsError where one is there."""
-        return self._open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        return _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
     def open(self, path: Path) -> OpenFile:
         """A file that is there, for reading."""
-        return self._open(path, os.O_RDONLY)
+        return _opened(path, os.O_RDONLY)
 
     def open_to_append(self, path: Path) -> OpenFile:
         """A file that is there, for writing."""
-        return self._open(path, os.O_WRONLY)
+        return _opened(path, os.O_WRONLY)
 
     def open_or_create(self, path: Path) -> OpenFile:
         """A file for writing, empty if it was not there."""
-        return self._open(path, os.O_WRONLY | os.O_CREAT)
-
-    def _open(self, path: Path, flags: int) -> OpenFile:
-        with named(path):
-            return OpenFile(path, os.open(path, flags | os.O_CLOEXEC, 0o666))
+        return _opened(path, os.O_WRONLY | os.O_CREAT)
 
     def size_bytes(self, file: OpenFile) -> int:
         with named(file.path):

@@ -12,7 +12,7 @@ from runtime.commands.training import execute, resume
 from runtime.lanes.clock import LaneError, RunError
 from runtime.report import WIDTH
 from slideplan.command import CommandGroup, Interrupted
-from slideplan.entry import EXIT_BAD_INPUT, EXIT_FAILED, end_interrupted, in_words
+from slideplan.entry import EXIT_BAD_INPUT, EXIT_FAILED, end_interrupted, in_words, leave
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -38,6 +38,9 @@ def main() -> None:
     except ValueError as error:
         print(f"runtime: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except Hung as error:
+        print(f"runtime: {error}", file=sys.stderr)
+        leave(EXIT_FAILED)
     except RunError as error:
         stopped = "all lanes stopped: " if isinstance(error, LaneError) else ""
         print(f"runtime: {stopped}{error}", file=sys.stderr)

@@ -233,8 +233,9 @@ def _trained(request: RunRequest, session: Session, keeper: Keeper | None, rehea
 
     def asked(cause: KeyboardInterrupt) -> None:
         stop.cause = cause
-        word = "" if keeper is None else ", then the state is saved"
-        show(Progress("training", note=f"the steps that have begun are finished{word}; a second signal stops at once"))
+        word = b"" if keeper is None else b", then the state is saved"
+        # By the system's call: whatever else prints may be in the midst of it.
+        os.write(2, b"\nthe steps that have begun are finished" + word + b"; a second signal stops at once\n")
 
     memory = PeakMemory(session)
     with open_metrics(request.out, session.first_step, request.disk) as log, first_stop(asked):

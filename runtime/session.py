@@ -10,6 +10,7 @@ from runtime.handlers import Handlers, compile_gpu_update, gpu_update
 from runtime.inputs.data import Position, TokenWindows
 from runtime.lanes.backend import Backend
 from runtime.lanes.executor import Executor
+from runtime.lanes.watchdog import patience_ns
 from runtime.memory.buffers import DYNAMIC, Buffers
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.state import UnitState
@@ -98,5 +99,14 @@ class Session:
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""
-        self._executor = Executor(self.plan.graph, self.backend, self.handlers, steps, self.steps_done)
+        prediction = self.plan.prediction.record
+        self._executor = Executor(
+            self.plan.graph,
+            self.backend,
+            self.handlers,
+            steps,
+            self.steps_done,
+            patience_ns(prediction.step_ns),
+            [span.duration_ns for span in prediction.spans],
+        )
         return self._executor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -163,9 +162,10 @@ def test_another_plan_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     cut.train(steps=CUT)
     cut.resume(plan=after)
     check_same(whole, cut)
-    assert read_manifest(cut.folder / "checkpoints" / "step-00000005").plan_digest != read_manifest(
-        whole.folder / "checkpoints" / "step-00000005"
-    ).plan_digest
+    assert (
+        read_manifest(cut.folder / "checkpoints" / "step-00000005").plan_digest
+        != read_manifest(whole.folder / "checkpoints" / "step-00000005").plan_digest
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,13 +218,134 @@ def test_a_checkpoint_is_what_transformers_reads(tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], value) for name, value in network.named_parameters())
 
 
+def masters_of(folder: Path, model: ModelSpec) -> dict[str, torch.Tensor]:
+    """fp32 masters of a checkpoint by name, put together here from bits."""
+    found = {}
+    for unit in range(model.units):
+        name = f"-{unit + 1:05}-of-{model.units:05}.safetensors"
+        high, low = load_file(folder / f"model{name}"), load_file(folder / f"optimizer{name}")["remainder"]
+        for each in model.parameters(model.role(unit)):
+            bits = high[model.unit_prefix(unit) + each.name].reshape(-1).view(torch.int16).to(torch.int32) << 16
+            bits += low[each.offset : each.offset + each.elements].to(torch.int32)
+            found[model.unit_prefix(unit) + each.name] = bits.view(torch.float32).view(each.shape)
+    return found
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_an_export_is_the_master_rounded_to_nearest_even(tmp_path: Path, dtype: str) -> None:
-    done = Run(tmp_path / "run", planned(UNTIED))
+@pytest.mark.parametrize("model", [UNTIED, TIED], ids=["untied", "tied"])
+def test_an_export_is_the_master_rounded_to_nearest_even(tmp_path: Path, dtype: str, model: ModelSpec) -> None:
+    done = Run(tmp_path / "run", planned(model))
     done.train()
     folder = done.folder / "checkpoints" / f"step-{STEPS:08}"
-    for file in folder.glob("model-*.safetensors"):  # ties among them, which training would round away from zero
-        halves = load_file(file)
+    expected = masters_of(folder, model)
     export(candidates(done.folder, silent), tmp_path / "out", dtype, Disk(), silent)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert network.dtype is {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    parameters = dict(network.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(parameters[name], value.to(network.dtype)), name
+    assert not any(path.name.startswith(("optimizer", "manifest", ".")) for path in (tmp_path / "out").iterdir())
+    if dtype == "bf16":  # ties: those that compute are rounded away from zero
+        assert any((value != expected[name].to(torch.bfloat16)).any() for name, value in rounded(folder).items())
+
+
+def rounded(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("model-*.safetensors") for name, value in load_file(file).items()}
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit in a moment": lambda folder: flip(folder / "optimizer-00002-of-00006.safetensors", -1),
+    "a bit in a weight": lambda folder: flip(folder / "model-00006-of-00006.safetensors", 5000),
+    "a bit in a header": lambda folder: flip(folder / "model-00006-of-00006.safetensors", 30),
+    "the length of a header": lambda folder: flip(folder / "model-00001-of-00006.safetensors", 6),
+    "a bit in the configuration": lambda folder: flip(folder / "config.json", 40),
+    "a digit in the manifest": lambda folder: flip(
+        folder / "manifest.json", (folder / "manifest.json").read_bytes().find(b'"step": ') + 8
+    ),
+    "half a file": lambda folder: (folder / "model-00003-of-00006.safetensors").write_bytes(b"half"),
+    "no file": lambda folder: (folder / "optimizer-00001-of-00006.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "a manifest of another version": lambda folder: edit(folder / "manifest.json", format_version=99),
+}
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+    plan = planned(UNTIED, resident_state=(1,))
+    whole, cut = Run(tmp_path / "whole", plan), Run(tmp_path / "cut", plan, Saving(every=2))
+    whole.train()
+    cut.train(steps=4)
+    DAMAGES[damage](cut.folder / "checkpoints" / "step-00000004")
+    cut.resume()
+    assert "warning: " in cut.notes
+    assert "step-00000004" in cut.notes
+    assert f"goes on from {cut.folder / 'checkpoints' / 'step-00000002'}: 2 steps done" in cut.notes
+    check_same(whole, cut)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_trained(tmp_path: Path) -> None:
+    cut = Run(tmp_path / "cut", planned(UNTIED))
+    cut.train(steps=2)
+    (cut.folder / "checkpoints" / "step-00000002" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no checkpoint that is whole: .*config\.json: No such file"):
+        cut.resume()
+    assert len(cut.metrics) == 2
+
+
+def test_metrics_go_on_without_a_gap_or_a_double_line(tmp_path: Path) -> None:
+    """Also where the process has died after steps that no checkpoint holds, in the midst of a line."""
+    cut = Run(tmp_path / "cut", planned(UNTIED), Saving(every=2))
+    cut.train(steps=2)
+    with (cut.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 9.9}\n{"step": 3, "lo')
+    cut.resume()
+    assert [each["step"] for each in cut.metrics] == list(range(STEPS))
+    assert all(each["loss"] < 9 for each in cut.metrics)
+
+
+REFUSED = {
+    "fewer steps": ({"steps": 2}, r"3 steps are done, --steps is 2; name a larger number"),
+    "no more steps": ({"steps": 3}, r"3 steps are done, --steps is 3; name a larger number"),
+    "another model": ({"plan": planned(TIED)}, r"step-00000003: is not the model that was planned .*tied_embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_go_on_is_refused_and_nothing_changes(tmp_path: Path, name: str) -> None:
+    cut = Run(tmp_path / "cut", planned(UNTIED))
+    cut.train(steps=3)
+    before = {path: path.read_bytes() for path in cut.folder.rglob("*") if path.is_file()}
+    changes, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        cut.resume(**changes)
+    assert before == {path: path.read_bytes() for path in cut.folder.rglob("*") if path.is_file()}
+
+
+def test_sequences_of_another_length_are_refused(tmp_path: Path) -> None:
+    cut = Run(tmp_path / "cut", planned(UNTIED))
+    cut.train(steps=3)
+    longer = plan_for(UNTIED, tiny_policy(UNTIED), tiny_workload(seq_len=24), CpuBackend())
+    with pytest.raises(ValueError, match=r"workload\.seq_len is 24, the run has taken its data in sequences of \d+; plan with"):
+        cut.resume(plan=longer)
+
+
+def test_data_that_have_changed_are_refused_until_that_is_said(tmp_path: Path) -> None:
+    cut = Run(tmp_path / "cut", planned(UNTIED))
+    cut.train(steps=3)
+    data = text(tmp_path)
+    data.write_text(data.read_text() * 2)
+    with pytest.raises(ValueError, match=r"text\.txt: its tokens are not those .*--data-changed"):
+        cut.resume()
+    cut.resume(data_changed=True)
+    assert len(cut.metrics) == STEPS

@@ -13,20 +13,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from running import EVERYTHING, plan_for, token_windows
+from running import EVERYTHING, plan_for
 from runtime import rehearsal, run
 from runtime.checkpoints.export import export
 from runtime.checkpoints.keeper import checkpoints
 from runtime.checkpoints.manifest import Saving, read_manifest
 from runtime.checkpoints.resuming import candidates
-from runtime.inputs.prepare import prepare
 from runtime.lanes.backend import CpuBackend
 from runtime.optimizer.adamw import AdamW
 from runtime.storage.disk import Disk
 from slideplan.codec import save
 from slideplan.model import ModelSpec
 from slideplan.plan import Plan
-from slideplan.policy import Policy
 from slideplan.progress import Progress, silent
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)

@@ -9,7 +9,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
 from typing import NoReturn
@@ -61,10 +63,46 @@ def in_words(error: OSError) -> str:
     return f"{error.filename or ('stdout' if full else 'system')}: {error.strerror or error}"
 
 
+@contextmanager
+def first_stop(notice: Callable[[KeyboardInterrupt], None]) -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM raises nothing: `notice` gets what it would have raised, for the caller to raise it
+    when all is in order. The second one is heeded at once, as without this.
+
+    `notice` is called between any two instructions of the main thread: it should keep what it gets, and not print, nor wait
+    for a lock. Signals that the process ignores stay ignored. In another thread than the main one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _heeded()}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def first(number: int, _: FrameType | None) -> None:
+        restore()
+        notice(_stop(number))
+
+    try:
+        _handle(list(before), first)
+        yield
+    finally:
+        restore()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, after all was said, though some thread never ends: nothing waits for it, or frees its memory."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # what cannot be written keeps nobody here
+            stream.flush()
+    os._exit(code)
+
+
 def _heeded() -> list[signal.Signals]:
     """Signals that nobody told this process to ignore, as shells do for what they leave in the background."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    return [number for number, handler in usual.items() if signal.getsignal(number) == handler]
+    return [number for number, handler in usual.items() if signal.getsignal(number) in (handler, _raise)]
 
 
 def _handle(signals: list[signal.Signals], handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
@@ -89,17 +127,20 @@ def _spare_forks() -> None:
     )
 
 
+def _stop(number: int) -> KeyboardInterrupt:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
 def _raise(number: int, _: FrameType | None) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise _stop(number)
 
 
 def _leave(program: str, number: int) -> None:
     """End at once. An exception would be raised in the middle of some import, and not every import lets it through."""
     try:
-        end_interrupted(program, Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        end_interrupted(program, _stop(number))
     except SystemExit as end:
-        sys.stderr.flush()
-        os._exit(int(str(end.code)))
+        leave(int(str(end.code)))
 
 
 def _flush(program: str) -> None:

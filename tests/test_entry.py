@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ import pytest
 from planner.cli import app as planner_app
 from runtime.cli import app as runtime_app
 from slideplan.command import path
+from slideplan.entry import first_stop
 
 # A command's module: it says when it has been reached, and goes on for long.
 BUSY = """
@@ -83,6 +85,160 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
         tmp_path, running="print('reached', flush=True); time.sleep(1)", before="signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     )
     assert after(process, signal.SIGTERM) == (0, "")
+
+
+# A command that ends in order by the first signal, and at once by the second.
+ORDERLY = """
+    from slideplan.entry import first_stop
+    kept = []
+    with first_stop(kept.append):
+        print('reached', flush=True)
+        while not kept:
+            time.sleep(0.01)
+        print(type(kept[0]).__name__, flush=True)
+        {meanwhile}
+    print('in order', flush=True)
+    {after}
+"""
+RAISED = "kept[0].add_note('saved'); raise kept[0]"
+NUMBERS = [signal.SIGINT, signal.SIGTERM]
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number, code, word", ENDS)
+def test_the_first_signal_ends_a_command_in_order(tmp_path: Path, number: signal.Signals, code: int, word: str) -> None:
+    process = start(tmp_path, running=ORDERLY.format(meanwhile="pass", after=RAISED))
+    assert line(process) == "reached"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    kind = "Terminated" if number == signal.SIGTERM else "KeyboardInterrupt"
+    assert (process.returncode, out, err) == (code, f"{kind}\nin order\n", f"tool: {word}; saved\n")
+
+
+@pytest.mark.parametrize("number, code, word", ENDS)
+@pytest.mark.parametrize("first", NUMBERS)
+def test_the_second_signal_ends_it_at_once(
+    tmp_path: Path, first: signal.Signals, number: signal.Signals, code: int, word: str
+) -> None:
+    process = start(tmp_path, running=ORDERLY.format(meanwhile="time.sleep(60)", after=RAISED))
+    assert line(process) == "reached"
+    process.send_signal(first)
+    assert line(process) in ("KeyboardInterrupt", "Terminated")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", f"tool: {word}\n")
+
+
+@pytest.mark.parametrize("number, code, word", ENDS)
+@pytest.mark.parametrize("noticed", ["kept.append(None)", "signal.raise_signal(signal.SIGTERM)"])
+def test_after_it_signals_are_heeded_as_before(
+    tmp_path: Path, number: signal.Signals, code: int, word: str, noticed: str
+) -> None:
+    running = f"""
+    import signal
+    from slideplan.entry import first_stop
+    kept = []
+    with first_stop(kept.append):
+        {noticed}
+    assert len(kept) == 1
+    reached('reached')
+"""
+    assert after(start(tmp_path, running=running), number) == (code, f"tool: {word}\n")
+
+
+def test_a_first_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    running = """
+    from slideplan.entry import first_stop
+    kept = []
+    with first_stop(kept.append):
+        print('reached', flush=True)
+        time.sleep(1)
+    assert not kept
+"""
+    process = start(tmp_path, running=running, before="signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    assert after(process, signal.SIGTERM) == (0, "")
+
+
+@pytest.mark.parametrize("number, code, word", ENDS)
+def test_a_first_signal_is_noticed_where_the_main_thread_waits(
+    tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
+    """For a lock, say: who holds it must be able to learn of the signal."""
+    running = """
+    import threading
+    from slideplan.entry import first_stop
+    kept = []
+    lock = threading.Lock()
+    def hold():
+        with lock:
+            print('reached', flush=True)
+            while not kept:
+                time.sleep(0.01)
+    with first_stop(kept.append):
+        holder = threading.Thread(target=hold)
+        holder.start()
+        time.sleep(0.1)
+        with lock:
+            pass
+    raise kept[0]
+"""
+    assert after(start(tmp_path, running=running), number) == (code, f"tool: {word}\n")
+
+
+def test_in_another_thread_signals_are_nobodys_first() -> None:
+    before = [signal.getsignal(number) for number in NUMBERS]
+    found = []
+
+    def elsewhere() -> None:
+        with first_stop(found.append):
+            found.extend(signal.getsignal(number) for number in NUMBERS)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == before
+
+
+def test_handlers_of_others_are_left_alone() -> None:
+    """Who runs slideplan as a library may have its own."""
+    found: list[object] = []
+    usual = signal.signal(signal.SIGINT, lambda number, _: found.append(number))
+    try:
+        with first_stop(found.append):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert found == [signal.SIGINT]
+
+
+def test_leaving_waits_for_no_thread_and_loses_no_word(tmp_path: Path) -> None:
+    running = """
+    import atexit, threading
+    from slideplan.entry import leave
+    atexit.register(lambda: print('late'))
+    threading.Thread(target=threading.Event().wait).start()
+    print('said')
+    sys.stderr.write('and why')
+    leave(7)
+"""
+    process = start(tmp_path, running=running)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (7, "said\n", "and why")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_leaving_is_kept_by_nothing_that_cannot_be_written() -> None:
+    code = "from slideplan.entry import leave; print('said'); leave(1)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_processes_that_a_command_starts_end_by_sigterm_as_they_would(tmp_path: Path) -> None:

@@ -51,8 +51,11 @@ class Backend(Protocol):
     def wait(self, marker: Marker) -> None:
         """Block the calling thread until the marker has passed."""
 
+    def passed(self, marker: Marker) -> bool:
+        """Whether the marker has passed. Never blocks, also while another thread waits for room in a stream's full queue."""
+
     def anchor(self) -> Marker:
-        """A marker whose event and host time name the same instant."""
+        """A marker whose event and host time name the same instant. Blocks the calling thread, as whatever issues does."""
 
     def elapsed_ns(self, anchor: Marker, marker: Marker) -> int:
         """From the anchor to the marker. Both must have passed."""
@@ -108,6 +111,9 @@ class CpuBackend:
 
     def wait(self, marker: Marker) -> None:
         pass
+
+    def passed(self, marker: Marker) -> bool:
+        return True
 
     def anchor(self) -> Marker:
         return Marker(None, time.perf_counter_ns())
@@ -182,6 +188,9 @@ class CudaBackend:
     def wait(self, marker: Marker) -> None:
         if marker.event is not None:
             marker.event.synchronize()
+
+    def passed(self, marker: Marker) -> bool:
+        return marker.event is None or marker.event.query()
 
     def anchor(self) -> Marker:
         event = torch.cuda.Event(enable_timing=True)

@@ -14,7 +14,7 @@ from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, plan_for, session_for
 from runtime.lanes.backend import CpuBackend, Marker
 from runtime.lanes.clock import LaneError, RunError
-from runtime.lanes.executor import Executor, _join
+from runtime.lanes.executor import Executor
 from runtime.session import Session
 from runtime.training import train
 from slideplan.footprint import Footprint
@@ -98,10 +98,11 @@ class FaultyBackend(CpuBackend):
         super().__init__()
         self.waits = waits
 
-    def wait(self, marker: Marker) -> None:
+    def passed(self, marker: Marker) -> bool:
         self.waits -= 1
         if self.waits < 0:
             raise RuntimeError("an illegal memory access was encountered")
+        return True
 
 
 @pytest.mark.parametrize("waits", [0, 2])
@@ -125,6 +126,16 @@ def test_a_fault_that_shows_where_spans_are_read_is_named() -> None:
         backend.waits = 0
         with pytest.raises(LaneError, match=expected):
             executor.spans(0)
+    assert no_lanes_left()
+
+
+def test_a_fault_between_two_steps_names_no_task_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CpuBackend()
+    session = everything(backend)
+    left = iter(range(2))
+    monkeypatch.setattr(backend, "anchor", lambda: Marker(None, next(left)))
+    with pytest.raises(LaneError, match=r"^lane compute, step 2: StopIteration: "):
+        list(Executor(session.plan.graph, backend, session.handlers, STEPS))
     assert no_lanes_left()
 
 
@@ -153,19 +164,43 @@ def test_a_lane_that_cannot_start_stops_the_others(monkeypatch: pytest.MonkeyPat
     def refuse() -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(executor._threads[2], "start", refuse)
+    monkeypatch.setattr(list(executor._threads.values())[2], "start", refuse)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         list(executor)
     assert no_lanes_left()
 
 
 def test_no_lane_outlives_an_impatient_interrupt() -> None:
-    lane = threading.Thread(target=time.sleep, args=(0.5,))
-    lane.start()
-    for delay in (0.1, 0.2):
-        threading.Timer(delay, _thread.interrupt_main).start()
-    _join(lane)
-    assert not lane.is_alive()
+    """Memory that it copies is given back next."""
+    backend = CpuBackend()
+    session = everything(backend)
+
+    def slow(task, at) -> None:
+        if at == 1 and task.operation == OFFLOAD_STATE:
+            for _ in range(3):
+                _thread.interrupt_main()
+                time.sleep(0.2)
+        session.handlers(task, at)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(Executor(session.plan.graph, backend, slow, STEPS))
+    assert no_lanes_left()
+
+
+def test_an_interrupt_while_the_last_lanes_end_is_not_lost() -> None:
+    class Interrupting(CpuBackend):
+        @contextmanager
+        def lane(self, lane: LaneKind) -> Iterator[None]:
+            yield
+            if lane is LaneKind.HOST_UPDATE:
+                _thread.interrupt_main()
+                time.sleep(0.3)
+
+    backend = Interrupting()
+    session = everything(backend)
+    with pytest.raises(KeyboardInterrupt):
+        list(Executor(session.plan.graph, backend, session.handlers, STEPS))
+    assert no_lanes_left()
 
 
 def test_lanes_have_ended_when_measuring_fails(tmp_path: Path) -> None:

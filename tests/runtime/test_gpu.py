@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from running import EVERYTHING, check_near, check_norms, masters, plain_training
 from runtime.compute.uploads import TokenUploads
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.weights import RandomWeights
+from runtime.lanes import watchdog
 from runtime.lanes.backend import STREAM_LANES, CudaBackend
-from runtime.lanes.clock import LaneError
+from runtime.lanes.clock import Hung, LaneError
 from runtime.lanes.executor import Executor
 from runtime.rehearsal import rehearse
 from slideplan.model import ModelSpec
@@ -168,6 +170,33 @@ def test_lane_failure_on_the_gpu_stops_the_run() -> None:
 
     with pytest.raises(LaneError, match=r"step 1, task backward_recompute/layer001\b"):
         list(Executor(session.plan.graph, backend, failing, 4))
+    backend.close()
+
+
+def test_a_kernel_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the stream's queue is full behind it: whoever issues anything then waits until it ends."""
+    monkeypatch.setattr(watchdog, "LOOK_NS", 100_000_000)
+    model = gpu_model()
+    backend = CudaBackend()
+    session = session_for(plan_for(model, tiny_policy(model), tiny_workload(seq_len=128), backend), backend)
+
+    def endless(task, step) -> None:
+        if task.name.startswith("backward_recompute/layer001") and step == 1:
+            torch.cuda._sleep(1 << 35)  # some 20 s
+            filled = torch.zeros((), device=backend.device)
+            for _ in range(2000):
+                filled.add_(1)
+        session.handlers(task, step)
+
+    started = time.monotonic()
+    executor = Executor(session.plan.graph, backend, endless, 4, patience_ns=8_000_000_000)
+    with pytest.raises(Hung, match=r"^lane compute, step 1, task backward_recompute/layer001\S*, unit 1: has not moved for"):
+        list(executor)
+    noticed_s = time.monotonic() - started
+    backend.synchronize()
+    assert noticed_s < time.monotonic() - started - 5
+    while any(thread.is_alive() for thread in executor._threads.values()):
+        time.sleep(0.01)
     backend.close()
 
 

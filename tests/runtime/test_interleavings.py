@@ -1,7 +1,9 @@
 """The executor's handlers under any legal order of lanes, with dead slots poisoned."""
 
 import random
+import threading
 import time
+from collections import Counter
 
 import msgspec
 import pytest
@@ -13,8 +15,11 @@ from poison import Poisoned
 from running import EVERYTHING, masters, plan_for, session_for, train
 from runtime.lanes.backend import CpuBackend
 from runtime.lanes.executor import Executor
+from runtime.probes.handoffs import cycle_graph
+from runtime.session import Session
 from slideplan.graph.lanes import Lane
-from slideplan.graph.tasks import TaskGraph
+from slideplan.graph.tasks import Task, TaskGraph
+from slideplan.placement import STATE, TensorClass
 from slideplan.plan import Plan
 
 STEPS = 3
@@ -108,3 +113,117 @@ def test_threads_with_random_delays_give_the_same_result() -> None:
     executor = Executor(plan.graph, session.backend, delayed, STEPS)
     losses = [session.compute.losses.pop(step).item() for step in executor]
     assert same((losses, masters(session)), expected)
+
+
+class Delayed:
+    """Handlers of a session, each call after a random while; counts what ran."""
+
+    def __init__(self, session: Session, chance: random.Random) -> None:
+        self.ran: Counter[tuple[str, int]] = Counter()
+        self._handler = session.handlers
+        self._chance = chance
+        self._lock = threading.Lock()
+
+    def __call__(self, task: Task, step: int) -> None:
+        with self._lock:
+            delay = self._chance.choice((0, 0, 1e-3, 4e-3))
+            self.ran[task.name, step] += 1
+        time.sleep(delay)
+        self._handler(task, step)
+
+
+def whole_state(session: Session) -> list[torch.Tensor]:
+    units = range(session.plan.model.units)
+    return [session.state(unit).read(tensor) for unit in units for tensor in (TensorClass.WEIGHTS, *STATE)]
+
+
+def identical(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(mine, other) for mine, other in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_run_that_finishes_early_is_one_of_that_many_steps(name: str) -> None:
+    plan, many = make_plan(name), 6
+    session = session_for(plan, CpuBackend())
+    losses, states = [], []
+    for step in range(many + 2):
+        losses += [session.compute.losses.pop(step).item() for _ in session.executor(1)]
+        states.append(whole_state(session))
+    for seed in range(3):
+        chance = random.Random(f"{name} {seed}")
+        session = session_for(plan, CpuBackend())
+        handlers = Delayed(session, chance)
+        executor = Executor(plan.graph, session.backend, handlers, many, patience_ns=60 * 10**9)
+        last, found = chance.randrange(many), []
+        for step in executor:
+            found.append(session.compute.losses.pop(step).item())
+            if step:
+                executor.spans(step - 1)
+            if step == last:
+                time.sleep(chance.random() * 0.03)
+                executor.finish()
+        steps = executor.steps
+        executor.spans(steps - 1)
+        assert last < steps <= many
+        assert handlers.ran == {(task.name, step): 1 for task in plan.graph.tasks for step in range(steps)}
+        assert found == losses[:steps]
+        assert identical(whole_state(session), states[steps - 1])
+        for step in Executor(plan.graph, session.backend, session.handlers, 2, steps):
+            assert session.compute.losses.pop(steps + step).item() == losses[steps + step]
+        assert identical(whole_state(session), states[steps + 1])
+
+
+def test_a_run_finishes_with_the_step_that_any_lane_has_begun() -> None:
+    plan = make_plan("hybrid")
+    session = session_for(plan, CpuBackend())
+    handlers = Delayed(session, random.Random(0))
+    executor = Executor(plan.graph, session.backend, handlers, 1000)
+    ran = 0
+    for step in executor:
+        ran += 1
+        if step == 2:
+            executor.finish()
+            begun = max(step for _, step in handlers.ran.copy())
+            last = executor.steps
+    assert ran == executor.steps == last
+    assert 2 < last < 1000
+    assert begun < last
+
+
+def test_a_lane_behind_begins_all_steps_that_one_ahead_has_begun() -> None:
+    load, forward = (msgspec.structs.replace(task, dependencies=()) for task in cycle_graph().tasks[:2])
+    ahead, behind, finished = (threading.Event() for _ in range(3))
+    ran: Counter[tuple[str, int]] = Counter()
+
+    def act(task: Task, step: int) -> None:
+        ran[task.name, step] += 1
+        if (task.name, step) == (load.name, 0):
+            ahead.wait()
+        elif (task.name, step) == (load.name, 1):
+            behind.set()
+            finished.wait()
+        elif (task.name, step) == (forward.name, 3):
+            ahead.set()
+            finished.wait()
+
+    executor = Executor(TaskGraph(pools=(), tasks=(load, forward)), CpuBackend(), act, 1000)
+    yielded = []
+    for step in executor:
+        yielded.append(step)
+        if step == 2:
+            behind.wait()
+            executor.finish()
+            finished.set()
+    assert executor.steps == 4
+    assert yielded == [0, 1, 2, 3]
+    assert ran == {(task.name, step): 1 for task in (load, forward) for step in range(4)}
+
+
+def test_a_run_that_was_to_finish_before_it_began_runs_one_step() -> None:
+    plan = make_plan("hybrid")
+    session = session_for(plan, CpuBackend())
+    executor = session.executor(5)
+    executor.finish()
+    assert list(executor) == [0]
+    executor.finish()
+    assert executor.steps == 1

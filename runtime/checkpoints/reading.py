@@ -116,7 +116,7 @@ class _Reader:
         other: dict[str, StoredTensor] = {}
         described: dict[str, Entry] = {}
         for offset, block in self._blocks(file):
-            content = block.numpy()
+            content = block.numpy().data
             found.update(content)
             if targets is None:  # the first block holds the header, whole
                 first = bytes(content[: header_bytes(bytes(content[:8]))])
@@ -141,7 +141,7 @@ class _Reader:
                 if self._failed.is_set():
                     raise DamagedError(f"{file.path}: not read to its end")
                 part = block[: min(BLOCK_BYTES, file.size_bytes - offset)]
-                file.read(memoryview(part.numpy()), offset)
+                file.read(part.numpy().data, offset)
                 yield offset, part
         finally:
             self._staging.give(block)

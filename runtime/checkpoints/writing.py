@@ -119,7 +119,7 @@ class FileWrites:
         found, offset, writes = xxhash.xxh3_128(), 0, []
         try:
             for block, size in self._filled(parts):
-                content = memoryview(block.numpy())[:size]
+                content = block.numpy().data[:size]
                 found.update(content)
                 writes.append(self._pool.submit(self._write, file, block, content, offset))
                 offset += size

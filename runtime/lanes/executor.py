@@ -56,6 +56,7 @@ class Executor:
         self.graph = graph
         self.backend = backend
         self.steps = steps
+        self.first_step = first_step
         self._walk = Walk(graph, first_step)
         self._handler = handler
         self._signal = StopSignal()

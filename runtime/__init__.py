@@ -6,6 +6,8 @@ import sys
 # Kept activations come and go in sizes that differ: growing segments instead of new ones keeps the
 # device's memory whole. torch reads this once, when it is imported.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Without it cuBLAS may sum in another order each time, which torch refuses where order matters. cuBLAS reads this once, too.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _cores = os.sched_getaffinity(0) if sys.platform == "linux" else set()
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
-from slideplan.saving import BLOCK_BYTES
 
 from runtime.checkpoints.layout import header
 from runtime.checkpoints.manifest import StoredFile
@@ -21,6 +20,7 @@ from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileWriter
 from slideplan.graph.lanes import LaneKind
+from slideplan.saving import BLOCK_BYTES
 
 # Several files at once: one thread copies and hashes slower than a good drive writes, and a drive wants several requests.
 COPIERS, WRITERS = 4, 4

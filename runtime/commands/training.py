@@ -112,9 +112,7 @@ def execute(
     """  # noqa: D301 - click's mark for a paragraph that it must not wrap is the character itself
     document = load(plan, Plan)
     settings = AdamW(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    saving = None if no_save else _saving(Saving(keep=keep), save_every, save_weights_every, None)
-    if no_save and (save_every, save_weights_every) != (None, None):
-        raise ValueError("--no-save keeps nothing, --save-every and --save-weights-every ask to save; leave one of them out")
+    saving = _saving(Saving(), save_every, save_weights_every, keep, no_save)
     with claimed(out, document) as folder:
         request = run.RunRequest(
             plan=document,
@@ -155,6 +153,7 @@ def resume(
     save_weights_every: Annotated[
         int | None, typer.Option(metavar="STEPS", help="As of `runtime execute`, 0: never; default: as it was.")
     ] = None,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Keep nothing of what is trained from here on.")] = False,
     device: DeviceName = Device.AUTO,
     warmup: Warmup = 2,
     as_json: Json = False,
@@ -190,7 +189,7 @@ def resume(
                 token_cache=token_cache,
                 warmup_steps=warmup,
                 command=_command(),
-                saving=_saving(before.saving or SAVING, save_every, save_weights_every, keep),
+                saving=_saving(before.saving or SAVING, save_every, save_weights_every, keep, no_save),
                 found=found,
                 data_changed=data_changed,
             )
@@ -199,9 +198,12 @@ def resume(
     _say_where(folder, measurement)
 
 
-def _saving(before: Saving, every: int | None, weights_every: int | None, keep: int | None) -> Saving:
+def _saving(before: Saving, every: int | None, weights_every: int | None, keep: int | None, no_save: bool) -> Saving | None:
+    if no_save and (every or weights_every):
+        raise ValueError("--no-save keeps nothing, --save-every and --save-weights-every ask to save; leave one of them out")
     given = {"every": every, "weights_every": weights_every, "keep": keep}
-    return msgspec.structs.replace(before, **{name: value for name, value in given.items() if value is not None})
+    changed = msgspec.structs.replace(before, **{name: value for name, value in given.items() if value is not None})
+    return None if no_save else changed
 
 
 def _command() -> str:

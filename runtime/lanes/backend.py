@@ -155,6 +155,9 @@ class CudaBackend:
         if not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no GPU; use --device cpu")
         need_no_home()
+        # A run that goes on from a checkpoint must train as one that never stopped: sums have one order, whatever it costs.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._streams = {lane: torch.cuda.Stream(self.device) for lane in STREAM_LANES}
         self._clock = torch.cuda.Stream(self.device)

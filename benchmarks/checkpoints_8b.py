@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from slideplan.progress import Progress
 
 STEPS, SAVE_AT, AFTER_SAVE = 12, 4, 2
 SETTINGS = AdamW(lr=1e-5)
+PARTS = ("drive", "any-order", "full-host", "room")
 
 
 class OneCheckpoint(Disk):
@@ -131,9 +133,12 @@ def about_save(plan_path: Path, told: list[dict]) -> dict:
     }
 
 
-def train(folder: Path, out: Path, model: str, batch: int) -> None:
+def train(folder: Path, out: Path, model: str, batch: int, parts: Sequence[str]) -> None:
     storage = [sys.executable, str(Path(__file__).with_name("storage.py")), "--folder", str(folder), "--gib", "8"]
-    subprocess.run([*storage, "--threads", "4", "--blocks", "8", "--rounds", "2", "-o", str(out / "storage.json")], check=True)
+    if "drive" in parts:
+        subprocess.run(
+            [*storage, "--threads", "4", "--blocks", "8", "--rounds", "2", "-o", str(out / "storage.json")], check=True
+        )
     profile = folder / "profile.json"
     with contextlib.chdir(folder):
         command("planner", "profile", "--quick", "--model", model, "--micro-batch", batch, "--name", "here", "-o", profile)
@@ -143,14 +148,16 @@ def train(folder: Path, out: Path, model: str, batch: int) -> None:
     # As much host memory as makes the plan fit and leaves the least ring.
     host = load(plan, Plan).ledger.tiers[Tier.HOST].used_bytes
     command(*wanted, "--host-memory", f"{(host * 100 // 97 >> 20) + 600}MiB", "-o", full)
-    found = {"whole": trained(plan, folder / "whole", save=False)}
-    found["any order"] = trained(plan, folder / "any-order", save=False, any_order=True)
-    keep(out, "whole.json", found)
-    for name, path in (("full-host", full), ("room", plan)):
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        keep(out, f"save-{name}.json", about_save(path, trained(path, folder / "run", save=True)))
     for file in (profile, plan, full):
         shutil.copy(file, out)
+    found = {"whole": trained(plan, folder / "whole", save=False)}
+    if "any-order" in parts:
+        found["any order"] = trained(plan, folder / "any-order", save=False, any_order=True)
+    keep(out, "whole.json", found)
+    for name, path in (("full-host", full), ("room", plan)):
+        if name in parts:
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            keep(out, f"save-{name}.json", about_save(path, trained(path, folder / "run", save=True)))
 
 
 def resume(folder: Path, out: Path) -> None:
@@ -179,9 +186,10 @@ def resume(folder: Path, out: Path) -> None:
 
 def logits(checkpoint: Path, exported: Path, plan: Plan) -> dict:
     """Of the export, and of the same network with the trained masters, put together from halves and rounded."""
-    network = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").cuda().eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").to(device).eval()
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, plan.model.vocabulary, (2, 512), generator=generator).cuda()
+    tokens = torch.randint(0, plan.model.vocabulary, (2, 512), generator=generator).to(device)
     with torch.no_grad():
         first = network(tokens).logits.float()
         parameters, model, ties = dict(network.named_parameters()), plan.model, 0
@@ -191,8 +199,8 @@ def logits(checkpoint: Path, exported: Path, plan: Plan) -> dict:
             low = safe_open(checkpoint / f"optimizer{name}", "pt").get_tensor("remainder")
             for each in model.parameters(model.role(unit)):
                 full = model.unit_prefix(unit) + each.name
-                half = high.get_tensor(full).cuda()
-                part = low[each.offset : each.offset + each.elements].cuda()
+                half = high.get_tensor(full).to(device)
+                part = low[each.offset : each.offset + each.elements].to(device)
                 master = join(half.reshape(-1), part).view(each.shape).bfloat16()
                 ties += int((master != half).sum())
                 assert torch.equal(parameters[full], master), full
@@ -211,6 +219,7 @@ def main() -> None:
         each.add_argument("-o", dest="out", type=Path, required=True)
         each.add_argument("--model", default="llama-3.1-8b")
         each.add_argument("--global-batch", type=int, default=16)
+        each.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of `train`: which of its measurements")
     one = stages.add_parser("child")
     one.add_argument("plan", type=Path)
     one.add_argument("out", type=Path)
@@ -223,7 +232,7 @@ def main() -> None:
     wanted.folder.mkdir(parents=True, exist_ok=True)
     wanted.out.mkdir(parents=True, exist_ok=True)
     if wanted.stage == "train":
-        train(wanted.folder.absolute(), wanted.out.absolute(), wanted.model, wanted.global_batch)
+        train(wanted.folder.absolute(), wanted.out.absolute(), wanted.model, wanted.global_batch, wanted.parts)
     else:
         resume(wanted.folder.absolute(), wanted.out.absolute())
 

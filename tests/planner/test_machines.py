@@ -9,11 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from builders import tiny_machine
+from builders import tiny_machine, tiny_workload
 from planner.catalogue import machines as catalogue
 from planner.catalogue.datasheets import datasheet_machines
 from planner.catalogue.here import ThisMachine
 from planner.catalogue.machines import default_machine, find_machine, machines, with_budget
+from planner.catalogue.models import find_model
+from planner.commands.searching import machine_named
+from planner.search.best import search
+from planner.search.shortfall import DoesNotFit
+from planner.search.space import SearchOptions
 from slideplan import codec
 from slideplan.machine.profile import MachineProfile
 from slideplan.quantities import GIB
@@ -186,6 +191,46 @@ def test_what_is_no_profile_is_left_out_in_one_line(kind: str, here: Callable[..
     assert "\n" not in note
     Path("profiles/here.json").unlink()
     assert default_machine().machine.name == "rtx4090-2tib"
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_broken_file_does_not_hide_the_shipped_profile_of_its_name(kind: str, capsys: pytest.CaptureFixture[str]):
+    _, content, reason = FOREIGN[kind]
+    shipped = find_machine("h200-503gib")
+    Path("profiles").mkdir()
+    Path("profiles/H200-503gib.json").write_bytes(content)
+    said: list[str] = []
+    assert find_machine("h200-503GIB", said.append) == shipped
+    (line,) = said
+    assert line.startswith("left out: profiles/H200-503gib.json: ")
+    assert reason in line
+    assert line.endswith("h200-503gib.json")
+    assert machine_named("h200-503gib") == shipped
+    assert line in capsys.readouterr().err
+    # Named by its path it is what was asked for, and where no other has its name too.
+    for name in ("profiles/H200-503gib.json", "alone"):
+        Path("profiles/alone.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^profiles/"):
+            find_machine(name)
+
+
+def test_a_broken_file_does_not_hide_what_a_model_would_fit_on(here: Callable[..., None]):
+    workload, small = tiny_workload(seq_len=2048, global_batch=1), find_machine("rtx3090-128gib")
+    Path("profiles").mkdir()
+    Path("profiles/rtx4090-2tib.json").write_text("{")
+    answer = search(find_model("123b"), workload, small, SearchOptions())
+    assert isinstance(answer, DoesNotFit)
+    assert "rtx4090-2tib" in answer.machines
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may search every folder")
+def test_a_folder_that_may_not_be_searched_is_left_out(here: Callable[..., None]):
+    measured("mine", "2026-05-01")
+    Path("profiles").chmod(0o400)
+    try:
+        assert default_machine().notes[0] == "left out: profiles/mine.json: cannot be read: Permission denied"
+    finally:
+        Path("profiles").chmod(0o700)
 
 
 def test_many_files_that_are_no_profiles_are_one_line_still(here: Callable[..., None]):

@@ -144,7 +144,10 @@ def _token_windows(request: RunRequest, show: Show) -> TokenWindows:
         host_bytes=tier_bytes(plan.graph.pools, Tier.HOST) + MARGIN_BYTES - resident_bytes(),
     )
     data = prepare(wanted, show)
-    windows = TokenWindows(data.tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
+    try:
+        windows = TokenWindows(data.tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
+    except ValueError as error:  # more may lie there than was read
+        raise ValueError(f"{error}; {data.said_of_files()}") from None
     for line in (data.said(request.steps, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
         show(Progress("data", 1, 1, note=line))
     return windows

@@ -8,7 +8,7 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
-from runtime.inputs.encoder import LFS_POINTER
+from runtime.inputs.text_encoder import LFS_POINTER
 
 HEAD_BYTES = 64 << 10  # what is looked at to tell what a file is
 
@@ -84,7 +84,7 @@ def sniff(head: bytes, complete: bool, suffix: str, any_encoding: bool) -> Kind 
     if not head:
         return EMPTY
     for offset, magic, other in MAGICS:
-        if head.startswith(magic, offset):
+        if head.startswith(magic, offset) and not (magic.isalnum() and _is_plain(head, complete)):
             return other
     if b"\0" in head:
         return _with_zeros(head)
@@ -98,6 +98,11 @@ def sniff(head: bytes, complete: bool, suffix: str, any_encoding: bool) -> Kind 
     if not body:
         return Other("blank")
     return _json(body, complete, suffix) if like_json or body[:1] in b"{[" else Kind.TEXT
+
+
+def _is_plain(head: bytes, complete: bool) -> bool:
+    """Whether a head is text beyond doubt: some formats begin with letters, with which a text may begin too."""
+    return _first_wrong_byte(head, complete) is None and head.translate(None, _CONTROL) == head
 
 
 def _first_wrong_byte(head: bytes, complete: bool) -> int | None:

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from runtime.inputs import prepare as preparing
 from runtime.inputs import token_cache, workers
-from runtime.inputs.encoder import PIECE_BYTES
 from runtime.inputs.files import default_text
 from runtime.inputs.prepare import DataRequest, PreparedData, prepare
+from runtime.inputs.text_encoder import PIECE_BYTES
 from runtime.lanes.clock import RunError
 from slideplan.progress import Progress, silent
 from tokenizers_made import KINDS, WORDS, gpt2, llama3, write_tokenizer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import msgspec
 import torch
@@ -21,7 +22,7 @@ from runtime.lanes.clock import LaneError, RunError
 from runtime.optimizer.adamw import AdamW
 from slideplan.codec import load
 from slideplan.command import CommandGroup, Interrupted, path
-from slideplan.entry import EXIT_BAD_INPUT, EXIT_FAILED, end_interrupted, in_words
+from slideplan.entry import EXIT_BAD_INPUT, EXIT_FAILED, end_interrupted, give_up, in_words
 from slideplan.measurement import Comparison
 from slideplan.plan import Plan
 from slideplan.progress import Progress
@@ -165,12 +166,43 @@ def _compare_finished(folder: Path, as_json: bool) -> None:
         comparison = report.write_comparison(folder, _note)
     except Exception as error:
         _note(f"{folder}: the run is finished, but was not compared with its plan: {type(error).__name__}: {error}")
-    else:
+        return
+    try:
         _print(comparison, as_json)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        give_up(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            _note(f"warning: stdout: {error.strerror}; the comparison is in {folder}")
+
+
+class _Heedless:
+    """A stream that drops what cannot be written: a run goes on though nobody can be told how far it is."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _stderr(width: int | None = None) -> Console:
+    stream: Any = None if sys.stderr is None else _Heedless(sys.stderr)
+    return Console(stderr=True, file=stream, width=width)
 
 
 def _note(text: str) -> None:
-    Console(stderr=True, width=report.WIDTH).print(text, soft_wrap=True, markup=False)
+    _stderr(report.WIDTH).print(text, soft_wrap=True, markup=False)
 
 
 @app.command("compare")
@@ -192,7 +224,13 @@ def _print(comparison: Comparison, as_json: bool) -> None:
         print(msgspec.json.encode(comparison).decode())
         return
     terminal = Console()
-    report.print_comparison(terminal if terminal.is_terminal else Console(width=report.WIDTH), comparison)
+    console = terminal if terminal.is_terminal else Console(width=report.WIDTH)
+    with console.capture() as text:  # rich would end the whole command where nobody reads on
+        report.print_comparison(console, comparison)
+    try:
+        print(text.get(), end="")
+    except BrokenPipeError:
+        give_up(sys.stdout)
 
 
 class ProgressBars:
@@ -206,7 +244,7 @@ class ProgressBars:
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=_stderr(),
         )
         self._ids: dict[str, TaskID] = {}
 

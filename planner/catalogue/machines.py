@@ -83,8 +83,10 @@ def known_machines() -> Known:
 def _left_out(reasons: list[str]) -> str:
     """Why files were left out, in one line; "" where none was."""
     more = f" (and {len(reasons) - MOST_REASONS} more)" if len(reasons) > MOST_REASONS else ""
-    shown = (" ".join(reason.split()) for reason in reasons[:MOST_REASONS])
-    return f"left out: {'; '.join(shown)}{more}" if reasons else ""
+    shown = "; ".join(" ".join(reason.split()) for reason in reasons[:MOST_REASONS])
+    # Names of files may hold what moves a terminal's cursor.
+    plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)
+    return f"left out: {plain}{more}" if reasons else ""
 
 
 def _unsaid(_: str) -> None:
@@ -112,7 +114,7 @@ def find_machine(name_or_path: str, note: Callable[[str], None] = _unsaid) -> Ma
         raise broken[0]
     file = path(name_or_path)
     if not file.exists():
-        known = {name.casefold() for name in machines()}
+        known = {name.casefold() for name in known_machines().by_name()}
         raise ValueError(
             f"machine {name_or_path!r} is neither a known profile nor a file; {hint(file.stem, known)}known are "
             f"{', '.join(sorted(known))}; `planner profile` measures this machine"

@@ -241,6 +241,23 @@ def test_many_files_that_are_no_profiles_are_one_line_still(here: Callable[..., 
     assert note.endswith("(and 17 more)")
 
 
+def test_names_of_files_do_not_reach_the_terminal_as_they_are(here: Callable[..., None]):
+    Path("profiles").mkdir()
+    for name in ("a\x1b[31m", "b\n", os.fsdecode(b"c\xff")):
+        (Path("profiles") / f"{name}.json").write_text("{}")
+    note = default_machine().notes[0]
+    assert note.isprintable()
+    assert all(name in note for name in ("a\\x1b[31m.json", "c\\udcff.json"))
+
+
+def test_broken_files_are_not_listed_as_known():
+    Path("profiles").mkdir()
+    Path("profiles/h100-mine.json").write_text("{")
+    with pytest.raises(ValueError, match="did you mean h100-80gb-125gib") as raised:
+        find_machine("h100")
+    assert "h100-mine" not in str(raised.value)
+
+
 def test_only_regular_files_are_profiles(here: Callable[..., None]):
     """A pipe of that name would be waited for, without an end."""
     Path("profiles/folder.json").mkdir(parents=True)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from runtime.inputs.sniffing import record_of
 from runtime.inputs.text_encoder import ByteEncoder, TextEncoder, first_line, load_encoder
 
 
@@ -111,7 +112,7 @@ def _text_of(line: bytes, name: str, at: int) -> str:
     """The text of a JSON line. Raises ValueError naming the file, the line's place and what is wrong."""
     where = f"--data {name}: the line at byte {at}"
     try:
-        record = json.loads(line)
+        record = record_of(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {first_line(error)}; mend it or leave it out") from None
     if not isinstance(record, dict):

@@ -6,7 +6,9 @@ import codecs
 import json
 import re
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from runtime.inputs.text_encoder import LFS_POINTER
 
@@ -67,6 +69,8 @@ BINARY = Other("binary")
 EMPTY = Other("empty")
 JSON_ADVICE = "only JSON lines with a field `text` are read; chat data is not read yet"
 
+SHORT_LINE_BYTES = 1 << 20
+_PYTHON_ONLY = (b"NaN", b"Infinity", b"\\u")  # what Python reads and a stricter reader may not
 _SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _FIRST_KEY = re.compile(rb'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
@@ -156,9 +160,25 @@ def _json(body: bytes, complete: bool, suffix: str) -> Kind | Other:  # noqa: PL
 
 def _parsed(text: bytes) -> object | None:
     try:
-        return json.loads(text)
+        return record_of(text)
     except (ValueError, RecursionError):
         return None
+
+
+def record_of(line: bytes) -> Any:
+    """The value of a line of JSON. Of a long object's fields all but `text` stay unread, as `msgspec.Raw`.
+
+    Read, they may take thirty times the memory of their text. Raises ValueError or RecursionError where it is no JSON.
+    """
+    if len(line) <= SHORT_LINE_BYTES or not line.lstrip(_SPACE).startswith(b"{"):
+        return json.loads(line)
+    try:
+        record: dict[str, Any] = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        if not any(word in line for word in _PYTHON_ONLY):
+            raise
+        return json.loads(line)
+    return record | ({"text": json.loads(bytes(record["text"]))} if "text" in record else {})
 
 
 def _fields(what: str, names: list[str]) -> Other:

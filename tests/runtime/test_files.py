@@ -6,13 +6,14 @@ import gzip
 import json
 import os
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from runtime.inputs.files import Found, LeftOut, default_text, find_files, listed
-from runtime.inputs.sniffing import MAGICS, Kind, Other, sniff
+from runtime.inputs.sniffing import MAGICS, SHORT_LINE_BYTES, Kind, Other, record_of, sniff
 from slideplan.progress import silent
 
 PROSE = "The planner waits for the cold table, and every unit outlives it.\n"
@@ -265,3 +266,45 @@ def test_default_text_is_what_it_was() -> None:
     assert [file.path for file in found.files] == expected
     assert sum(file.size_bytes for file in found.files) > 1_000_000
     assert not found.left_out
+
+
+PADDING = " " * SHORT_LINE_BYTES
+
+
+@pytest.mark.parametrize("padding", ["", PADDING], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a\\u00e9\\n", "b": [{}, 1]}', '{"b": NaN, "text": "c"}', '{"b": "\\ud800", "text": "c"}',
+        '{"b": 1e999, "text": "d"}',
+        '{"text": "one", "text": "two"}', '{"a": {"text": 1}}', '{"text": [1, {"a": "b"}]}', '{"\\ud800": 1, "text": "a"}',
+    ],
+)  # fmt: skip
+def test_a_long_line_is_the_record_that_a_short_one_is(line: str, padding: str) -> None:
+    record, plain = record_of((padding + line).encode()), json.loads(line)
+    assert list(record) == list(plain)
+    assert record.get("text") == plain.get("text")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": "a"', '{"text" "a"}', '{"text": "a"}]', "{1: 2}", '{"text": \x00}', '{"a": ' + "[" * 200_000]
+)
+def test_a_long_line_that_is_no_json_is_none(line: str) -> None:
+    with pytest.raises((ValueError, RecursionError)):
+        record_of((PADDING + line).encode())
+
+
+def test_fields_that_nobody_asks_for_take_no_memory(tmp_path: Path) -> None:
+    """Where they were read they took thirty times their bytes."""
+    nested = '"a": [' + "{}," * (4 << 20) + "{}]"
+    for name, line in (("other.json", f"{{{nested}}}"), ("lines.jsonl", f'{{{nested}, "text": "b"}}')):
+        path = write(tmp_path / name, line)
+        tracemalloc.start()
+        try:
+            sniff(path.read_bytes(), True, path.suffix, False)
+            record = record_of(line.encode())
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert record.get("text") == ("b" if name == "lines.jsonl" else None)
+        assert peak_bytes < 6 * len(line)

@@ -19,8 +19,12 @@ import numpy as np
 from runtime.lanes.clock import RunError
 from slideplan.machine.host import usable_cores
 
-ROOT = Path(__file__).parents[2]  # where this package is found, if it is not installed
-START = "import sys; sys.path.append(sys.argv[1]); from runtime.inputs.encoder import main; main()"
+ROOT = Path(__file__).parents[2]
+# The package of this process and no other of its name; what else lies beside it must not hide Python's own modules.
+START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import runtime; del sys.path[0]\n"
+    "from runtime.inputs.encoder import main; main()"
+)
 # What a worker takes beside what it holds when it is ready: text, tokens and the library's own of one piece.
 WORKING_BYTES = 192 << 20
 

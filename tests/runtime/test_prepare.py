@@ -292,12 +292,11 @@ def test_file_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one slow link")
-    killer = tmp_path / "encoder.py"
-    killer.write_text("import os, signal, sys\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setattr(workers.encoder, "__file__", str(killer))
+    killed = "import os, signal, sys\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    monkeypatch.setattr(workers, "START", killed)
     with pytest.raises(RunError, match="a tokenising process has ended with signal 9"):
         ready(tmp_path / "a.txt", None, tmp_path / "cache")
-    killer.write_text("raise SystemExit('out of order')\n")
+    monkeypatch.setattr(workers, "START", "raise SystemExit('out of order')\n")
     with pytest.raises(RunError, match="exit code 1: out of order"):
         ready(tmp_path / "a.txt", None, tmp_path / "cache")
 

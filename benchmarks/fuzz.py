@@ -37,7 +37,9 @@ FILES = (
 )
 LIBRARIES = ("hypothesis", "msgspec", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 TEST_LIMIT_S = 1800  # a test that takes longer hangs
-STATISTICS = re.compile(r"^(tests/\S+):$|(\d+) passing examples, (\d+) failing examples, (\d+) invalid examples", re.M)
+# Versions of hypothesis count examples or test cases, with and without an `and`.
+COUNTS = r"(\d+) passing(?: examples)?, (\d+) failing(?: examples)?,(?: and)? (\d+) invalid"
+STATISTICS = re.compile(rf"^(tests/\S+):$|{COUNTS}", re.M)
 FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.*)$", re.M)
 
 
@@ -48,6 +50,13 @@ def counted(output: str) -> Iterator[tuple[str, dict[str, int]]]:
         test = name or test
         if not name:
             yield test, dict(zip(("passing", "failing", "invalid"), map(int, counts), strict=True))
+
+
+def add(tests: dict[str, dict[str, int]], output: str) -> None:
+    """Add the examples that a run of tests tells of to those of each test."""
+    for test, counts in counted(output):
+        sums = tests.setdefault(test, dict.fromkeys(counts, 0))
+        sums.update({name: sums[name] + count for name, count in counts.items()})
 
 
 def run(file: str, seed: int, log: Path) -> tuple[int, int, str]:
@@ -100,14 +109,15 @@ def main() -> None:
         if commit() not in found["commits"]:
             found["commits"].append(commit())
         code, peak_bytes, said = run(file, seed, options.output.with_suffix(".log"))
-        for test, counts in counted(said):
-            sums = found["tests"].setdefault(test, dict.fromkeys(counts, 0))
-            sums.update({name: sums[name] + count for name, count in counts.items()})
+        before = found["examples"]
+        add(found["tests"], said)
+        found["examples"] = sum(sum(counts.values()) for counts in found["tests"].values())
         failed = FAILED.findall(said) or ([f"{file}: exit code {code}"] if code else [])
+        if found["examples"] == before:
+            failed.append(f"{file}: no examples are counted in what pytest says")
         found["failures"] += [{"seed": seed, "commit": found["commits"][-1], "what": what} for what in failed]
         found["peak_bytes"][file] = max(found["peak_bytes"][file], peak_bytes)
         found["runs"] += 1
-        found["examples"] = sum(sum(counts.values()) for counts in found["tests"].values())
         found["seconds"] = round(time.monotonic() - started)
         write_atomic(options.output, json.dumps(found, indent=1).encode() + b"\n")
         print(

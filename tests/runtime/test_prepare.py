@@ -380,7 +380,8 @@ def test_interrupt_ends_everything_within_a_second(number: signal.Signals, tmp_p
     # What was killed could end nothing: its processes end when they find nobody to answer.
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
-    assert seconds < 1 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1), seconds
+    # Where others work as well every process gets its share alone.
+    assert seconds < max(1, 2 * os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
 
 
 def test_two_runs_may_prepare_the_same_at_once(tmp_path: Path, weights: Path) -> None:

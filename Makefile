@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test check mutants clean
+.PHONY: demo test check mutants fuzz clean
 
 $(BIN)/.installed: pyproject.toml
 	python3 -m venv $(VENV)
@@ -37,6 +37,10 @@ check: $(BIN)/.installed
 mutants: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[runtime,dev,mutants]'
 	nice $(BIN)/python benchmarks/mutants.py -o mutants.json
+
+# An hour of one core: broken input to everything that reads. Counts examples, failures and peak memory.
+fuzz: $(BIN)/.installed
+	nice -n 19 taskset -c 0 $(BIN)/python benchmarks/fuzz.py -o runs/fuzz/fuzz.json
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 
-from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from runtime.stderr import stderr_console
 from slideplan.progress import Progress
 
 
@@ -22,7 +22,7 @@ class ProgressBars:
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=stderr_console(),
         )
         self._ids: dict[str, TaskID] = {}
         self._started = False

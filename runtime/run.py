@@ -165,6 +165,14 @@ def _prepared(request: RunRequest, show: Show) -> PreparedData:
     return found
 
 
+def _windows(request: RunRequest, data: PreparedData) -> TokenWindows:
+    workload = request.plan.workload
+    try:
+        return TokenWindows(data.tokens, workload.seq_len, workload.global_batch, request.seed)
+    except ValueError as error:  # more may lie there than was read
+        raise ValueError(f"{error}; {data.said_of_files()}") from None
+
+
 def _host_update(request: RunRequest) -> HostUpdate:
     planned = request.plan.machine.optimizer_threads
     found = HostUpdate(planned)
@@ -194,7 +202,7 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     else:
         source, contents = _weights(request, backend, show)
     data = _prepared(request, show)
-    windows = TokenWindows(data.tokens, plan.workload.seq_len, plan.workload.global_batch, request.seed)
+    windows = _windows(request, data)
     done = request.found[0].manifest.step if request.found else 0
     for line in (data.said(request.steps - done, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
         show(Progress("data", 1, 1, note=line))

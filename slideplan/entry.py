@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
@@ -99,6 +99,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def give_up(stream: TextIO) -> None:
+    """Let what a stream holds and cannot write go nowhere. The interpreter would try again at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _heeded() -> list[signal.Signals]:
     """Signals that nobody told this process to ignore, as shells do for what they leave in the background."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -144,12 +149,17 @@ def _leave(program: str, number: int) -> None:
 
 
 def _flush(program: str) -> None:
-    """Write what stdout still holds while somebody can be told that it cannot be written."""
+    """Write what stdout still holds while somebody can be told that it cannot be written. Of stderr nobody can."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        give_up(sys.stderr)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again, and complains
+        give_up(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # whose reader has seen enough
             print(f"{program}: stdout: {error.strerror}", file=sys.stderr)
             sys.exit(EXIT_FAILED)

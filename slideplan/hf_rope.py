@@ -142,6 +142,10 @@ class _Rotary:
             return "default"
         if not isinstance(kind, str) or kind not in _NEEDED:
             raise self._error("rope_type", f"is {shown(kind)}; supported are {', '.join(_NEEDED)}")
+        if kind == "dynamic" and self._head_dim <= 2:
+            raise self._error(
+                "rope_type", f"is dynamic, which divides by head_dim - 2; head_dim is {self._head_dim}, correct one"
+            )
         return kind
 
     def _theta(self) -> float:

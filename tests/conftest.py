@@ -11,6 +11,8 @@ settings.register_profile("untimed", deadline=None)
 settings.register_profile(
     "mutants", deadline=None, max_examples=8, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
 )
+# For `make fuzz`: tests of readers take 20 times their usual examples (`fuzzing.readings`), others at most as many.
+settings.register_profile("fuzz", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 
 

@@ -1,12 +1,8 @@
-"""Plans and profiles that are broken in any way: refused in one line, never a traceback, a hang, or gigabytes.
-
-SLIDEPLAN_FUZZ_EXAMPLES: how many of each; a few in CI, hours by hand.
-"""
+"""Plans and profiles that are broken in any way: refused in one line, never a traceback, a hang, or gigabytes."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from functools import cache
@@ -15,10 +11,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from builders import tiny_machine, tiny_model, tiny_policy, tiny_workload
+from fuzzing import readings
 from planner import cli
 from planner.catalogue import machines as catalogue
 from planner.catalogue.here import ThisMachine
@@ -28,9 +25,6 @@ from runtime.lanes.backend import CpuBackend
 from slideplan import codec
 from slideplan.machine.profile import MachineProfile
 from slideplan.plan import Plan
-
-EXAMPLES = int(os.environ.get("SLIDEPLAN_FUZZ_EXAMPLES", "60"))
-SHORT = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 # What stands in fields that somebody has edited, or that another program wrote.
 VALUES = st.one_of(
@@ -123,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-@SHORT
+@readings(60)
 @given(st.deferred(lambda: broken(plan())))
 def test_a_plan_is_whole_or_refused(raw: bytes) -> None:
     Path("plan.json").write_bytes(raw)
@@ -136,7 +130,7 @@ def test_a_plan_is_whole_or_refused(raw: bytes) -> None:
         assert found.graph == msgspec.json.decode(plan(), type=Plan).graph
 
 
-@SHORT
+@readings(60)
 @given(st.deferred(lambda: broken(profile())))
 def test_a_profile_is_whole_or_refused_and_never_in_the_way(raw: bytes) -> None:
     Path("profiles/some.json").write_bytes(raw)
@@ -152,7 +146,7 @@ def test_a_profile_is_whole_or_refused_and_never_in_the_way(raw: bytes) -> None:
         assert not any(note.startswith("left out") for note in default_machine().notes)
 
 
-@settings(SHORT, max_examples=max(1, EXAMPLES // 3))
+@readings(20)
 @given(st.deferred(lambda: edited(profile())))
 @example(profile())
 def test_a_model_is_planned_on_whatever_profile_is_read(raw: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -53,7 +54,14 @@ def _shipped_files() -> list[Path]:
 
 def _local_files() -> list[Path]:
     """Regular files alone: a pipe that is called so would be waited for."""
-    return sorted(file for file in LOCAL_PROFILES.glob("*.json") if file.is_file())
+    return sorted(filter(_may_be_read, LOCAL_PROFILES.glob("*.json")))
+
+
+def _may_be_read(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # of a folder that may not be searched: whoever reads the file is told why
+        return True
 
 
 def known_machines() -> Known:
@@ -64,29 +72,53 @@ def known_machines() -> Known:
         try:
             local[file.stem] = codec.load(file, MachineProfile)
         except ValueError as error:
-            reasons.append(" ".join(str(error).split()))
-    more = f" (and {len(reasons) - MOST_REASONS} more)" if len(reasons) > MOST_REASONS else ""
+            reasons.append(str(error))
     return Known(
         shipped={file.stem: codec.load(file, MachineProfile) for file in _shipped_files()},
         local=local,
-        left_out=f"left out: {'; '.join(reasons[:MOST_REASONS])}{more}" if reasons else "",
+        left_out=_left_out(reasons),
     )
 
 
-def find_machine(name_or_path: str) -> MachineProfile:
+def _left_out(reasons: list[str]) -> str:
+    """Why files were left out, in one line; "" where none was."""
+    more = f" (and {len(reasons) - MOST_REASONS} more)" if len(reasons) > MOST_REASONS else ""
+    shown = "; ".join(" ".join(reason.split()) for reason in reasons[:MOST_REASONS])
+    # Names of files may hold what moves a terminal's cursor.
+    plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)
+    return f"left out: {plain}{more}" if reasons else ""
+
+
+def _unsaid(_: str) -> None:
+    """Nobody is there to be told."""
+
+
+def find_machine(name_or_path: str, note: Callable[[str], None] = _unsaid) -> MachineProfile:
     """The profile of this name (any case), or in this file.
 
+    A local one wins over a shipped one of its name, unless it is broken, of which `note` is told in one line.
     Raises ValueError listing the known names for an unknown one, or naming what is wrong with the file.
     """
-    known = {name.casefold(): file for name, file in machines().items()}
-    file = known.get(name_or_path.casefold())
-    if file is None:
-        file = path(name_or_path)
-        if not file.exists():
-            raise ValueError(
-                f"machine {name_or_path!r} is neither a known profile nor a file; {hint(file.stem, known)}known are "
-                f"{', '.join(sorted(known))}; `planner profile` measures this machine"
-            )
+    broken: list[ValueError] = []
+    for file in (*_local_files(), *_shipped_files()):
+        if file.stem.casefold() == name_or_path.casefold():
+            try:
+                machine = codec.load(file, MachineProfile)
+            except ValueError as error:
+                broken.append(error)
+                continue
+            if broken:
+                note(f"{_left_out([str(error) for error in broken])}; taking {file}")
+            return machine
+    if broken:
+        raise broken[0]
+    file = path(name_or_path)
+    if not file.exists():
+        known = {name.casefold() for name in known_machines().by_name()}
+        raise ValueError(
+            f"machine {name_or_path!r} is neither a known profile nor a file; {hint(file.stem, known)}known are "
+            f"{', '.join(sorted(known))}; `planner profile` measures this machine"
+        )
     return codec.load(file, MachineProfile)
 
 

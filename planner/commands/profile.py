@@ -137,7 +137,7 @@ def _progress() -> Iterator[Show]:
 def _measured(name: str | None) -> MachineProfile:
     """The profile to check. Raises ValueError for one that nobody measured."""
     if name is not None:
-        machine, missing = find_machine(name), f"{name}: figures from datasheets"
+        machine, missing = find_machine(name, note), f"{name}: figures from datasheets"
     else:
         choice = default_machine()
         machine, missing = choice.machine, f"no profile of this machine in {LOCAL_PROFILES}/"

@@ -32,7 +32,7 @@ def search_shown(model: ModelSpec, workload: Workload, machine: MachineProfile, 
 
 def machine_named(name: str | None) -> MachineProfile:
     if name is not None:
-        return find_machine(name)
+        return find_machine(name, note)
     choice = default_machine()
     for each in choice.notes:
         note(each)

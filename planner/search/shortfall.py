@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from planner.catalogue.machines import machines
+from planner.catalogue.machines import known_machines
 from planner.search.candidate import Candidate
 from planner.search.counts import divisors
 from planner.search.space import SpaceBuilder
-from slideplan import __version__, codec
+from slideplan import __version__
 from slideplan.codec import Document
 from slideplan.graph.tasks import TaskGraph
 from slideplan.ledger import RESERVE_PERCENT, Ledger, fixed_bytes_of, ledger
@@ -91,11 +91,8 @@ def _largest_batch(builder: SpaceBuilder, machine: MachineProfile) -> int | None
 
 def _fitting_machines(builder: SpaceBuilder, machine: MachineProfile) -> tuple[str, ...]:
     found = []
-    for name, file in machines().items():
-        try:
-            other = codec.load(file, MachineProfile)
-        except ValueError:
-            continue  # a broken profile of another machine is no reason to withhold this answer
+    # A broken profile of another machine is no reason to withhold this answer.
+    for name, other in known_machines().by_name().items():
         if other.name != machine.name and _fits(SpaceBuilder.on(builder.model, builder.workload, other, builder.options)):
             found.append(name)
     return tuple(found)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.inputs.encoder import CONTEXT_BYTES, PIECE_BYTES, Near, Piece, Stitched
 from runtime.inputs.files import MAX_LINE_BYTES, DataFile
 from runtime.inputs.sniffing import Kind
+from runtime.inputs.text_encoder import CONTEXT_BYTES, PIECE_BYTES, Near, Piece, Stitched
 from runtime.inputs.workers import Answer, Encoders, in_order
 
 LINE_START = re.compile(rb"\n(?=[^\s\x80-\xbf])")

@@ -125,14 +125,14 @@ def _walk(root: Path) -> tuple[list[Path], list[LeftOut]]:
             try:
                 found = entry.stat()
             except OSError as error:
-                broken = entry.is_symlink() and isinstance(error, FileNotFoundError)
+                broken = isinstance(error, FileNotFoundError) and entry.is_symlink()
                 leave(entry, Other("a broken link") if broken else _unreadable(error))
                 continue
             is_folder = stat.S_ISDIR(found.st_mode)
             known = (found.st_dev, found.st_ino)
             if entry.name.startswith("."):
                 leave(entry, HIDDEN, is_folder)
-            elif is_folder and (entry.name in TOOL_FOLDERS or (entry / ENVIRONMENT).exists()):
+            elif is_folder and (entry.name in TOOL_FOLDERS or _is_environment(entry)):
                 leave(entry, Other("installed or compiled"), True)
             elif known in seen:
                 leave(entry, Other("the same again through a link"), is_folder)
@@ -147,6 +147,20 @@ def _walk(root: Path) -> tuple[list[Path], list[LeftOut]]:
     while waiting:
         waiting += reversed(visit(waiting.pop()))
     return sorted(files), left_out
+
+
+def _is_environment(folder: Path) -> bool:
+    try:
+        return (folder / ENVIRONMENT).exists()
+    except OSError:  # nobody may look into it, and the visit will say so
+        return False
+
+
+def _size_bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # gone meanwhile, say: the look will tell
+        return 0
 
 
 def _name(path: Path, root: Path) -> str:
@@ -172,7 +186,7 @@ def _look_at_all(candidates: list[Path], root: Path, library: bool, any_encoding
 
     pool = ThreadPoolExecutor(usable_cores())
     looks: list[DataFile | LeftOut] = []
-    total = sum(file.stat().st_size for file in candidates if file.exists())
+    total = sum(map(_size_bytes, candidates))
     try:
         while len(looks) < len(candidates):
             batch = [pool.submit(look, file) for file in candidates[len(looks) : len(looks) + FILES_AT_ONCE]]
@@ -274,18 +288,26 @@ def _refuse(root: Path, left_out: list[LeftOut]) -> None:
     advice = first.why.advice or any_text
     if not root.is_dir():
         raise ValueError(f"--data {root}: is {' '.join(filter(None, (first.why.what, first.why.detail)))}; {advice}")
-    detail = f"; {first.name} is {first.why.what} {first.why.detail}" if first.why.detail else ""
-    raise ValueError(f"--data {root}: holds nothing that can be read: {listed(left_out)}{detail}; {advice}")
+    all_of_them = listed(left_out)
+    detail = "" if first.why.detail in all_of_them else f"; {first.name} is {first.why.what} {first.why.detail}"
+    raise ValueError(f"--data {root}: holds nothing that can be read: {all_of_them}{detail}; {advice}")
 
 
 def listed(left_out: Sequence[LeftOut], most: int = 8) -> str:
     """What was left out in one line: by suffix and reason, the most frequent first."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[LeftOut]] = {}
     for each in left_out:
         label = "folders" if each.folder else Path(each.name).suffix.lower() or "files"
-        groups.setdefault((label, each.why.what), []).append(each.name)
+        groups.setdefault((label, each.why.what), []).append(each)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    parts = [f"{names[0] if len(names) == 1 else f'{len(names)} {label}'} ({what})" for (label, what), names in ordered]
+    parts = [_listed(label, group) for (label, _), group in ordered]
     if len(parts) > most:
-        parts[most:] = [f"{sum(len(names) for _, names in ordered[most:])} others"]
+        parts[most:] = [f"{sum(len(group) for _, group in ordered[most:])} others"]
     return ", ".join(parts)
+
+
+def _listed(label: str, group: list[LeftOut]) -> str:
+    """Those of one suffix that are left out for one reason, with what they all have of it."""
+    details = {each.why.detail for each in group}
+    why = " ".join(filter(None, (group[0].why.what, *(details if len(details) == 1 else ()))))
+    return f"{group[0].name if len(group) == 1 else f'{len(group)} {label}'} ({why})"

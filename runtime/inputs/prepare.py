@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from runtime.inputs.documents import Encoded
-from runtime.inputs.encoder import AGREEMENT, CONTEXT_BYTES, PIECE_BYTES, TOKENIZER_FILES
 from runtime.inputs.files import Found, find_files, listed
+from runtime.inputs.text_encoder import AGREEMENT, CONTEXT_BYTES, PIECE_BYTES, TOKENIZER_FILES
 from runtime.inputs.token_cache import TokenCache, TokenFile, TokenRecord
 from runtime.inputs.workers import Encoders, EncoderSettings
 from slideplan.progress import Progress, Show
 
 PHASE = "tokenising"
 # Counts up when other tokens come of the same text and options.
-METHOD = 1
+METHOD = 2
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,18 @@ class PreparedData:
 
     def said(self, steps: int, windows_per_step: int, windows: int) -> str:
         """What of the data was read, and how often `steps` steps go through it, in one line."""
+        return self.said_of_files(f", {steps * windows_per_step / windows:.2g} epochs in {_counted(steps, 'step')}")
+
+    def said_of_files(self, behind: str = "") -> str:
+        """What of the data was read and what was left out; `behind`: the number of tokens."""
         files, left_out = self.found.files, self.found.left_out
         total = len(files) + sum(not each.folder for each in left_out)
         kinds = sorted({file.kind for file in files})
         read = f"read {len(files)} of {total} files" if total > len(files) else f"read {_counted(len(files), 'file')}"
         empty = f", {_counted(self.record.empty, 'empty text')} skipped" if self.record.empty else ""
-        epochs = steps * windows_per_step / windows
         return (
             f"{read} ({', '.join(kinds)}), {_counted(self.record.documents, 'document')}{empty}, "
-            f"{_short(self.record.tokens)} tokens, {epochs:.2g} epochs in {_counted(steps, 'step')}"
-            + (f"; left out: {listed(left_out)}" if left_out else "")
+            f"{_short(self.record.tokens)} tokens{behind}" + (f"; left out: {listed(left_out)}" if left_out else "")
         )
 
     def said_of_tokens(self) -> str:

@@ -6,9 +6,11 @@ import codecs
 import json
 import re
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from runtime.inputs.encoder import LFS_POINTER
+import msgspec
+
+from runtime.inputs.text_encoder import LFS_POINTER
 
 HEAD_BYTES = 64 << 10  # what is looked at to tell what a file is
 
@@ -67,6 +69,8 @@ BINARY = Other("binary")
 EMPTY = Other("empty")
 JSON_ADVICE = "only JSON lines with a field `text` are read; chat data is not read yet"
 
+SHORT_LINE_BYTES = 1 << 20
+_PYTHON_ONLY = (b"NaN", b"Infinity", b"\\u")  # what Python reads and a stricter reader may not
 _SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _FIRST_KEY = re.compile(rb'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
@@ -84,7 +88,7 @@ def sniff(head: bytes, complete: bool, suffix: str, any_encoding: bool) -> Kind 
     if not head:
         return EMPTY
     for offset, magic, other in MAGICS:
-        if head.startswith(magic, offset):
+        if head.startswith(magic, offset) and not (magic.isalnum() and _is_plain(head, complete)):
             return other
     if b"\0" in head:
         return _with_zeros(head)
@@ -98,6 +102,11 @@ def sniff(head: bytes, complete: bool, suffix: str, any_encoding: bool) -> Kind 
     if not body:
         return Other("blank")
     return _json(body, complete, suffix) if like_json or body[:1] in b"{[" else Kind.TEXT
+
+
+def _is_plain(head: bytes, complete: bool) -> bool:
+    """Whether a head is text beyond doubt: some formats begin with letters, with which a text may begin too."""
+    return _first_wrong_byte(head, complete) is None and head.translate(None, _CONTROL) == head
 
 
 def _first_wrong_byte(head: bytes, complete: bool) -> int | None:
@@ -151,9 +160,25 @@ def _json(body: bytes, complete: bool, suffix: str) -> Kind | Other:  # noqa: PL
 
 def _parsed(text: bytes) -> object | None:
     try:
-        return json.loads(text)
+        return record_of(text)
     except (ValueError, RecursionError):
         return None
+
+
+def record_of(line: bytes) -> Any:
+    """The value of a line of JSON. Of a long object's fields all but `text` stay unread, as `msgspec.Raw`.
+
+    Read, they may take thirty times the memory of their text. Raises ValueError or RecursionError where it is no JSON.
+    """
+    if len(line) <= SHORT_LINE_BYTES or not line.lstrip(_SPACE).startswith(b"{"):
+        return json.loads(line)
+    try:
+        record: dict[str, Any] = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        if not any(word in line for word in _PYTHON_ONLY):
+            raise
+        return json.loads(line)
+    return record | ({"text": json.loads(bytes(record["text"]))} if "text" in record else {})
 
 
 def _fields(what: str, names: list[str]) -> Other:

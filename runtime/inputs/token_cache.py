@@ -114,12 +114,9 @@ class TokenCache:
         Raises OSError naming the file where the disk is full.
         """
         path = self.folder / f"{key}.npy"
-        with _naming(path):
-            descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".partial")
-        partial = Path(name)
+        file, partial = self._partial(key, path)
         try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # others see that somebody still writes it
+            with file:
                 count, found = 0, hashlib.sha256()
                 with _naming(path):
                     header = _write_header(file, dtype, 0)
@@ -139,6 +136,17 @@ class TokenCache:
             partial.unlink(missing_ok=True)
         save(self.folder / f"{key}.json", made)
         return TokenFile(made, _mapped(path, made))
+
+    def _partial(self, key: str, path: Path) -> tuple[io.FileIO, Path]:
+        """A new file that others see is being written: it is locked."""
+        while True:
+            with _naming(path):
+                descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".partial")
+            file = io.FileIO(descriptor, "wb")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return file, Path(name)
+            file.close()  # before it was locked, another run took it for one that nobody writes any more
 
     def _remove_abandoned(self) -> None:
         """Remove what runs that were killed have left half-written."""

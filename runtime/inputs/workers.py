@@ -16,10 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.inputs import encoder
 from runtime.lanes.clock import RunError
 from slideplan.machine.host import usable_cores
 
+ROOT = Path(__file__).parents[2]
+# The package of this process and no other of its name; what else lies beside it must not hide Python's own modules.
+START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import runtime; del sys.path[0]\n"
+    "from runtime.inputs.encoder import main; main()"
+)
 # What a worker takes beside what it holds when it is ready: text, tokens and the library's own of one piece.
 WORKING_BYTES = 192 << 20
 
@@ -48,8 +53,8 @@ class _Process:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._dtype = np.dtype(settings.dtype)
         self._process = subprocess.Popen(
-            # -P: neither the folder of this file nor the user's own takes the place of a library.
-            [sys.executable, "-P", encoder.__file__],
+            # -P: nothing in the folder that the user is in takes the place of a library.
+            [sys.executable, "-P", "-c", START, str(ROOT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -224,6 +224,10 @@ def test_sliding_window_only_where_active(tmp_path: Path, changes: dict, window:
             {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": "no"}},
             "`rope_scaling.truncate` is 'no', must be true or false",
         ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2},
+            "`rope_scaling.rope_type` is dynamic, which divides by",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1}, "must be more than 1 for yarn"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}},

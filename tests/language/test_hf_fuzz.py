@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fuzzing import readings
 from public_configs import PUBLIC
 from slideplan.hf_config import config_of, model_from_config
 from slideplan.model import ModelSpec, UnitRole
@@ -54,7 +55,7 @@ def read(content: bytes) -> ModelSpec | None:
         return model
 
 
-@settings(max_examples=150, deadline=None)
+@readings(150)
 @given(st.sampled_from(PUBLIC), st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 @example(PUBLIC[2], {"hidden_size": 10**400})
 @example(PUBLIC[2], {"rope_theta": 10**400})
@@ -68,7 +69,7 @@ def test_changed_fields(public: Any, changes: dict[str, Any]) -> None:
         assert model.unit_parameter_count(UnitRole.LAYER) > 0
 
 
-@settings(max_examples=100, deadline=None)
+@readings(100)
 @given(st.one_of(st.binary(max_size=64), VALUES.map(lambda value: json.dumps(value).encode())))
 @example(b"")
 @example(b"[" * 100_000)

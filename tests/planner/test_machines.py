@@ -9,11 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from builders import tiny_machine
+from builders import tiny_machine, tiny_workload
 from planner.catalogue import machines as catalogue
 from planner.catalogue.datasheets import datasheet_machines
 from planner.catalogue.here import ThisMachine
 from planner.catalogue.machines import default_machine, find_machine, machines, with_budget
+from planner.catalogue.models import find_model
+from planner.commands.searching import machine_named
+from planner.search.best import search
+from planner.search.shortfall import DoesNotFit
+from planner.search.space import SearchOptions
 from slideplan import codec
 from slideplan.machine.profile import MachineProfile
 from slideplan.quantities import GIB
@@ -188,12 +193,69 @@ def test_what_is_no_profile_is_left_out_in_one_line(kind: str, here: Callable[..
     assert default_machine().machine.name == "rtx4090-2tib"
 
 
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_broken_file_does_not_hide_the_shipped_profile_of_its_name(kind: str, capsys: pytest.CaptureFixture[str]):
+    _, content, reason = FOREIGN[kind]
+    shipped = find_machine("h200-503gib")
+    Path("profiles").mkdir()
+    Path("profiles/H200-503gib.json").write_bytes(content)
+    said: list[str] = []
+    assert find_machine("h200-503GIB", said.append) == shipped
+    (line,) = said
+    assert line.startswith("left out: profiles/H200-503gib.json: ")
+    assert reason in line
+    assert line.endswith("h200-503gib.json")
+    assert machine_named("h200-503gib") == shipped
+    assert line in capsys.readouterr().err
+    # Named by its path it is what was asked for, and where no other has its name too.
+    for name in ("profiles/H200-503gib.json", "alone"):
+        Path("profiles/alone.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^profiles/"):
+            find_machine(name)
+
+
+def test_a_broken_file_does_not_hide_what_a_model_would_fit_on(here: Callable[..., None]):
+    workload, small = tiny_workload(seq_len=2048, global_batch=1), find_machine("rtx3090-128gib")
+    Path("profiles").mkdir()
+    Path("profiles/rtx4090-2tib.json").write_text("{")
+    answer = search(find_model("123b"), workload, small, SearchOptions())
+    assert isinstance(answer, DoesNotFit)
+    assert "rtx4090-2tib" in answer.machines
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may search every folder")
+def test_a_folder_that_may_not_be_searched_is_left_out(here: Callable[..., None]):
+    measured("mine", "2026-05-01")
+    Path("profiles").chmod(0o400)
+    try:
+        assert default_machine().notes[0] == "left out: profiles/mine.json: cannot be read: Permission denied"
+    finally:
+        Path("profiles").chmod(0o700)
+
+
 def test_many_files_that_are_no_profiles_are_one_line_still(here: Callable[..., None]):
     Path("profiles").mkdir()
     for number in range(20):
         (Path("profiles") / f"{number:02}.json").write_text("{}")
     note, _ = default_machine().notes
     assert note.endswith("(and 17 more)")
+
+
+def test_names_of_files_do_not_reach_the_terminal_as_they_are(here: Callable[..., None]):
+    Path("profiles").mkdir()
+    for name in ("a\x1b[31m", "b\n", os.fsdecode(b"c\xff")):
+        (Path("profiles") / f"{name}.json").write_text("{}")
+    note = default_machine().notes[0]
+    assert note.isprintable()
+    assert all(name in note for name in ("a\\x1b[31m.json", "c\\udcff.json"))
+
+
+def test_broken_files_are_not_listed_as_known():
+    Path("profiles").mkdir()
+    Path("profiles/h100-mine.json").write_text("{")
+    with pytest.raises(ValueError, match="did you mean h100-80gb-125gib") as raised:
+        find_machine("h100")
+    assert "h100-mine" not in str(raised.value)
 
 
 def test_only_regular_files_are_profiles(here: Callable[..., None]):

@@ -89,3 +89,14 @@ def test_refused_data_gets_one_line_and_no_folder(folder: Path) -> None:
     code, lines = execute(folder, "--data", "data/c.gz", "--weights", "weights", "-o", "refused")
     assert (code, lines) == (2, ["runtime: --data data/c.gz: is gzip-compressed; unpack it"])
     assert not (folder / "refused").exists()
+
+
+def test_what_is_too_little_is_said_with_what_was_left_out(folder: Path) -> None:
+    (folder / "little").mkdir()
+    (folder / "little" / "a.txt").write_text("short")
+    (folder / "little" / "chat.jsonl").write_text('{"messages": []}\n' * 2)
+    code, lines = execute(folder, "--data", "little", "--weights", "weights", "-o", "short")
+    assert code == 2
+    assert lines[-1].startswith("runtime: the data holds ")
+    assert "read 1 of 2 files (text), 1 document, " in lines[-1]
+    assert lines[-1].endswith("left out: chat.jsonl (JSON lines with the field 'messages')")

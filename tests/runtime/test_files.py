@@ -6,13 +6,14 @@ import gzip
 import json
 import os
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from runtime.inputs.files import Found, LeftOut, default_text, find_files, listed
-from runtime.inputs.sniffing import MAGICS, Kind, Other, sniff
+from runtime.inputs.sniffing import MAGICS, SHORT_LINE_BYTES, Kind, Other, record_of, sniff
 from slideplan.progress import silent
 
 PROSE = "The planner waits for the cold table, and every unit outlives it.\n"
@@ -87,7 +88,24 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_unreadable_is_said(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", PROSE)
     write(tmp_path / "b.txt", PROSE).chmod(0)
-    assert looked_at(tmp_path)[1] == {"b.txt": "cannot be read: Permission denied"}
+    (tmp_path / "closed").mkdir(mode=0)
+    denied = "cannot be read: Permission denied"
+    assert looked_at(tmp_path)[1] == {"b.txt": denied, "closed": denied}
+
+
+def test_a_folder_that_nobody_may_look_into_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one above, for whom nothing is closed."""
+    write(tmp_path / "a.txt", PROSE)
+    write(tmp_path / "closed" / "b.txt", PROSE)
+    usual = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert looked_at(tmp_path) == (["a.txt"], {"closed/b.txt": "cannot be read: Permission denied"})
 
 
 def test_clone_of_a_data_set_is_not_its_card(tmp_path: Path) -> None:
@@ -165,6 +183,8 @@ def test_what_is_not_text_is_refused_by_its_format(tmp_path: Path, name: str, co
         "{ not json }\n", "[WARNING] disk full\n", "[1] A reference.\n[2] Another.\n", "[[link]] to\n",
         "{\\bf TeX}\n", '{% raw %}\n"a": 1\n',
         "\ufeffWith a mark.\n", "12\n", "\x1b[31mred\x1b[0m\n", "a\fb\n", "{'python': 1}\n", "{}\n", "GIF is it\n",
+        "GIF89 is a format, GIF8 none.\n", "ORCHIDS bloom.\n", "GGUF holds weights.\n", "PAR1 is a road.\n", "BZh? No.\n",
+        "ARROW1 and ARROW2\n", "GGUF: Umlaute ä\n",
     ],
 )  # fmt: skip
 def test_text_that_begins_oddly_is_text(tmp_path: Path, content: str) -> None:
@@ -225,6 +245,11 @@ def test_left_out_in_one_line() -> None:
     write_many = [Other("Parquet")] * 3
     many = [LeftOut(f"{number}.parquet", why) for number, why in enumerate(write_many)]
     assert listed([*many, LeftOut(".git", Other("hidden"), True)]) == "3 .parquet (Parquet), .git (hidden)"
+    chats = [
+        LeftOut(f"{number}.jsonl", Other("JSON lines", detail=detail)) for number, detail in enumerate(["with a", "with a"])
+    ]
+    assert listed(chats) == "2 .jsonl (JSON lines with a)"
+    assert listed([*chats, LeftOut("3.jsonl", Other("JSON lines", detail="with b"))]) == "3 .jsonl (JSON lines)"
     assert listed([LeftOut(f"a.{number}", Other(str(number))) for number in range(12)]).endswith("a.7 (7), 4 others")
 
 
@@ -241,3 +266,45 @@ def test_default_text_is_what_it_was() -> None:
     assert [file.path for file in found.files] == expected
     assert sum(file.size_bytes for file in found.files) > 1_000_000
     assert not found.left_out
+
+
+PADDING = " " * SHORT_LINE_BYTES
+
+
+@pytest.mark.parametrize("padding", ["", PADDING], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a\\u00e9\\n", "b": [{}, 1]}', '{"b": NaN, "text": "c"}', '{"b": "\\ud800", "text": "c"}',
+        '{"b": 1e999, "text": "d"}',
+        '{"text": "one", "text": "two"}', '{"a": {"text": 1}}', '{"text": [1, {"a": "b"}]}', '{"\\ud800": 1, "text": "a"}',
+    ],
+)  # fmt: skip
+def test_a_long_line_is_the_record_that_a_short_one_is(line: str, padding: str) -> None:
+    record, plain = record_of((padding + line).encode()), json.loads(line)
+    assert list(record) == list(plain)
+    assert record.get("text") == plain.get("text")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": "a"', '{"text" "a"}', '{"text": "a"}]', "{1: 2}", '{"text": \x00}', '{"a": ' + "[" * 200_000]
+)
+def test_a_long_line_that_is_no_json_is_none(line: str) -> None:
+    with pytest.raises((ValueError, RecursionError)):
+        record_of((PADDING + line).encode())
+
+
+def test_fields_that_nobody_asks_for_take_no_memory(tmp_path: Path) -> None:
+    """Where they were read they took thirty times their bytes."""
+    nested = '"a": [' + "{}," * (4 << 20) + "{}]"
+    for name, line in (("other.json", f"{{{nested}}}"), ("lines.jsonl", f'{{{nested}, "text": "b"}}')):
+        path = write(tmp_path / name, line)
+        tracemalloc.start()
+        try:
+            sniff(path.read_bytes(), True, path.suffix, False)
+            record = record_of(line.encode())
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert record.get("text") == ("b" if name == "lines.jsonl" else None)
+        assert peak_bytes < 6 * len(line)

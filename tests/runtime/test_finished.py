@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -86,6 +88,41 @@ def test_a_picture_that_fails_is_a_warning(
     again = runtime("compare", "out", cwd=folder)
     assert again.returncode == 0
     assert "was not written" in again.stderr
+
+
+def in_its_own_process(folder: Path, *arguments: object, **streams: Any) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "runtime", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(words, cwd=folder, text=True, check=False, env=environment, **streams)
+
+
+@pytest.fixture(params=["full", "unread"])
+def no_stream(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A descriptor to which nothing can be written: of a full disk, or a pipe that nobody reads."""
+    if request.param == "full":
+        if not Path("/dev/full").exists():
+            pytest.skip("no device that is always full")
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, descriptor = os.pipe()
+        os.close(reading)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["table", "json"])
+def test_a_table_that_cannot_be_printed_is_at_most_a_warning(folder: Path, no_stream: int, more: tuple[str, ...]) -> None:
+    done = in_its_own_process(folder, *ARGUMENTS, *more, stdout=no_stream, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert "in 2 steps; run folder: out; the trained weights are not kept yet" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "out/comparison.json").exists()
+
+
+def test_a_run_goes_on_where_nobody_can_be_told(folder: Path, no_stream: int) -> None:
+    done = in_its_own_process(folder, *ARGUMENTS, "--json", stdout=subprocess.PIPE, stderr=no_stream)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == json.loads((folder / "out/comparison.json").read_text())
 
 
 def test_a_comparison_that_fails_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from fuzzing import readings
 from runtime.inputs.documents import jobs_of
-from runtime.inputs.encoder import AUTO, TOKENIZER_FILES, ByteEncoder, TextEncoder, Worker, load_encoder
+from runtime.inputs.encoder import Worker
 from runtime.inputs.files import find_files
 from runtime.inputs.sniffing import MAGICS
+from runtime.inputs.text_encoder import AUTO, TOKENIZER_FILES, ByteEncoder, TextEncoder, load_encoder
 from slideplan.progress import silent
 from tokenizers_made import WORDS, gpt2, llama2, unigram, wordpiece, write_tokenizer
-
-SHORT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -56,7 +56,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[TextEncoder | Byt
     return [load_encoder(folder, AUTO)[0], ByteEncoder(AUTO)]
 
 
-@SHORT
+@readings(60)
 @given(st.dictionaries(NAMES, st.lists(PIECES, max_size=6).map(b"".join), min_size=1, max_size=4), st.booleans())
 def test_any_folder_is_read_or_refused(
     encoders: list[TextEncoder | ByteEncoder],
@@ -89,7 +89,7 @@ SAVED = {make.__name__: json.loads(make().to_str()) for make in (gpt2, llama2, u
 SETTINGS = {"eos_token": {"content": "</s>"}, "added_tokens_decoder": {"1": {"content": "</s>", "special": True}, "9999": {}}}
 
 
-@SHORT
+@readings(60)
 @given(st.data(), st.sampled_from(sorted(SAVED)), st.sampled_from(TOKENIZER_FILES[:2]))
 def test_any_tokenizer_is_used_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str, changed: str

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from runtime.inputs import prepare as preparing
 from runtime.inputs import token_cache, workers
-from runtime.inputs.encoder import PIECE_BYTES
 from runtime.inputs.files import default_text
 from runtime.inputs.prepare import DataRequest, PreparedData, prepare
+from runtime.inputs.text_encoder import PIECE_BYTES
 from runtime.lanes.clock import RunError
 from slideplan.progress import Progress, silent
 from tokenizers_made import KINDS, WORDS, gpt2, llama3, write_tokenizer
@@ -292,12 +292,11 @@ def test_file_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one slow link")
-    killer = tmp_path / "encoder.py"
-    killer.write_text("import os, signal, sys\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setattr(workers.encoder, "__file__", str(killer))
+    killed = "import os, signal, sys\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    monkeypatch.setattr(workers, "START", killed)
     with pytest.raises(RunError, match="a tokenising process has ended with signal 9"):
         ready(tmp_path / "a.txt", None, tmp_path / "cache")
-    killer.write_text("raise SystemExit('out of order')\n")
+    monkeypatch.setattr(workers, "START", "raise SystemExit('out of order')\n")
     with pytest.raises(RunError, match="exit code 1: out of order"):
         ready(tmp_path / "a.txt", None, tmp_path / "cache")
 
@@ -381,7 +380,8 @@ def test_interrupt_ends_everything_within_a_second(number: signal.Signals, tmp_p
     # What was killed could end nothing: its processes end when they find nobody to answer.
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
-    assert seconds < 1 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1), seconds
+    # Where others work as well every process gets its share alone.
+    assert seconds < max(1, 2 * os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
 
 
 def test_two_runs_may_prepare_the_same_at_once(tmp_path: Path, weights: Path) -> None:

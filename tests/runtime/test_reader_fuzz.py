@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from builders import tiny_model
 from checkpoints import random_state_dict
+from fuzzing import readings
 from runtime.compute.eager import rotary_positions, skeleton
 from runtime.inputs.weights import SafetensorsWeights
 from slideplan.hf_config import model_from_config
@@ -54,7 +55,7 @@ def test_the_whole_file_is_read() -> None:
     assert source.notes == []
 
 
-@settings(max_examples=200, deadline=None)
+@readings(200)
 @given(st.integers(0, HEADER_BYTES + 16), st.binary(max_size=4), st.integers(-8, 8))
 def test_bytes_changed_anywhere_in_the_header(place: int, content: bytes, grown: int) -> None:
     changed = WHOLE[:place] + content + WHOLE[place + len(content) :]
@@ -72,7 +73,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@readings(200)
 @given(
     st.dictionaries(st.one_of(st.sampled_from(sorted(HEADER)), st.text(max_size=6)), st.one_of(ENTRY, st.none()), max_size=3),
     st.one_of(st.none(), st.integers(-(1 << 63), 1 << 63)),
@@ -91,7 +92,7 @@ PLACES = st.sampled_from(["a.safetensors", "b.safetensors", "..", ".", "", "/", 
 MAPS = st.one_of(JSON, st.dictionaries(st.sampled_from(sorted(HEADER)), PLACES))
 
 
-@settings(max_examples=150, deadline=None)
+@readings(150)
 @given(st.one_of(st.binary(max_size=32), MAPS.map(lambda value: json.dumps({"weight_map": value}).encode())))
 def test_any_index(index: bytes) -> None:
     opened({"model.safetensors.index.json": index, "a.safetensors": WHOLE})
@@ -154,7 +155,7 @@ def _quiet() -> Any:
     logging.disable(logging.NOTSET)
 
 
-@settings(max_examples=120, deadline=None)
+@readings(120)
 @given(CONFIGS)
 def test_what_is_accepted_is_what_transformers_makes_of_it(config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from runtime.inputs import encoder
-from runtime.inputs.encoder import AUTO, NONE, Near, TextEncoder, even_spans, load_encoder, seam
+from runtime.inputs import text_encoder
+from runtime.inputs.text_encoder import AUTO, NONE, Near, TextEncoder, even_spans, load_encoder, seam
 from tokenizers_made import KINDS, WORDS, gpt2, llama3, unigram, write_tokenizer
 
 TEXT = (WORDS * 3 + "</s> inside <s>\n\n") * 4
@@ -51,9 +52,9 @@ def test_tokens_are_those_of_transformers(kind: str, saved: str, folders: dict[s
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_text_has_the_tokens_of_the_whole(kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "PIECE_BYTES", 4096)
-    monkeypatch.setattr(encoder, "CONTEXT_BYTES", 1024)
-    monkeypatch.setattr(encoder, "AGREEMENT", 64)
+    monkeypatch.setattr(text_encoder, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(text_encoder, "CONTEXT_BYTES", 1024)
+    monkeypatch.setattr(text_encoder, "AGREEMENT", 64)
     loaded, _ = load_encoder(folders[kind], NONE)
     text = "".join(WORDS[start:] for start in range(0, 400, 7))
     found, rough = loaded.long_tokens(text)
@@ -71,9 +72,9 @@ PARTS = st.sampled_from(
 def test_any_text_has_the_tokens_of_the_whole_or_says_so(folders: dict[str, Path], kind: str, parts: list[str]) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "PIECE_BYTES", 512)
-        patch.setattr(encoder, "CONTEXT_BYTES", 256)
-        patch.setattr(encoder, "AGREEMENT", 24)
+        patch.setattr(text_encoder, "PIECE_BYTES", 512)
+        patch.setattr(text_encoder, "CONTEXT_BYTES", 256)
+        patch.setattr(text_encoder, "AGREEMENT", 24)
         loaded, _ = load_encoder(folders[kind], NONE)
         found, rough = loaded.long_tokens(text)
     if not rough:
@@ -84,9 +85,9 @@ def test_cut_that_cannot_be_clean_is_counted_and_loses_nothing(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A single run of one letter: where its tokens lie depends on where it begins."""
-    monkeypatch.setattr(encoder, "PIECE_BYTES", 4 * 1001)
-    monkeypatch.setattr(encoder, "CONTEXT_BYTES", 4 * 301)
-    monkeypatch.setattr(encoder, "AGREEMENT", 100)
+    monkeypatch.setattr(text_encoder, "PIECE_BYTES", 4 * 1001)
+    monkeypatch.setattr(text_encoder, "CONTEXT_BYTES", 4 * 301)
+    monkeypatch.setattr(text_encoder, "AGREEMENT", 100)
     loaded, _ = load_encoder(folders["gpt2"], NONE)
     text = "=" * 5000
     found, rough = loaded.long_tokens(text)
@@ -151,6 +152,49 @@ def test_tokens_that_only_the_config_adds_are_tokens(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, gpt2(), added_tokens_decoder={str(size + 5): {"content": "<|end|>"}})
     with pytest.raises(ValueError, match=f"gives '<|end|>' the number {size + 5}".replace("|", r"\|")):
         load_encoder(folder, AUTO)
+
+
+AROUND = [{}, *({"add_bos_token": bos, "add_eos_token": eos} for bos in (True, False) for eos in (True, False))]
+AROUND += [{"add_bos_token": True}, {"add_eos_token": True}, {"add_bos_token": None}]
+
+
+@pytest.mark.parametrize("around", AROUND, ids=json.dumps)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_around_a_text_does_not_depend_on_the_config(kind: str, around: dict[str, bool], tmp_path: Path) -> None:
+    tokenizer = KINDS[kind]()
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    named = {name: token for name, token in names.items() if tokenizer.token_to_id(token) is not None}
+    folder = write_tokenizer(tmp_path, tokenizer, **around, **named)
+    expected = PreTrainedTokenizerFast.from_pretrained(folder)(TEXT)["input_ids"]
+    assert document(load_encoder(folder, NONE)[0], TEXT) == expected
+
+
+@pytest.mark.parametrize("name", ["eos_token", "pad_token", "mask_token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_the_config_names_is_found_in_a_text(kind: str, name: str, tmp_path: Path) -> None:
+    """Though it is an ordinary one by tokenizer.json."""
+    tokenizer = KINDS[kind]()
+    word = next(word for word in ("the", "▁the", "es", "s") if tokenizer.token_to_id(word) is not None)
+    folder = write_tokenizer(tmp_path, tokenizer, **{name: word})
+    text = f"{WORDS} one {word} two{word}three"
+    expected = PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"]
+    assert document(load_encoder(folder, NONE)[0], text) == expected
+
+
+@pytest.mark.parametrize("flags", [{}, {"special": True}, {"special": False}, {"normalized": False}, {"lstrip": True}], ids=str)
+def test_flags_of_added_tokens_are_as_transformers_has_them(flags: dict[str, bool], tmp_path: Path) -> None:
+    tokenizer = KINDS["wordpiece"]()
+    added = {str(tokenizer.get_vocab_size()): {"content": "<Tool>", **flags}}
+    folder = write_tokenizer(tmp_path, tokenizer, added_tokens_decoder=added)
+    text = "one <Tool> two <tool> three"
+    assert document(load_encoder(folder, NONE)[0], text) == PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"]
+
+
+def test_a_pipe_beside_a_tokenizer_is_not_waited_for(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, gpt2())
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: is not a file"):
+        load_encoder(tmp_path, AUTO)
 
 
 def test_end_that_is_no_token_is_refused(tmp_path: Path) -> None:

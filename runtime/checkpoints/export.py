@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from slideplan.saving import LEAST_STAGING_BYTES
 
 from runtime.checkpoints.contents import contents_at, with_dtype
 from runtime.checkpoints.keeper import PHASE, SPARE_BYTES, counted
@@ -30,6 +29,7 @@ from slideplan.lowering.sizes import WEIGHT_BYTES
 from slideplan.model import ModelSpec, Parameter
 from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes
+from slideplan.saving import LEAST_STAGING_BYTES
 
 Dtype = Literal["bf16", "fp32"]
 # Units whose weights are held at once: several files are read and written together, and an embedding has gigabytes.
@@ -60,7 +60,7 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
     except OSError as error:
         raise unwritable(out, error) from None
     problems = []
-    for candidate in found:
+    for number, candidate in enumerate(found, 1):
         unfinished = out.with_name(UNFINISHED + out.name)
         try:
             _write(candidate, unfinished, dtype, disk, show)
@@ -69,7 +69,8 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
             return candidate
         except DamagedError as damage:
             problems.append(str(damage))
-            show(Progress(PHASE, note=f"warning: {damage}; the checkpoint before is taken"))
+            if number < len(found):
+                show(Progress(PHASE, note=f"warning: {damage}; the checkpoint before is taken"))
         finally:
             if unfinished.exists():
                 disk.remove_folder(unfinished)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
-from slideplan.saving import BLOCK_BYTES
 
 from runtime.checkpoints.layout import header
 from runtime.checkpoints.manifest import StoredFile
@@ -21,6 +20,7 @@ from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileWriter
 from slideplan.graph.lanes import LaneKind
+from slideplan.saving import BLOCK_BYTES
 
 # Several files at once: one thread copies and hashes slower than a good drive writes, and a drive wants several requests.
 COPIERS, WRITERS = 4, 4
@@ -75,10 +75,17 @@ class FileWrites:
             self.finish()
 
     def finish(self) -> list[StoredFile]:
-        """Wait until all files are on the drive; their sizes and hashes, by name. Raises the first error."""
-        for copier in self._copiers:
-            copier.join()
-        self._pool.shutdown()
+        """Wait until all files are on the drive; their sizes and hashes, by name. Raises the first error.
+
+        Interrupted, it ends all threads: nobody writes into a folder that is removed next.
+        """
+        try:
+            for copier in self._copiers:
+                copier.join()
+            self._pool.shutdown()
+        except BaseException:
+            self.abort()
+            raise
         if self._error is not None:
             raise self._error
         return sorted(self._files, key=lambda file: file.name)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from runtime.checkpoints.contents import contents_at, with_dtype
-from runtime.checkpoints.keeper import PHASE, SPARE_BYTES, counted
+from runtime.checkpoints.keeper import SPARE_BYTES, counted
 from runtime.checkpoints.layout import CONFIG, UNFINISHED, index, optimizer_file, weights_file
 from runtime.checkpoints.manifest import DamagedError
 from runtime.checkpoints.reading import read_shards, read_small_files
@@ -31,6 +31,7 @@ from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes
 from slideplan.saving import LEAST_STAGING_BYTES
 
+PHASE = "exporting"
 Dtype = Literal["bf16", "fp32"]
 # Units whose weights are held at once: several files are read and written together, and an embedding has gigabytes.
 GROUP_BYTES = 2 << 30
@@ -91,7 +92,7 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
     disk.make_folder(folder)
     backend = CpuBackend()
     read, write = (Staging(backend, LEAST_STAGING_BYTES, page_locked=False) for _ in range(2))
-    total = sum(file.size_bytes for file in manifest.files)
+    total = sum(file.size_bytes for file in manifest.files if file.name not in files)
     done = counted(PHASE, total, show)
     written: dict[str, Sequence[StoredTensor]] = {}
     for units in _groups(model):

@@ -15,7 +15,7 @@ import pytest
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import plan_for
 from runtime import folder as module
-from runtime.folder import claimed
+from runtime.folder import claimed, reopened
 from runtime.lanes.backend import CpuBackend
 from slideplan.codec import load
 from slideplan.plan import Plan
@@ -102,6 +102,18 @@ def test_a_run_that_has_opened_its_metrics_and_written_nothing_leaves_nothing(pl
         raise KeyboardInterrupt
     assert not Path("run").exists()
     assert not hasattr(raised.value, "__notes__")
+
+
+def test_one_process_at_a_time_has_a_run_folder(plan: Plan) -> None:
+    busy = "run: another process runs in it; wait for it, or stop it"
+    with claimed(Path("run"), plan) as folder:
+        train(folder)
+        with pytest.raises(ValueError, match=busy), reopened(folder):
+            pass
+    with reopened(folder), pytest.raises(ValueError, match=busy), reopened(folder):
+        pass
+    with reopened(folder):
+        pass
 
 
 def test_what_was_there_before_stays(plan: Plan) -> None:

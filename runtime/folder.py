@@ -50,7 +50,8 @@ def claimed(out: Path | None, plan: Plan) -> Iterator[Path]:
                 error.add_note(f"losses so far are in {folder / METRICS}")
         else:
             with contextlib.suppress(OSError):
-                for name in (PLAN, METRICS, LOCK):
+                # The plan last: without it the folder is another run's to take, and to lock.
+                for name in (METRICS, LOCK, PLAN):
                     (folder / name).unlink(missing_ok=True)
             _remove(made)
         raise

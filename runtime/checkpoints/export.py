@@ -100,7 +100,12 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
         shards = [shard for unit in halves for shard in _halves(model, names, unit)]
         read_shards(disk, source, manifest, shards, read, backend, done)
         exported = [_exported(model, names, unit, dtype) for unit in halves]
-        FileWrites(disk, folder, exported, write, backend, lambda size: None).finish()
+        writes = FileWrites(disk, folder, exported, write, backend, lambda size: None)
+        try:
+            writes.start().finish()
+        except BaseException:  # nobody may write into a folder that is removed next
+            writes.abort()
+            raise
         written |= {shard.name: shard.tensors for shard in exported}
     files[CONFIG] = with_dtype(read_json_object(source / CONFIG, "take another checkpoint"), _CONFIG_DTYPES[dtype])
     files[INDEX] = index(written)[1]

@@ -150,7 +150,7 @@ class Keeper:
             self._writes = FileWrites(
                 self._disk, unfinished, shards, self.staging, self._backend, counted(PHASE, size_bytes, self._show)
             )  # fmt: skip
-            self._writes.copied()
+            self._writes.start().copied()
         except OSError as error:
             self._fail(step, unfinished, error)
             return

@@ -11,15 +11,17 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[runtime,dev]'
 	touch $@
 
-# Profile this machine, plan a small decoder for a "GPU" too small for it, run the plan on real text, compare.
+# Profile this machine, plan a small decoder for a "GPU" too small for it, run the plan on real text, compare, go on, export.
 demo: $(BIN)/.installed
-	rm -rf $(DEMO)/run
+	rm -rf $(DEMO)/run $(DEMO)/trained
 	$(BIN)/planner profile --quick --device cpu --model tiny --seq-len 128 --micro-batch 2 --micro-batch 4 --micro-batch 8 \
 	    --name demo-machine -o $(DEMO)/machine.json
 	$(BIN)/planner simulate --model tiny --machine $(DEMO)/machine.json --seq-len 128 --global-batch 8 \
 	    --gpu-memory 3MiB --verify -o $(DEMO)/plan.json
 	$(BIN)/planner show $(DEMO)/plan.json
-	$(BIN)/runtime execute $(DEMO)/plan.json --device cpu --steps 40 --lr 2e-3 -o $(DEMO)/run
+	$(BIN)/runtime execute $(DEMO)/plan.json --device cpu --steps 40 --lr 2e-3 --save-every 20 -o $(DEMO)/run
+	$(BIN)/runtime resume $(DEMO)/run --device cpu --steps 50
+	$(BIN)/runtime export $(DEMO)/run -o $(DEMO)/trained
 	$(BIN)/planner simulate --model 123b
 
 test: $(BIN)/.installed

@@ -45,13 +45,14 @@ def claimed(out: Path | None, plan: Plan) -> Iterator[Path]:
         with _locked(folder):
             yield folder
     except BaseException as error:
-        if (folder / METRICS).exists():
+        if _begun(folder):
             if isinstance(error, KeyboardInterrupt):
                 error.add_note(f"losses so far are in {folder / METRICS}")
         else:
             with contextlib.suppress(OSError):
-                (folder / PLAN).unlink(missing_ok=True)
-                (folder / LOCK).unlink(missing_ok=True)
+                # The plan last: without it the folder is another run's to take, and to lock.
+                for name in (METRICS, LOCK, PLAN):
+                    (folder / name).unlink(missing_ok=True)
             _remove(made)
         raise
 
@@ -95,6 +96,14 @@ def open_metrics(folder: Path, first_step: int, disk: Disk) -> Log:
                     break
                 end += len(line)
     return disk.open_log(path, end)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run has written its first metrics."""
+    try:
+        return (folder / METRICS).stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _step(line: bytes) -> int | None:

@@ -35,7 +35,7 @@ def write_comparison(folder: Path, warn: Callable[[str], None]) -> Comparison:
     plan = load(folder / "plan.json", Plan)
     plan.check(str(folder / "plan.json"))
     if not (folder / "measurement.json").exists():
-        raise ValueError(f"{folder}: holds no measurement.json: its run was not finished; run the plan again")
+        raise ValueError(f"{folder}: holds no measurement.json: its run was not finished; go on with `runtime resume {folder}`")
     measurement = load(folder / "measurement.json", Measurement)
     comparison = compare(plan, measurement, file_digest(folder / "plan.json"))
     save(folder / "comparison.json", comparison)

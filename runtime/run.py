@@ -137,7 +137,7 @@ def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightS
     source = SafetensorsWeights(model, request.weights)
     contents, left_out = carried(request.weights, source.names)
     if left_out and request.saving is not None:
-        source.notes.append(f"weights: too large to be kept with checkpoints: {', '.join(left_out)}")
+        source.notes.append(f"weights: not kept with checkpoints: {', '.join(left_out)}")
     for note in source.notes:
         show(Progress("checking weights", 1, 1, note=note))
     return source, contents

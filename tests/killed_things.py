@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 
+from runtime.checkpoints.export import export
+from runtime.checkpoints.resuming import candidates
 from runtime.optimizer.adamw import HostUpdate
 from runtime.storage.disk import Disk
+from slideplan.progress import silent
 
 
 def identity(disk: Disk, *values: object) -> tuple[object, ...]:
@@ -53,3 +56,7 @@ def computes(disk: Disk) -> float:
     HostUpdate(2).compile()
     torch.set_num_threads(2)
     return float(torch.ones(512, 512).matmul(torch.ones(512, 512)).sum())
+
+
+def exports(disk: Disk, run: Path, out: Path) -> None:
+    export(candidates(run, silent), out, "bf16", disk, silent)

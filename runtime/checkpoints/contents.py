@@ -28,18 +28,22 @@ class Contents(NamedTuple):
 
 def contents_of(model: ModelSpec) -> Contents:
     """For a model with random weights: its configuration."""
-    return Contents({}, {CONFIG: _json(config_of(model) | {"dtype": "bfloat16"})})
+    return Contents({}, {CONFIG: with_dtype(config_of(model), "bfloat16")})
 
 
 def carried(folder: Path, names: Mapping[str, str]) -> tuple[Contents, list[str]]:
-    """All files beside the weights of a Hugging Face directory, and those that are too large to be carried, in words.
+    """All files beside the weights of a Hugging Face directory; and what else is there that is not carried, in words.
 
-    The configuration's dtype becomes that of the stored weights. Raises ValueError where a file cannot be read.
+    Hidden files, a checkpoint's manifest, and weights and optimizers of any format are neither. The configuration's dtype
+    becomes that of the stored weights. Raises ValueError where a file cannot be read.
     """
     files: dict[str, bytes] = {}
     left_out = []
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or path.name == MANIFEST or holds_weights(path):
+        if path.name.startswith(".") or path.name == MANIFEST or holds_weights(path):
+            continue
+        if not path.is_file():
+            left_out.append(f"{path.name} ({'a folder' if path.is_dir() else 'no file'})")
             continue
         if (size := path.stat().st_size) > LARGEST_BYTES:
             left_out.append(f"{path.name} ({format_bytes(size)})")

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from slideplan.saving import LEAST_STAGING_BYTES
 
 from runtime.checkpoints.contents import contents_at, with_dtype
-from runtime.checkpoints.keeper import PHASE, SPARE_BYTES, counted
+from runtime.checkpoints.keeper import SPARE_BYTES, counted
 from runtime.checkpoints.layout import CONFIG, UNFINISHED, index, optimizer_file, weights_file
 from runtime.checkpoints.manifest import DamagedError
 from runtime.checkpoints.reading import read_shards, read_small_files
@@ -30,7 +29,9 @@ from slideplan.lowering.sizes import WEIGHT_BYTES
 from slideplan.model import ModelSpec, Parameter
 from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes
+from slideplan.saving import LEAST_STAGING_BYTES
 
+PHASE = "exporting"
 Dtype = Literal["bf16", "fp32"]
 # Units whose weights are held at once: several files are read and written together, and an embedding has gigabytes.
 GROUP_BYTES = 2 << 30
@@ -60,7 +61,7 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
     except OSError as error:
         raise unwritable(out, error) from None
     problems = []
-    for candidate in found:
+    for number, candidate in enumerate(found, 1):
         unfinished = out.with_name(UNFINISHED + out.name)
         try:
             _write(candidate, unfinished, dtype, disk, show)
@@ -69,7 +70,8 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
             return candidate
         except DamagedError as damage:
             problems.append(str(damage))
-            show(Progress(PHASE, note=f"warning: {damage}; the checkpoint before is taken"))
+            if number < len(found):
+                show(Progress(PHASE, note=f"warning: {damage}; the checkpoint before is taken"))
         finally:
             if unfinished.exists():
                 disk.remove_folder(unfinished)
@@ -90,7 +92,7 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
     disk.make_folder(folder)
     backend = CpuBackend()
     read, write = (Staging(backend, LEAST_STAGING_BYTES, page_locked=False) for _ in range(2))
-    total = sum(file.size_bytes for file in manifest.files)
+    total = sum(file.size_bytes for file in manifest.files if file.name not in files)
     done = counted(PHASE, total, show)
     written: dict[str, Sequence[StoredTensor]] = {}
     for units in _groups(model):
@@ -98,7 +100,12 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
         shards = [shard for unit in halves for shard in _halves(model, names, unit)]
         read_shards(disk, source, manifest, shards, read, backend, done)
         exported = [_exported(model, names, unit, dtype) for unit in halves]
-        FileWrites(disk, folder, exported, write, backend, lambda size: None).finish()
+        writes = FileWrites(disk, folder, exported, write, backend, lambda size: None)
+        try:
+            writes.start().finish()
+        except BaseException:  # nobody may write into a folder that is removed next
+            writes.abort()
+            raise
         written |= {shard.name: shard.tensors for shard in exported}
     files[CONFIG] = with_dtype(read_json_object(source / CONFIG, "take another checkpoint"), _CONFIG_DTYPES[dtype])
     files[INDEX] = index(written)[1]

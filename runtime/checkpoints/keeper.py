@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slideplan.saving import SaveCost, checkpoint_bytes, weights_bytes
-
 from runtime.checkpoints.contents import Contents
 from runtime.checkpoints.layout import (
     CHECKPOINTS,
@@ -40,6 +38,7 @@ from slideplan.model import ModelSpec
 from slideplan.plan import Plan
 from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes, format_ns
+from slideplan.saving import SaveCost, checkpoint_bytes, weights_bytes
 
 PHASE = "saving"
 # For folders, the manifest and what the filesystem needs of its own.
@@ -151,7 +150,7 @@ class Keeper:
             self._writes = FileWrites(
                 self._disk, unfinished, shards, self.staging, self._backend, counted(PHASE, size_bytes, self._show)
             )  # fmt: skip
-            self._writes.copied()
+            self._writes.start().copied()
         except OSError as error:
             self._fail(step, unfinished, error)
             return

@@ -54,8 +54,12 @@ def read_shards(
     staging.restart()
     reader = _Reader(disk, folder, {file.name: file for file in manifest.files}, staging, backend, done)
     with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-reader") as pool:
-        # The first error is the one that is raised; the others end at their next block.
-        return sum(pool.map(reader.read, shards))
+        try:
+            # The first error is the one that is raised; the others end at their next block.
+            return sum(pool.map(reader.read, shards))
+        except BaseException:  # of this thread too, which may be interrupted
+            reader.stop()
+            raise
 
 
 def read_small_files(disk: Disk, folder: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -91,6 +95,10 @@ class _Reader:
         self._backend = backend
         self._done = done
         self._failed = threading.Event()
+
+    def stop(self) -> None:
+        """All threads end at their next block."""
+        self._failed.set()
 
     def read(self, shard: ShardFile) -> bool:
         """Fill the tensors of one file; whether its moments had another format. Raises DamagedError."""

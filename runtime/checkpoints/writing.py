@@ -36,8 +36,8 @@ class ShardFile(NamedTuple):
 class FileWrites:
     """Writes shards into a folder: copied block by block into staging, hashed in order, written by other threads.
 
-    `copied` returns as soon as no slot is read any more; the drive may be behind by what staging holds. The first error of
-    any thread ends all of them, and is raised by `copied` and by `finish`.
+    It begins with `start`. `copied` returns as soon as no slot is read any more; the drive may be behind by what staging
+    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`.
     """
 
     def __init__(
@@ -59,13 +59,17 @@ class FileWrites:
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._files: list[StoredFile] = []
-        staging.restart()
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint-writer")
-        self._copiers = [
-            threading.Thread(target=self._copy, name=f"checkpoint-copier-{n}", daemon=True) for n in range(COPIERS)
-        ]
-        for copier in self._copiers:
+        self._copiers: list[threading.Thread] = []
+
+    def start(self) -> FileWrites:
+        """Begin. Whoever has kept this object before can end its threads, whenever an interrupt comes."""
+        self._staging.restart()
+        for n in range(COPIERS):
+            copier = threading.Thread(target=self._copy, name=f"checkpoint-copier-{n}", daemon=True)
             copier.start()
+            self._copiers.append(copier)
+        return self
 
     def copied(self) -> None:
         """Wait until everything is copied out of the slots. Raises what has gone wrong so far."""

@@ -162,7 +162,8 @@ def resume(
 
     Files are checked against their checksums while they are read; where a checkpoint is damaged, the one before is taken.
     Another plan may have another window, other tiers, micro-batches, kernels or sizes of memory: state is stored by unit and
-    tensor class, not by where it lay. metrics.jsonl goes on; the comparison covers the steps since.
+    tensor class, not by where it lay. (Other micro-batches and kernels round in other places.) metrics.jsonl goes on; the
+    comparison covers the steps since.
 
     \b
     Examples:

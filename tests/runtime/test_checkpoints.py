@@ -368,6 +368,7 @@ def check(planned: ModelSpec, folder: Path, out: Path, **workload: Any) -> None:
 
 
 def test_another_number_of_positions_is_the_same_model(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()  # as the command has: what is free on its drive is asked
     for positions in (64, 128, 4096):
         write_checkpoint(tmp_path, tiny_model(max_positions=positions))
         check(MODEL, tmp_path, tmp_path / "run", seq_len=64)

@@ -18,6 +18,7 @@ from runtime.compute import handlers as compute
 from runtime.lanes.backend import CpuBackend
 from runtime.optimizer import adamw as optimizer
 from runtime.optimizer.adamw import HostUpdate
+from runtime.storage.files import Log
 from slideplan.codec import save
 from slideplan.plan import Plan
 from slideplan.policy import OtherSystem
@@ -100,11 +101,11 @@ def test_checkpoint_with_its_config(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_run_folder_is_not_written_twice(run_folder: Path) -> None:
-    before = {file: file.read_bytes() for file in run_folder.iterdir()}
+    before = {file: file.read_bytes() for file in run_folder.rglob("*") if file.is_file()}
     done = runtime("execute", run_folder / "plan.json", "--device", "cpu", "-o", run_folder, cwd=run_folder)
     assert done.returncode == 2
     assert "of an earlier run" in done.stderr
-    assert {file: file.read_bytes() for file in run_folder.iterdir()} == before
+    assert {file: file.read_bytes() for file in run_folder.rglob("*") if file.is_file()} == before
 
 
 def test_loss_that_is_not_finite_ends_the_run(plan: Plan, tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_a_captured_plan_is_refused_on_a_cpu_before_anything_is_written(plan: Pl
 
 
 def test_plan_that_needs_more_memory_than_is_free(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.run.available_host_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("runtime.checks.available_host_bytes", lambda: 1 << 20)
     save(tmp_path / "plan.json", plan)
     done = runtime("execute", "plan.json", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -350,9 +351,9 @@ def test_run_folder_that_cannot_be_made_is_refused_before_anything_else(plan: Pl
 
 @pytest.mark.parametrize("losses", [False, True])
 def test_interrupt_says_where_the_losses_are(losses: bool, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(session: object, steps: int, out: Path, *_: object) -> None:
+    def interrupt(session: object, steps: int, log: Log, *_: object) -> None:
         if losses:
-            (tmp_path / out / "metrics.jsonl").touch()
+            log.append(b'{"step": 0, "loss": 5.5}\n')
         raise KeyboardInterrupt
 
     monkeypatch.setattr("runtime.run.train", interrupt)
@@ -360,3 +361,4 @@ def test_interrupt_says_where_the_losses_are(losses: bool, plan: Plan, tmp_path:
     done = runtime("execute", "plan.json", "--device", "cpu", "-o", "run", cwd=tmp_path)
     assert done.returncode == 130
     assert ("interrupted; losses so far are in run/metrics.jsonl" in done.stderr) == losses
+    assert (tmp_path / "run").exists() == losses

@@ -12,17 +12,20 @@ import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, plan_for, session_for
+from runtime.checkpoints.manifest import Saving
+from runtime.folder import open_metrics
 from runtime.lanes.backend import CpuBackend, Marker
 from runtime.lanes.clock import LaneError, RunError
 from runtime.lanes.executor import Executor
 from runtime.session import Session
-from runtime.training import train
+from runtime.storage.disk import Disk
+from runtime.training import Stop, train
 from slideplan.footprint import Footprint
 from slideplan.graph import operations
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import CAST_WEIGHTS, CLIP_GRADIENT, OFFLOAD_STATE, REFRESH_WEIGHTS, Operation
 from slideplan.lowering.lower import lower
-from slideplan.progress import Progress
+from slideplan.progress import Progress, Show, silent
 
 STEPS = 4
 
@@ -30,6 +33,11 @@ STEPS = 4
 def everything(backend: CpuBackend) -> Session:
     model = tiny_model()
     return session_for(plan_for(model, tiny_policy(model, **EVERYTHING, kernels="fused"), tiny_workload(), backend), backend)
+
+
+def trained(session: Session, folder: Path, show: Show) -> None:
+    with open_metrics(folder, 0, Disk()) as log:
+        train(session, STEPS, log, None, Saving(), Stop(), show)
 
 
 def no_lanes_left() -> bool:
@@ -212,7 +220,7 @@ def test_lanes_have_ended_when_measuring_fails(tmp_path: Path) -> None:
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        train(session, STEPS, tmp_path, failing)
+        trained(session, tmp_path, failing)
     assert no_lanes_left()
 
 
@@ -227,7 +235,7 @@ def test_a_loss_that_cannot_be_read_names_its_step(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torch.Tensor, "item", failing)
     with pytest.raises(RunError, match="step 0: its loss could not be read: an illegal memory access"):
-        train(session, STEPS, tmp_path, lambda _: None)
+        trained(session, tmp_path, silent)
     assert no_lanes_left()
 
 

@@ -17,8 +17,11 @@ from builders import tiny_model, tiny_policy, tiny_workload
 from commands import runtime
 from running import plan_for, session_for
 from runtime import report, run
+from runtime.checkpoints.manifest import Saving
+from runtime.folder import open_metrics
 from runtime.lanes.backend import CpuBackend
-from runtime.training import train
+from runtime.storage.disk import Disk
+from runtime.training import Stop, train
 from slideplan.codec import save
 from slideplan.plan import Plan
 from slideplan.progress import silent
@@ -84,7 +87,7 @@ def test_a_picture_that_fails_is_a_warning(
     assert f"warning: out/{file} was not written: {words}" in done.stderr
     assert json.loads(done.stdout) == json.loads((folder / "out/comparison.json").read_text())
     assert {each.name for each in (folder / "out").iterdir()} & PICTURES == PICTURES - {file}
-    assert "in 2 steps; run folder: out; the trained weights are not kept yet" in done.stderr
+    assert "in 2 steps; run folder: out; trained weights: out/checkpoints/step-00000002; `runtime export out" in done.stderr
     again = runtime("compare", "out", cwd=folder)
     assert again.returncode == 0
     assert "was not written" in again.stderr
@@ -162,10 +165,17 @@ def test_a_measurement_that_cannot_be_kept_is_no_bad_input(folder: Path, monkeyp
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_names_the_metrics(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as raised:
-        train(session_for(plan, CpuBackend()), 2, tmp_path, silent)
+    session = session_for(plan, CpuBackend())
+    with (
+        open_metrics(tmp_path, 0, Disk()) as log,
+        pytest.raises(OSError, match="No space left") as raised,
+    ):
+        train(session, 2, log, None, Saving(), Stop(), silent)
     assert raised.value.filename == str(tmp_path / "metrics.jsonl")
 
 
-def test_help_says_that_weights_are_not_kept(tmp_path: Path) -> None:
-    assert "The trained weights are not kept yet." in " ".join(runtime("execute", "--help", cwd=tmp_path).stdout.split())
+def test_a_run_that_keeps_nothing_says_so(folder: Path) -> None:
+    done = runtime(*ARGUMENTS, "--no-save", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "run folder: out; nothing was kept of what was trained (--no-save)" in done.stderr
+    assert not (folder / "out/checkpoints").exists()

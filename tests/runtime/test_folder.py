@@ -15,7 +15,7 @@ import pytest
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import plan_for
 from runtime import folder as module
-from runtime.folder import claimed
+from runtime.folder import claimed, reopened
 from runtime.lanes.backend import CpuBackend
 from slideplan.codec import load
 from slideplan.plan import Plan
@@ -33,7 +33,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(folder: Path) -> None:
-    (folder / "metrics.jsonl").touch()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "loss": 5.5}\n')
 
 
 def test_the_plan_is_in_the_folder_from_the_start(plan: Plan) -> None:
@@ -41,7 +41,7 @@ def test_the_plan_is_in_the_folder_from_the_start(plan: Plan) -> None:
         assert folder == Path("a/b/run")
         assert load(folder / "plan.json", Plan) == plan
         train(folder)
-    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl"}
+    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl", ".lock"}
 
 
 def test_runs_of_one_second_get_folders_of_their_own(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +96,26 @@ def test_a_run_that_never_began_leaves_nothing(plan: Plan, out: Path | None, err
     assert not hasattr(raised.value, "__notes__")
 
 
+def test_a_run_that_has_opened_its_metrics_and_written_nothing_leaves_nothing(plan: Plan) -> None:
+    with pytest.raises(KeyboardInterrupt) as raised, claimed(Path("run"), plan) as folder:
+        (folder / "metrics.jsonl").touch()
+        raise KeyboardInterrupt
+    assert not Path("run").exists()
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_one_process_at_a_time_has_a_run_folder(plan: Plan) -> None:
+    busy = "run: another process runs in it; wait for it, or stop it"
+    with claimed(Path("run"), plan) as folder:
+        train(folder)
+        with pytest.raises(ValueError, match=busy), reopened(folder):
+            pass
+    with reopened(folder), pytest.raises(ValueError, match=busy), reopened(folder):
+        pass
+    with reopened(folder):
+        pass
+
+
 def test_what_was_there_before_stays(plan: Plan) -> None:
     Path("runs").mkdir()
     Path("mine").mkdir()
@@ -112,7 +132,7 @@ def test_a_run_that_began_keeps_what_it_wrote_and_an_interrupt_says_where(plan: 
     with pytest.raises(type(error)) as raised, claimed(Path("run"), plan) as folder:
         train(folder)
         raise error
-    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl"}
+    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl", ".lock"}
     notes = getattr(raised.value, "__notes__", [])
     assert notes == (["losses so far are in run/metrics.jsonl"] if isinstance(error, KeyboardInterrupt) else [])
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from builders import tiny_policy, tiny_workload
+from checkpoints import masters_of
 from running import EVERYTHING, plan_for
 from runtime import rehearsal
 from runtime.checkpoints.export import export
@@ -130,19 +131,6 @@ def test_a_checkpoint_is_what_transformers_reads(tmp_path: Path) -> None:
     stored = {name: value for file in folder.glob("model-*.safetensors") for name, value in load_file(file).items()}
     assert stored.keys() == dict(network.named_parameters()).keys()
     assert all(torch.equal(stored[name], value) for name, value in network.named_parameters())
-
-
-def masters_of(folder: Path, model: ModelSpec) -> dict[str, torch.Tensor]:
-    """fp32 masters of a checkpoint by name, put together here from bits."""
-    found = {}
-    for unit in range(model.units):
-        name = f"-{unit + 1:05}-of-{model.units:05}.safetensors"
-        high, low = load_file(folder / f"model{name}"), load_file(folder / f"optimizer{name}")["remainder"]
-        for each in model.parameters(model.role(unit)):
-            bits = high[model.unit_prefix(unit) + each.name].reshape(-1).view(torch.int16).to(torch.int32) << 16
-            bits += low[each.offset : each.offset + each.elements].to(torch.int32)
-            found[model.unit_prefix(unit) + each.name] = bits.view(torch.float32).view(each.shape)
-    return found
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from slideplan.saving import LEAST_STAGING_BYTES
 
 from runtime.checkpoints.manifest import Saving
 from runtime.lanes.backend import Backend
@@ -17,6 +16,7 @@ from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import Plan
 from slideplan.quantities import format_bytes
+from slideplan.saving import LEAST_STAGING_BYTES
 
 # Beside its slots a run takes tokens, libraries and a part of a parameter in fp32 on its way into them.
 MARGIN_BYTES = 1 << 30

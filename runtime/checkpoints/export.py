@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from slideplan.saving import LEAST_STAGING_BYTES
 
 from runtime.checkpoints.contents import contents_at, with_dtype
 from runtime.checkpoints.keeper import PHASE, SPARE_BYTES, counted
@@ -30,6 +29,7 @@ from slideplan.lowering.sizes import WEIGHT_BYTES
 from slideplan.model import ModelSpec, Parameter
 from slideplan.progress import Progress, Show
 from slideplan.quantities import format_bytes
+from slideplan.saving import LEAST_STAGING_BYTES
 
 Dtype = Literal["bf16", "fp32"]
 # Units whose weights are held at once: several files are read and written together, and an embedding has gigabytes.
@@ -98,7 +98,7 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
         shards = [shard for unit in halves for shard in _halves(model, names, unit)]
         read_shards(disk, source, manifest, shards, read, backend, done)
         exported = [_exported(model, names, unit, dtype) for unit in halves]
-        FileWrites(disk, folder, exported, write, backend, lambda size: None).finish()
+        FileWrites(disk, folder, exported, write, backend, lambda size: None).start().finish()
         written |= {shard.name: shard.tensors for shard in exported}
     files[CONFIG] = with_dtype(read_json_object(source / CONFIG, "take another checkpoint"), _CONFIG_DTYPES[dtype])
     files[INDEX] = index(written)[1]

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
-from slideplan.saving import BLOCK_BYTES
 
 from runtime.checkpoints.layout import Entry, entries, header_bytes
 from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, content_hash
@@ -24,6 +23,7 @@ from runtime.storage.disk import Disk
 from runtime.storage.files import FileReader
 from slideplan.graph.lanes import LaneKind
 from slideplan.policy import MOMENT_BLOCK
+from slideplan.saving import BLOCK_BYTES
 
 READERS = 4
 PIECE_ELEMENTS = 1024 * MOMENT_BLOCK  # of moments that change their format

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 import torch
-from slideplan.saving import BLOCK_BYTES, LEAST_STAGING_BYTES
 
 from runtime.lanes.backend import Backend
 from slideplan.placement import Tier
+from slideplan.saving import BLOCK_BYTES, LEAST_STAGING_BYTES
 
 
 class Aborted(Exception):  # noqa: N818 - control flow, not an error

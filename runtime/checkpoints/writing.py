@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
-from slideplan.saving import BLOCK_BYTES
 
 from runtime.checkpoints.layout import header
 from runtime.checkpoints.manifest import StoredFile
@@ -21,6 +20,7 @@ from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileWriter
 from slideplan.graph.lanes import LaneKind
+from slideplan.saving import BLOCK_BYTES
 
 # Several files at once: one thread copies and hashes slower than a good drive writes, and a drive wants several requests.
 COPIERS, WRITERS = 4, 4
@@ -36,8 +36,8 @@ class ShardFile(NamedTuple):
 class FileWrites:
     """Writes shards into a folder: copied block by block into staging, hashed in order, written by other threads.
 
-    `copied` returns as soon as no slot is read any more; the drive may be behind by what staging holds. The first error of
-    any thread ends all of them, and is raised by `copied` and by `finish`.
+    It begins with `start`. `copied` returns as soon as no slot is read any more; the drive may be behind by what staging
+    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`.
     """
 
     def __init__(
@@ -59,13 +59,17 @@ class FileWrites:
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._files: list[StoredFile] = []
-        staging.restart()
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint-writer")
-        self._copiers = [
-            threading.Thread(target=self._copy, name=f"checkpoint-copier-{n}", daemon=True) for n in range(COPIERS)
-        ]
-        for copier in self._copiers:
+        self._copiers: list[threading.Thread] = []
+
+    def start(self) -> FileWrites:
+        """Begin. Whoever has kept this object before can end its threads, whenever an interrupt comes."""
+        self._staging.restart()
+        for n in range(COPIERS):
+            copier = threading.Thread(target=self._copy, name=f"checkpoint-copier-{n}", daemon=True)
             copier.start()
+            self._copiers.append(copier)
+        return self
 
     def copied(self) -> None:
         """Wait until everything is copied out of the slots. Raises what has gone wrong so far."""
@@ -123,7 +127,9 @@ class FileWrites:
                 found.update(content)
                 writes.append(self._pool.submit(self._write, file, block, content, offset))
                 offset += size
-        except BaseException:
+        except BaseException as error:
+            # Before the file is closed: blocks of it that still wait to be written would fail by that.
+            self._fail(error)
             file.abandon()
             raise
         self._pool.submit(self._close, file, writes, StoredFile(name=shard.name, size_bytes=offset, xxh128=found.hexdigest()))

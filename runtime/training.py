@@ -64,11 +64,12 @@ def train(
         drained_ns = time.perf_counter_ns() - over_ns
         recorder.finish(executor)
         done = session.steps_done
+        # Weights first: a run that goes on from the checkpoint saves those of later steps only.
+        if keeper is not None and saving.weights_every and done % saving.weights_every == 0:
+            keeper.save(done, False, metrics, drained_ns)
         if keeper is not None and saving.every and done % saving.every == 0:
             keeper.save(done, True, metrics, drained_ns)
             saved = done
-        if keeper is not None and saving.weights_every and done % saving.weights_every == 0:
-            keeper.save(done, False, metrics, drained_ns)
     # Here it is known for good that no other step follows: a wish to stop may come at any time.
     if keeper is None:
         metrics.sync()

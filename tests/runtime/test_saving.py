@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,107 +11,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from builders import tiny_model, tiny_policy, tiny_workload
+from builders import tiny_policy, tiny_workload
 from running import EVERYTHING, plan_for
-from runtime import rehearsal, run
+from runtime import rehearsal
 from runtime.checkpoints.export import export
 from runtime.checkpoints.keeper import checkpoints
 from runtime.checkpoints.manifest import Saving, read_manifest
 from runtime.checkpoints.resuming import candidates
 from runtime.lanes.backend import CpuBackend
-from runtime.optimizer.adamw import AdamW
 from runtime.storage.disk import Disk
-from slideplan.codec import save
+from saved_runs import CUT, PLACEMENTS, STEPS, TIED, UNTIED, Run, check_same, planned, text
 from slideplan.model import ModelSpec
-from slideplan.plan import Plan
-from slideplan.progress import Progress, silent
-
-SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
-STEPS, CUT = 5, 3
-UNTIED, TIED = tiny_model(vocabulary=256), tiny_model(vocabulary=256, tied_embeddings=True)
-
-PLACEMENTS = {
-    "streamed": {},
-    "boundaries on the host": {"offload_boundaries": True},
-    "resident weights": {"resident_weights": (1, 2)},
-    "resident state": {"resident_state": (0, 1, 2)},
-    "nothing offloaded": {"resident_state": (0, 1, 2, 3, 4, 5), "keep": (1, 2, 3, 4)},
-    "kept": {"keep": (2, 3, 4)},
-    "deferred updates": {"update_order": (0, 1, 2, 3, 4, 5)},
-    "passing": {"resident_state": (0, 1), "stream_state": (2, 3)},
-    "8-bit moments": {"resident_state": (1, 2, 3), "gpu_moments": "8bit"},
-    "8-bit moments that pass": {"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 3},
-    "everything": EVERYTHING | {"kernels": "fused"},
-}
-
-
-def text(folder: Path) -> Path:
-    """Enough for an epoch and a half of all steps."""
-    data = folder / "text.txt"
-    if not data.exists():
-        data.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(40)))
-    return data
-
-
-def planned(model: ModelSpec, **knobs: object) -> Plan:
-    return plan_for(model, tiny_policy(model, **knobs), tiny_workload(), CpuBackend())
+from slideplan.progress import silent
 
 
 @pytest.fixture(autouse=True)
 def short_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rehearsal finds is nothing to these tests."""
     monkeypatch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
-
-
-class Run:
-    """A run folder; what is shown is kept."""
-
-    def __init__(self, folder: Path, plan: Plan, saving: Saving | None = None) -> None:
-        folder.mkdir(parents=True)
-        save(folder / "plan.json", plan)
-        self.folder = folder
-        self.shown: list[Progress] = []
-        self.request = run.RunRequest(
-            plan=plan,
-            plan_path="plan.json",
-            out=folder,
-            steps=STEPS,
-            device="cpu",
-            settings=SETTINGS,
-            saving=saving or Saving(),
-            data=text(folder.parent),
-        )
-
-    def train(self, **changes: object) -> None:
-        run.execute(dataclasses.replace(self.request, **changes), self.shown.append)
-
-    def resume(self, **changes: object) -> None:
-        found = candidates(self.folder, self.shown.append)
-        self.train(found=found, **changes)
-
-    @property
-    def notes(self) -> str:
-        return "\n".join(each.note for each in self.shown if each.note)
-
-    @property
-    def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    def state(self, step: int = STEPS) -> dict[str, torch.Tensor]:
-        """All tensors of a checkpoint by file and name, as bytes."""
-        folder = self.folder / "checkpoints" / f"step-{step:08}"
-        return {
-            f"{file.name}/{name}": value.reshape(-1).view(torch.uint8)
-            for file in sorted(folder.glob("*.safetensors"))
-            for name, value in load_file(file).items()
-        }
-
-
-def check_same(left: Run, right: Run) -> None:
-    assert left.metrics == right.metrics
-    first, second = left.state(), right.state()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)

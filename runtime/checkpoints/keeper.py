@@ -93,7 +93,7 @@ def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, done: int, ste
     done, steps: steps of earlier runs, and of all
     kept: checkpoints that are there; what an interrupted run has left beside them makes room
     """
-    saves = steps // saving.every - done // saving.every + 1 if saving.every else 1
+    saves = -(-steps // saving.every) - done // saving.every if saving.every else 1
     # A new checkpoint is whole before an old one is removed.
     more = max(1, min(saving.keep + 1, kept + saves) - kept)
     need = more * (checkpoint_bytes(plan.model, plan.policy) + SPARE_BYTES)

@@ -25,6 +25,9 @@ app = typer.Typer(
 )
 
 
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+SMALLER = "plan with a smaller --gpu-memory or --host-memory"
+
 app.command()(execute)
 app.command()(resume)
 app.command("export")(export_run)
@@ -36,23 +39,29 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        print(f"runtime: {error}", file=sys.stderr)
+        _say(error, str(error))
         sys.exit(EXIT_BAD_INPUT)
     except Hung as error:
-        print(f"runtime: {error}", file=sys.stderr)
+        _say(error, str(error))
         leave(EXIT_FAILED)
     except RunError as error:
         stopped = "all lanes stopped: " if isinstance(error, LaneError) else ""
-        print(f"runtime: {stopped}{error}", file=sys.stderr)
+        full = f"; {SMALLER}" if isinstance(error.__cause__, OUT_OF_MEMORY) else ""
+        _say(error, f"{stopped}{error}{full}")
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        print(f"runtime: {in_words(error)}", file=sys.stderr)
+        _say(error, in_words(error))
         sys.exit(EXIT_FAILED)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"runtime: out of memory: {error}; plan with a smaller --gpu-memory or --host-memory", file=sys.stderr)
+    except OUT_OF_MEMORY as error:
+        _say(error, f"out of memory: {error}; {SMALLER}")
         sys.exit(EXIT_FAILED)
     except RuntimeError as error:  # of torch, outside of any task: while kernels are captured, say
-        print(f"runtime: {type(error).__name__}: {error}", file=sys.stderr)
+        _say(error, f"{type(error).__name__}: {error}")
         sys.exit(EXIT_FAILED)
     except Interrupted as end:
         end_interrupted("runtime", end.stop)
+
+
+def _say(error: Exception, words: str) -> None:
+    """One line, with what the error's notes add: how a run goes on."""
+    print(f"runtime: {'; '.join([words, *getattr(error, '__notes__', [])])}", file=sys.stderr)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from runtime.metrics import Metrics
 from runtime.storage.disk import Disk
-from runtime.storage.files import Log
 from slideplan.codec import encoded, unwritable
 from slideplan.plan import Plan
 
@@ -85,7 +85,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def open_metrics(folder: Path, first_step: int, disk: Disk) -> Log:
+def open_metrics(folder: Path, first_step: int, disk: Disk) -> Metrics:
     """The metrics of a run that goes on with this step: lines of later steps, which it makes again, are cut off."""
     path = folder / METRICS
     end = 0
@@ -95,7 +95,13 @@ def open_metrics(folder: Path, first_step: int, disk: Disk) -> Log:
                 if not line.endswith(b"\n") or _step(line) not in range(first_step):
                     break
                 end += len(line)
-    return disk.open_log(path, end)
+    log = disk.open_log(path, end)
+    try:
+        disk.sync_folder(folder)
+    except BaseException:
+        log.close()
+        raise
+    return Metrics(log)
 
 
 def _begun(folder: Path) -> bool:
@@ -136,6 +142,7 @@ def _make(folder: Path, made: list[Path], may_exist: bool) -> None:
         try:
             each.mkdir()
             made.append(each)
+            Disk().sync_folder(each.parent)
         except FileExistsError:
             if each == folder and not may_exist:
                 raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.checkpoints.contents import Contents, carried, contents_at, contents_of
-from runtime.checkpoints.keeper import Keeper, Stored, check_room
+from runtime.checkpoints.keeper import Keeper, Stored, check_room, newest
 from runtime.checkpoints.manifest import Manifest, RunRecord, Saving, StoredFile
 from runtime.checkpoints.resuming import Candidate, Resume, clear
 from runtime.checkpoints.staging import Staging
@@ -30,7 +30,7 @@ from runtime.session import Session, Start
 from runtime.storage.disk import Disk
 from runtime.training import Stop, train
 from slideplan import __version__
-from slideplan.codec import digest, save
+from slideplan.codec import digest, encoded, save
 from slideplan.entry import first_stop
 from slideplan.graph.tasks import tier_bytes
 from slideplan.measurement import Measurement
@@ -112,7 +112,8 @@ def check_request(request: RunRequest) -> None:
     if request.found:
         _check_progress(request, request.found[0].manifest)
     if request.saving is not None:
-        check_room(request.disk, request.out, plan, request.saving, request.steps)
+        done = request.found[0].manifest.step if request.found else 0
+        check_room(request.disk, request.out, plan, request.saving, done, request.steps, len(request.found))
 
 
 def _check_progress(request: RunRequest, manifest: Manifest) -> None:
@@ -209,11 +210,12 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     set_compute_threads(backend)
     host_update = _host_update(request)
     if request.found:  # nothing is refused any more: the folder is this run's
-        clear(request.out, request.disk)
-        save(request.out / PLAN, plan)
+        clear(request.out, request.found, request.disk)
+    request.disk.replace(request.out / PLAN, encoded(plan))  # on the drive before anything that needs it
     on_gpu = plan.ledger.tiers[Tier.GPU]
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     keeper: Keeper | None = None
+    stop = Stop()
     try:
         session = Session(plan, backend, windows, request.settings, host_update, show)
         rehearsed_ns = rehearse(session, show)
@@ -225,19 +227,48 @@ def execute(request: RunRequest, show: Show) -> Measurement:
             describe = _describe(request, data.record.digest, windows)
             cost = plan.prediction.save
             keeper = Keeper(request.out, request.disk, stored, staging, backend, describe, request.saving.keep, cost, show)
-        return _trained(request, session, keeper, rehearsed_ns, show)
+        found = _trained(request, session, keeper, rehearsed_ns, stop, show)
     except BaseException as error:
-        # After a fault of the device closing may fail too; the fault is what the user must see. What hangs is left alone.
-        if not isinstance(error, Hung):
-            with contextlib.suppress(Exception):
-                if keeper is not None:
-                    keeper.close()
-                backend.close()
+        _end(error, keeper, backend)
         raise
+    if stop.cause is not None:
+        last = newest(request.out)
+        if last is not None and keeper is not None:
+            left = session.steps_done < request.steps
+            remedy = (
+                f"`runtime resume {request.out}` goes on"
+                if left
+                else f"`runtime export {request.out} -o DIR` takes the weights"
+            )
+            stop.cause.add_note(f"{session.steps_done} steps are saved in {last}; {remedy}")
+        raise stop.cause
+    assert found is not None
+    return found
 
 
-def _trained(request: RunRequest, session: Session, keeper: Keeper | None, rehearsed_ns: int | None, show: Show) -> Measurement:
-    stop = Stop()
+def _end(error: BaseException, keeper: Keeper | None, backend: Backend) -> None:
+    """Give back what a failed or interrupted run holds. Its error says how to go on then.
+
+    Closing may fail too, after a fault of the device, or be interrupted; the error is what the user must see.
+    """
+    if keeper is not None:
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            # What is copied already is worth its time on the drive. Whoever interrupts is not to wait for it.
+            if not isinstance(error, KeyboardInterrupt):
+                keeper.wait()
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            keeper.close()
+            for remedy in keeper.remedy():
+                error.add_note(remedy)
+    if not isinstance(error, Hung):  # what hangs is left alone
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            backend.close()
+
+
+def _trained(
+    request: RunRequest, session: Session, keeper: Keeper | None, rehearsed_ns: int | None, stop: Stop, show: Show
+) -> Measurement | None:
+    """Train and measure; None where the run was asked to stop before its first step."""
 
     def asked(cause: KeyboardInterrupt) -> None:
         stop.cause = cause
@@ -247,23 +278,18 @@ def _trained(request: RunRequest, session: Session, keeper: Keeper | None, rehea
 
     memory = PeakMemory(session)
     with open_metrics(request.out, session.first_step, request.disk) as log, first_stop(asked):
-        try:
-            recorder = train(session, request.steps, log, keeper, request.saving or Saving(), stop, show)
-            newest = None if keeper is None else keeper.finish()
-        except RunError as error:
-            if keeper is not None and not isinstance(error, Hung):
-                raise type(error)(f"{error}{keeper.remedy()}") from error.__cause__
-            raise
-    found = measurement(session, recorder, memory, request.warmup_steps, request.command, rehearsed_ns, keeper)
+        recorder = train(session, request.steps, log, keeper, request.saving or Saving(), stop, show)
+        if keeper is not None:
+            keeper.finish()
+    found = None
+    if recorder.losses:
+        found = measurement(session, recorder, memory, request.warmup_steps, request.command, rehearsed_ns, keeper)
     session.backend.close()
-    try:
-        save(request.out / "measurement.json", found)
-    except ValueError as error:  # nothing that was asked for is wrong
-        raise RunError(str(error)) from None
-    if stop.cause is not None:
-        if newest is not None:
-            stop.cause.add_note(f"{session.steps_done} steps are saved in {newest}; `runtime resume {request.out}` goes on")
-        raise stop.cause
+    if found is not None:
+        try:
+            save(request.out / "measurement.json", found)
+        except ValueError as error:  # nothing that was asked for is wrong
+            raise RunError(str(error)) from None
     return found
 
 

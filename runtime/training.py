@@ -12,8 +12,9 @@ from runtime.checkpoints.keeper import Keeper
 from runtime.checkpoints.manifest import Saving
 from runtime.lanes.clock import RunError
 from runtime.measure import Recorder
+from runtime.metrics import Metrics
 from runtime.session import Session
-from runtime.storage.files import Log
+from slideplan.entry import in_words
 from slideplan.progress import Progress, Show
 
 
@@ -35,14 +36,17 @@ class StepResult(NamedTuple):
     grad_norm: float | None
 
 
-def train(session: Session, steps: int, log: Log, keeper: Keeper | None, saving: Saving, stop: Stop, show: Show) -> Recorder:
-    """Run a session until so many steps are done in all, one line a step into the log; what was recorded of them.
+def train(
+    session: Session, steps: int, metrics: Metrics, keeper: Keeper | None, saving: Saving, stop: Stop, show: Show
+) -> Recorder:
+    """Run a session until so many steps are done in all, one line a step into the metrics; what was recorded of them.
 
     Between steps the state is saved as `saving` says, and at the end; without a keeper nothing is. Once `stop` is asked for,
-    the steps that have begun are the last. Raises LaneError if a lane fails, RunError if the device does where no lane waits
-    for it, if a loss is not finite, or if the last state could not be saved.
+    the steps that have begun are the last: none, if none had. Raises LaneError if a lane fails, RunError if the device does
+    where no lane waits for it, or if a loss is not finite.
     """
     recorder = Recorder(session.first_step)
+    saved, drained_ns = session.first_step, 0
     while (done := session.steps_done) < steps and not stop.asked:
         executor = session.executor(_until_save(done, steps, saving) - done)
         # Closed, the executor has ended its lanes, whatever happens here: memory that they copy is given back next.
@@ -50,7 +54,7 @@ def train(session: Session, steps: int, log: Log, keeper: Keeper | None, saving:
             over_ns = 0
             for step in running:  # the lanes walk the graph by themselves; compute of this step is over
                 result = result_of(session, executor.first_step + step)
-                _log(log, result)
+                _write(metrics, result, show)
                 _require_finite(result)
                 show(Progress("training", result.step + 1, steps, result.loss, result.grad_norm))
                 recorder.take(executor, step, result.loss)
@@ -59,14 +63,18 @@ def train(session: Session, steps: int, log: Log, keeper: Keeper | None, saving:
                     executor.finish()
         drained_ns = time.perf_counter_ns() - over_ns
         recorder.finish(executor)
-        if keeper is not None:
-            log.sync()
-            done = session.steps_done
-            last = done == steps or stop.asked
-            if last or (saving.every and done % saving.every == 0):
-                keeper.save(done, optimizer=True, drained_ns=drained_ns)
-            if saving.weights_every and done % saving.weights_every == 0:
-                keeper.save(done, optimizer=False, drained_ns=drained_ns)
+        done = session.steps_done
+        # Weights first: a run that goes on from the checkpoint saves those of later steps only.
+        if keeper is not None and saving.weights_every and done % saving.weights_every == 0:
+            keeper.save(done, False, metrics, drained_ns)
+        if keeper is not None and saving.every and done % saving.every == 0:
+            keeper.save(done, True, metrics, drained_ns)
+            saved = done
+    # Here it is known for good that no other step follows: a wish to stop may come at any time.
+    if keeper is None:
+        metrics.sync()
+    elif saved < session.steps_done:
+        keeper.save(session.steps_done, True, metrics, drained_ns)
     return recorder
 
 
@@ -86,10 +94,12 @@ def result_of(session: Session, step: int) -> StepResult:
     return StepResult(step, loss, norm)
 
 
-def _log(log: Log, result: StepResult) -> None:
+def _write(metrics: Metrics, result: StepResult, show: Show) -> None:
     # JSON has no infinities.
     values = {name: value if math.isfinite(value) else None for name, value in _values(result).items()}
-    log.append(f"{json.dumps({'step': result.step} | values)}\n".encode())
+    error = metrics.append(f"{json.dumps({'step': result.step} | values)}\n".encode())
+    if error is not None:
+        show(Progress("training", note=f"warning: {in_words(error)}: metrics wait in memory until the drive takes them"))
 
 
 def _require_finite(result: StepResult) -> None:

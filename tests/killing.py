@@ -24,11 +24,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.storage.disk import Disk
-from storage import CHANGES, SECTOR_BYTES, WatchedCalls
+from storage import CHANGES, SECTOR_BYTES, WatchedCalls, path_of
 
 # What the server imports, once. Modules of functions that children run belong here too: a child imports others by itself.
-PRELOADED = ["pytest", "torch", "runtime.run", "runtime.cli", "builders", "storage", "killing", "killed_things", "preloaded"]
+PRELOADED = ["pytest", "torch", "runtime.run", "runtime.cli", "builders", "storage", "killing", "killed_things"]
+PRELOADED += ["killed_runs", "preloaded"]
 TIMEOUT_S = 120.0
+
+
+class Change(NamedTuple):
+    """What a disk was asked to change: the name of a method of `Calls`, and the file or folder."""
+
+    operation: str
+    path: Path
 
 
 class Ended(NamedTuple):
@@ -39,6 +47,7 @@ class Ended(NamedTuple):
     changes: what the function's disk was asked to change until it returned; 0 if it was killed
     start_s: from the wish for a child to the function's first line
     run_s: from there to the end
+    at: the change at which it was killed; None if it was not killed at one
     """
 
     killed: bool
@@ -46,6 +55,7 @@ class Ended(NamedTuple):
     changes: int
     start_s: float
     run_s: float
+    at: Change | None
 
 
 class KillingDisk(Disk):
@@ -53,31 +63,32 @@ class KillingDisk(Disk):
 
     at_change: from 1; None counts only
     seed: of the moment, and of how much of a write is done
-    changes: how many were asked for
+    last: told the change at which it kills
+    changes: all that were asked for, in their order
     """
 
-    def __init__(self, at_change: int | None = None, seed: int = 0) -> None:
-        self._killing = _KillingCalls(at_change, seed)
-        super().__init__(self._killing)
-
-    @property
-    def changes(self) -> int:
-        return self._killing.changes
+    def __init__(
+        self, at_change: int | None = None, seed: int = 0, last: Callable[[Change], None] = lambda change: None
+    ) -> None:
+        self.changes: list[Change] = []
+        super().__init__(_KillingCalls(at_change, seed, last, self.changes))
 
 
 class _KillingCalls(WatchedCalls):
-    def __init__(self, at_change: int | None, seed: int) -> None:
-        self.changes = 0
+    def __init__(self, at_change: int | None, seed: int, last: Callable[[Change], None], changes: list[Change]) -> None:
         self._at_change = at_change
         self._draw = random.Random(seed)
-        self._lock = threading.Lock()  # protects the counter, which several threads' changes advance
+        self._last = last
+        self._changes = changes
+        self._lock = threading.Lock()  # protects the list, to which several threads' changes are added
 
     def around(self, operation: str, call: Callable[..., Any], *arguments: Any) -> Any:
         if operation in CHANGES:
             with self._lock:
-                self.changes += 1
-                is_last = self.changes == self._at_change
+                self._changes.append(Change(operation, path_of(arguments[0])))
+                is_last = len(self._changes) == self._at_change
             if is_last:
+                self._last(self._changes[-1])
                 self._end(operation, call, *arguments)
         return call(*arguments)
 
@@ -127,6 +138,9 @@ def in_child(
                     raise AssertionError(f"{function.__name__}: has not ended in {timeout_s:.0f} s; its threads are on stderr")
                 process.kill()
             end = _received(ours)
+            at = end if isinstance(end, Change) else None
+            if at is not None:
+                end = _received(ours)
             ended = time.monotonic()
             process.join(timeout_s)
             if process.exitcode is None:
@@ -139,7 +153,7 @@ def in_child(
     if end is not None and end.failure:
         raise AssertionError(f"{function.__name__}: raised in its process\n{end.failure}")
     result, changes = (None, 0) if end is None else (end.result, end.changes)
-    return Ended(end is None, result, changes, begun - asked, ended - begun)
+    return Ended(end is None, result, changes, begun - asked, ended - begun, at)
 
 
 def _received(connection: Connection) -> Any:
@@ -169,14 +183,14 @@ def _child(
     # Semaphores that libraries make (numba does) have no name then, and none is left where the process is killed.
     multiprocessing.set_start_method("fork", force=True)
     faulthandler.dump_traceback_later(0.9 * timeout_s)
-    disk = KillingDisk(at_change, seed)
+    disk = KillingDisk(at_change, seed, parent.send)
     parent.send(None)
     result, failure = None, ""
     try:
         result = function(disk, *arguments)
     except BaseException:
         failure = traceback.format_exc()
-    parent.send(_End(result, disk.changes, failure))
+    parent.send(_End(result, len(disk.changes), failure))
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -89,7 +89,10 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
         raise OSError(errno.ENOSPC, f"{format_bytes(need)} are needed, {format_bytes(free)} are free", str(folder.parent))
     if folder.exists():  # of an export that was killed
         disk.remove_folder(folder)
-    disk.make_folder(folder)
+    try:
+        disk.make_folder(folder)
+    except OSError as error:
+        raise unwritable(folder.parent, error) from None
     backend = CpuBackend()
     read, write = (Staging(backend, LEAST_STAGING_BYTES, page_locked=False) for _ in range(2))
     total = sum(file.size_bytes for file in manifest.files if file.name not in files)

@@ -29,6 +29,7 @@ from runtime.checkpoints.staging import Staging
 from runtime.checkpoints.writing import FileWrites, ShardFile
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
+from runtime.metrics import Metrics
 from runtime.state import StoredTensor, UnitState
 from runtime.storage.disk import Disk
 from slideplan.codec import encoded
@@ -41,6 +42,7 @@ from slideplan.quantities import format_bytes, format_ns
 from slideplan.saving import SaveCost, checkpoint_bytes, weights_bytes
 
 PHASE = "saving"
+BLOCK_BYTES = 512  # in which systems count what a file takes
 # For folders, the manifest and what the filesystem needs of its own.
 SPARE_BYTES = 16 << 20
 
@@ -79,18 +81,29 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, steps: int) -> None:
-    """Raise ValueError where the drive of a run folder has no room for what a run of so many steps in all will save."""
-    kept = len(checkpoints(run / CHECKPOINTS))
-    saves = steps // saving.every + 1 if saving.every else 1
+def leftovers(run: Path) -> list[Path]:
+    """Folders that an interrupted run has left half-written or half-removed in its own."""
+    parents = (run / CHECKPOINTS, run / WEIGHTS)
+    return sorted(folder for parent in parents for name in (UNFINISHED, REMOVED) for folder in parent.glob(f"{name}*"))
+
+
+def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, done: int, steps: int, kept: int) -> None:
+    """Raise ValueError where the drive of a run folder has no room for what a run will save.
+
+    done, steps: steps of earlier runs, and of all
+    kept: checkpoints that are there; what an interrupted run has left beside them makes room
+    """
+    saves = -(-steps // saving.every) - done // saving.every if saving.every else 1
     # A new checkpoint is whole before an old one is removed.
     more = max(1, min(saving.keep + 1, kept + saves) - kept)
     need = more * (checkpoint_bytes(plan.model, plan.policy) + SPARE_BYTES)
     count = f"{more} checkpoints" if more > 1 else "a checkpoint"
-    if saving.weights_every and (alone := steps // saving.weights_every):
+    if saving.weights_every and (alone := steps // saving.weights_every - done // saving.weights_every):
         need += alone * (weights_bytes(plan.model) + SPARE_BYTES)
         count += f" and {alone} saves of weights"
-    if need > (free := disk.free_bytes(run)):
+    left = [path.lstat() for folder in leftovers(run) for path in folder.rglob("*")]
+    free = disk.free_bytes(run) + sum(BLOCK_BYTES * each.st_blocks for each in left)
+    if need > free:
         raise ValueError(
             f"{run}: {count} need {format_bytes(need)}, {format_bytes(free)} are free; name a folder on another drive with -o, "
             "save less often or keep fewer (--keep), or train without keeping anything (--no-save)"
@@ -131,13 +144,17 @@ class Keeper:
         self._show = show
         self._ending: threading.Thread | None = None
         self._writes: FileWrites | None = None
-        self._error: BaseException | None = None
+        self._lost: OSError | None = None  # why the newest checkpoint was not saved
+        self._broken: BaseException | None = None
 
-    def save(self, step: int, optimizer: bool, drained_ns: int = 0) -> None:
+    def save(self, step: int, optimizer: bool, metrics: Metrics, drained_ns: int = 0) -> None:
         """Save the state after this many steps, and return once it is copied: training may go on. No lane may be running.
 
         Waits for the save before. Where the drive is full or fails the user is told, and the run goes on; `finish` raises
-        if that was the last save. drained_ns: what emptying the lanes has cost before.
+        if that was the last checkpoint. Raises RunError for other failures.
+
+        metrics: of the steps before, on the drive before any checkpoint that counts them as done
+        drained_ns: what emptying the lanes has cost before
         """
         self._settle()
         started_ns = time.perf_counter_ns()
@@ -146,56 +163,64 @@ class Keeper:
         target = self.folder / (CHECKPOINTS if optimizer else WEIGHTS) / step_name(step)
         unfinished = target.with_name(UNFINISHED + target.name)
         try:
+            metrics.sync()
             self._prepare(unfinished, size_bytes)
             self._writes = FileWrites(
                 self._disk, unfinished, shards, self.staging, self._backend, counted(PHASE, size_bytes, self._show)
             )  # fmt: skip
             self._writes.start().copied()
         except OSError as error:
-            self._fail(step, unfinished, error)
+            self._fail(step, optimizer, unfinished, error)
             return
+        except Exception as error:  # of the device whose memory is copied, say
+            raise _failure(error) from error
         paused_ns = time.perf_counter_ns() - started_ns
 
         def end() -> None:
             try:
-                self._end(step, optimizer, unfinished, target)
-                took_ns = time.perf_counter_ns() - started_ns
-                self._done(SaveRecord(step, optimizer, size_bytes, drained_ns, paused_ns, took_ns), target)
-            except OSError as error:
-                self._fail(step, unfinished, error)
-            except BaseException as error:
-                self._error = error
+                try:
+                    self._end(step, optimizer, unfinished, target)
+                except OSError as error:
+                    self._fail(step, optimizer, unfinished, error)
+                else:
+                    took_ns = time.perf_counter_ns() - started_ns
+                    self._done(SaveRecord(step, optimizer, size_bytes, drained_ns, paused_ns, took_ns), target)
+            except BaseException as error:  # raised where somebody waits for this thread
+                self._broken = error
 
         self._ending = threading.Thread(target=end, name="checkpoint-end", daemon=True)
         self._ending.start()
 
     def finish(self) -> Path | None:
-        """Wait for the last save; the newest checkpoint. Raises RunError where the last save has failed."""
+        """Wait for the last save; the newest checkpoint. Raises RunError where the last checkpoint was not saved."""
         self._settle()
-        if self._error is not None:
-            raise RunError(f"the last state was not saved: {self._error}{self.remedy()}")
+        if self._lost is not None:
+            raise RunError(f"the last state was not saved: {in_words(self._lost)}")
         return newest(self.folder)
+
+    def wait(self) -> None:
+        """Wait for the save that is being written, whatever comes of it. It is a copy: nothing else has to be in order."""
+        # A thread that was never started: an interrupt came first.
+        if self._ending is not None and self._ending.ident is not None:
+            self._ending.join()
 
     def close(self) -> None:
         """End what is still being written, in the midst of it: the memory that it reads is given back next."""
         if self._writes is not None:
             self._writes.abort()
-        if self._ending is not None:
-            self._ending.join()
+        self.wait()
 
-    def remedy(self) -> str:
-        """How to go on after a failure, as the end of a message."""
+    def remedy(self) -> list[str]:
+        """How to go on after a failure, in one line; none where nothing was saved. Not while a save may end."""
         last = newest(self.folder)
-        return "" if last is None else f"; `runtime resume {self.folder}` goes on from {last.name}"
+        return [] if last is None else [f"`runtime resume {self.folder}` goes on from {last.name}"]
 
     def _settle(self) -> None:
-        """Wait for the save that is being written. Raises what went wrong where it was not the drive."""
-        if self._ending is not None:
-            self._ending.join()
-            self._ending = None
-        self._writes = None
-        if self._error is not None and not isinstance(self._error, OSError):
-            raise self._error
+        """Wait for the save that is being written. Raises RunError where something has failed that is not the drive."""
+        self.wait()
+        self._ending = self._writes = None
+        if self._broken is not None:
+            raise _failure(self._broken) from self._broken
 
     def _prepare(self, unfinished: Path, size_bytes: int) -> None:
         parent = unfinished.parent
@@ -231,7 +256,8 @@ class Keeper:
 
     def _done(self, record: SaveRecord, target: Path) -> None:
         self.records.append(record)
-        self._error = None
+        if record.optimizer:
+            self._lost = None
         planned = None if self._cost is None else self._cost.pause_ns(record.size_bytes)
         rate = record.size_bytes * 1_000_000_000 // max(1, record.took_ns)
         note = (
@@ -256,13 +282,20 @@ class Keeper:
         self._disk.sync_folder(folder.parent)
         self._disk.remove_folder(removed)
 
-    def _fail(self, step: int, unfinished: Path, error: OSError) -> None:
-        self._error = error
-        if unfinished.exists():
-            with contextlib.suppress(OSError):
+    def _fail(self, step: int, optimizer: bool, unfinished: Path, error: OSError) -> None:
+        """Tell the user that a save has failed, and remove what there is of it."""
+        if optimizer:
+            self._lost = error
+        with contextlib.suppress(OSError):  # `runtime resume` tries again
+            if unfinished.exists():
                 self._disk.remove_folder(unfinished)
-        note = f"warning: the state after step {step} was not saved: {in_words(error)}{self.remedy()}"
+        what = "state after step {} was" if optimizer else "weights after step {} were"
+        note = "; ".join([f"warning: the {what.format(step)} not saved: {in_words(error)}", *self.remedy()])
         self._show(Progress(PHASE, 1, 1, note=note))
+
+
+def _failure(error: BaseException) -> RunError:
+    return RunError(f"the state could not be saved: {type(error).__name__}: {error}")
 
 
 def counted(phase: str, total: int, show: Show) -> Callable[[int], None]:

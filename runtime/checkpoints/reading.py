@@ -14,7 +14,7 @@ import xxhash
 
 from runtime.checkpoints.layout import Entry, entries, header_bytes
 from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, content_hash
-from runtime.checkpoints.staging import Staging
+from runtime.checkpoints.staging import Aborted, Staging
 from runtime.checkpoints.writing import ShardFile
 from runtime.lanes.backend import Backend
 from runtime.optimizer.moments8 import compress, expand
@@ -110,6 +110,8 @@ class _Reader:
                 raise DamagedError(f"{path}: is not in the manifest")
             with self._backend.lane(LaneKind.H2D), self._disk.open(path) as file:
                 return self._read_file(file, path, shard)
+        except Aborted:  # what another thread raises says why
+            return False
         except (OSError, ValueError) as error:
             self._failed.set()
             said = error.strerror if isinstance(error, OSError) else error
@@ -147,7 +149,7 @@ class _Reader:
         try:
             for offset in range(0, file.size_bytes, BLOCK_BYTES):
                 if self._failed.is_set():
-                    raise DamagedError(f"{file.path}: not read to its end")
+                    raise Aborted
                 part = block[: min(BLOCK_BYTES, file.size_bytes - offset)]
                 file.read(part.numpy().data, offset)
                 yield offset, part

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 from runtime.checkpoints.contents import contents_at
-from runtime.checkpoints.keeper import Stored, checkpoints, counted
-from runtime.checkpoints.layout import CHECKPOINTS, REMOVED, UNFINISHED, WEIGHTS
+from runtime.checkpoints.keeper import Stored, checkpoints, counted, leftovers
+from runtime.checkpoints.layout import CHECKPOINTS, UNFINISHED
 from runtime.checkpoints.manifest import DamagedError, Manifest, read_manifest
 from runtime.checkpoints.reading import read_shards, read_small_files
 from runtime.checkpoints.staging import Staging
@@ -24,22 +26,25 @@ DAMAGED = "damaged-"
 
 
 class Candidate(NamedTuple):
-    """A checkpoint whose files are all there in their sizes."""
+    """A checkpoint whose files are all there in their sizes, those that hold no tensors with their content."""
 
     folder: Path
     manifest: Manifest
 
 
-def candidates(run: Path, show: Show) -> list[Candidate]:
+def candidates(run: Path, show: Show, disk: Disk | None = None) -> list[Candidate]:
     """Checkpoints of a run folder to go on from, the newest first. What cannot be one is said.
 
-    Raises ValueError where there is none.
+    Configuration and tokenizer of the first decide what is run, before its tensors are read. Raises ValueError where there
+    is none.
     """
+    disk = disk or Disk()
     found = []
     problems = []
     for _, folder in reversed(checkpoints(run / CHECKPOINTS)):
         try:
             manifest = read_manifest(folder)
+            read_small_files(disk, folder, manifest)
             if manifest.optimizer:
                 found.append(Candidate(folder, manifest))
         except DamagedError as damage:
@@ -64,16 +69,32 @@ def _nothing(run: Path, problems: Sequence[str]) -> str:
     if problems:
         return f"holds no checkpoint that is whole: {'; '.join(problems)}"
     if any(run.glob(f"{CHECKPOINTS}/{UNFINISHED}*")):
-        return "its first checkpoint was not written to its end; start the run again with `runtime execute`"
+        return (
+            "its first checkpoint was not written to its end; remove the folder, and start the run again with `runtime execute`"
+        )
     return "holds no checkpoint; name a run folder of `runtime execute` that has saved"
 
 
-def clear(run: Path, disk: Disk) -> None:
-    """Remove what an interrupted run has left half-written or half-removed. Only for who holds the run's lock."""
-    for parent in (run / CHECKPOINTS, run / WEIGHTS):
-        for name in (UNFINISHED, REMOVED):
-            for folder in parent.glob(f"{name}*"):
-                disk.remove_folder(folder)
+def clear(run: Path, found: Sequence[Candidate], disk: Disk) -> None:
+    """Remove what an interrupted run has left half-written or half-removed, and set aside what is no candidate.
+
+    Else it would count among the checkpoints to be kept. Only for who holds the run's lock.
+    """
+    for folder in leftovers(run):
+        disk.remove_folder(folder)
+    usable = {candidate.folder for candidate in found}
+    for _, folder in checkpoints(run / CHECKPOINTS):
+        if folder not in usable:
+            set_aside(folder, disk)
+
+
+def set_aside(folder: Path, disk: Disk) -> Path:
+    """Give a damaged checkpoint another name: which."""
+    names = (f"{DAMAGED}{folder.name}{f'-{number}' if number > 1 else ''}" for number in count(1))
+    aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+    disk.rename(folder, aside)
+    disk.sync_folder(folder.parent)
+    return aside
 
 
 class Resume:
@@ -94,8 +115,7 @@ class Resume:
                 self._read(candidate, states, show)
             except DamagedError as damage:
                 problems.append(str(damage))
-                aside = candidate.folder.with_name(DAMAGED + candidate.folder.name)
-                self._disk.rename(candidate.folder, aside)
+                aside = set_aside(candidate.folder, self._disk)
                 show(Progress(PHASE, note=f"warning: {damage}; it is called {aside.name} now, and the one before is taken"))
                 continue
             return Position(candidate.manifest.step, candidate.manifest.sequences)

@@ -127,7 +127,9 @@ class FileWrites:
                 found.update(content)
                 writes.append(self._pool.submit(self._write, file, block, content, offset))
                 offset += size
-        except BaseException:
+        except BaseException as error:
+            # Before the file is closed: blocks of it that still wait to be written would fail by that.
+            self._fail(error)
             file.abandon()
             raise
         self._pool.submit(self._close, file, writes, StoredFile(name=shard.name, size_bytes=offset, xxh128=found.hexdigest()))

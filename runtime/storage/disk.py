@@ -73,6 +73,15 @@ class Disk:
             raise
         self._calls.close(file)
 
+    def replace(self, path: Path, content: bytes) -> None:
+        """A small file, new or instead of another: either is there whole at any time, the new one for good on return."""
+        temporary = path.with_name(f".{path.name}.new")
+        if os.path.lexists(temporary):  # of a process that was killed
+            self._calls.remove_file(temporary)
+        self.write(temporary, content)
+        self._calls.rename(temporary, path)
+        self._calls.sync_folder(path.parent)
+
     def read(self, path: Path) -> bytes:
         """A small file, whole."""
         file = self._calls.open(path)

@@ -179,6 +179,21 @@ def test_a_log_cut_without_a_sync_may_be_as_long_as_before(tmp_path, folder):
     assert {left["log"] for left in outcomes(disk, tmp_path)} == {b"one\n"}
 
 
+def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path, folder):
+    old, new = b"old" * 3000, b"new" * 2000
+    (folder / "file").write_bytes(old)
+    found = []
+    (scratch := tmp_path / "scratch").mkdir()
+    for disk in power_losses(scratch, folder, lambda disk, at: disk.replace(at / "file", new)):
+        for left in outcomes(disk, tmp_path, range(8)):
+            assert left["file"] in ((old, new) if disk.stopped else (new,))
+            found.append(left["file"])
+    assert {old, new} == set(found)
+    (folder / ".file.new").write_bytes(b"of a process that was killed")
+    Disk().replace(folder / "file", new)
+    assert contents(folder) == {"file": new}
+
+
 def test_what_was_there_is_safe(tmp_path, folder):
     (folder / "a").mkdir()
     (folder / "a" / "file").write_bytes(b"content")

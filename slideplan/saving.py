@@ -13,6 +13,9 @@ from slideplan.quantities import MIB
 BLOCK_BYTES = 8 * MIB  # state is copied aside and written in pieces of this size
 LEAST_STAGING_BYTES = 64 * MIB  # a ring of eight blocks, so that copies and writes overlap on a full host too
 
+MOST_COPIERS = 16
+COPIER_BYTES_PER_S = 3_300_000_000  # copied and hashed by one thread: 90 GiB by four took 7.4 s on one H100 host
+
 
 class SaveCost(Spec, frozen=True):
     """What saves cost a run, as predicted. Sizes are in bytes of state: headers, manifest and tokenizer are not counted.
@@ -25,7 +28,8 @@ class SaveCost(Spec, frozen=True):
     staging_bytes:     of the ring, which holds what is copied and not yet written
     drain_ns:          what it costs a run to end a step with all lanes empty and to start anew
     copy_bytes_per_s:  into the ring, by where a checkpoint's bytes lie: from the GPU as copies to the host go, on the
-                       host as a pass of the optimizer that reads and writes each byte once
+                       host as a pass of the optimizer that reads and writes each byte once; no more than the threads
+                       that copy can hash
     write_bytes_per_s: of the drive alone, in large blocks; None where none was measured
     slowed:            part of its speed that training loses while the drive writes beside it, as lanes share bandwidth
                        on this machine; 0 where no drive was measured
@@ -80,6 +84,11 @@ class SaveCost(Spec, frozen=True):
         beside_ns = max(0, write_ns - (pause_ns - self.drain_ns))
         training_ns = save_every * step_ns
         return (pause_ns + max(self.slowed * beside_ns, beside_ns - training_ns)) / training_ns
+
+
+def copiers(cores: int) -> int:
+    """Threads that copy state into the ring: training stands meanwhile, and most cores have nothing to do."""
+    return min(MOST_COPIERS, cores)
 
 
 def _duration_ns(size_bytes: int, bytes_per_s: int) -> int:

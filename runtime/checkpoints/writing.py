@@ -20,10 +20,11 @@ from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileWriter
 from slideplan.graph.lanes import LaneKind
-from slideplan.saving import BLOCK_BYTES
+from slideplan.machine.host import usable_cores
+from slideplan.saving import BLOCK_BYTES, copiers
 
 # Several files at once: one thread copies and hashes slower than a good drive writes, and a drive wants several requests.
-COPIERS, WRITERS = 4, 4
+WRITERS = 4
 
 
 class ShardFile(NamedTuple):
@@ -65,7 +66,7 @@ class FileWrites:
     def start(self) -> FileWrites:
         """Begin. Whoever has kept this object before can end its threads, whenever an interrupt comes."""
         self._staging.restart()
-        for n in range(COPIERS):
+        for n in range(copiers(usable_cores())):
             copier = threading.Thread(target=self._copy, name=f"checkpoint-copier-{n}", daemon=True)
             copier.start()
             self._copiers.append(copier)

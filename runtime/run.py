@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.checkpoints.contents import Contents, carried, contents_at, contents_of
-from runtime.checkpoints.keeper import Keeper, Stored, check_room, newest
+from runtime.checkpoints.keeper import PHASE, Keeper, Stored, check_room, newest, said_of_saves
 from runtime.checkpoints.manifest import Manifest, RunRecord, Saving, StoredFile
 from runtime.checkpoints.resuming import Candidate, Resume, clear
 from runtime.checkpoints.staging import Staging
@@ -227,6 +227,8 @@ def execute(request: RunRequest, show: Show) -> Measurement:
             describe = _describe(request, data.record.digest, windows)
             cost = plan.prediction.save
             keeper = Keeper(request.out, request.disk, stored, staging, backend, describe, request.saving.keep, cost, show)
+            if said := said_of_saves(plan, request.saving):
+                show(Progress(PHASE, note=said))
         found = _trained(request, session, keeper, rehearsed_ns, stop, show)
     except BaseException as error:
         _end(error, keeper, backend)

@@ -42,7 +42,7 @@ from slideplan.quantities import format_bytes, format_ns
 from slideplan.saving import SaveCost, checkpoint_bytes, weights_bytes
 
 PHASE = "saving"
-BLOCK_BYTES = 512  # in which systems count what a file takes
+STAT_BLOCK_BYTES = 512  # in which systems count what a file takes
 # For folders, the manifest and what the filesystem needs of its own.
 SPARE_BYTES = 16 << 20
 
@@ -102,12 +102,29 @@ def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, done: int, ste
         need += alone * (weights_bytes(plan.model) + SPARE_BYTES)
         count += f" and {alone} saves of weights"
     left = [path.lstat() for folder in leftovers(run) for path in folder.rglob("*")]
-    free = disk.free_bytes(run) + sum(BLOCK_BYTES * each.st_blocks for each in left)
+    free = disk.free_bytes(run) + sum(STAT_BLOCK_BYTES * each.st_blocks for each in left)
     if need > free:
         raise ValueError(
             f"{run}: {count} need {format_bytes(need)}, {format_bytes(free)} are free; name a folder on another drive with -o, "
             "save less often or keep fewer (--keep), or train without keeping anything (--no-save)"
         )
+
+
+def said_of_saves(plan: Plan, saving: Saving) -> str:
+    """What saves add to a run, as planned, in one line; empty where it only saves at its end, or no drive was measured."""
+    cost, step_ns = plan.prediction.save, plan.prediction.record.step_ns
+    if cost is None:
+        return ""
+    sizes = {
+        "a checkpoint": (saving.every, cost.checkpoint_bytes),
+        "a save of the weights": (saving.weights_every, cost.weights_bytes),
+    }
+    parts = []
+    for what, (every, size_bytes) in sizes.items():
+        added = cost.added(size_bytes, every, step_ns) if every else None
+        if added is not None:
+            parts.append(f"{what} of {format_bytes(size_bytes)} every {every} steps adds {added:.1%} to the run")
+    return f"as planned {', '.join(parts)}" if parts else ""
 
 
 def newest(run: Path) -> Path | None:

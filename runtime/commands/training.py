@@ -134,7 +134,7 @@ def execute(
         with ProgressBars(document.workload.tokens) as bars:
             measurement = run.execute(request, bars.show)
         compare_finished(folder, as_json)
-    _say_where(folder, measurement)
+    _say_where(folder, measurement, no_save)
 
 
 def resume(
@@ -196,7 +196,7 @@ def resume(
             )
             measurement = run.execute(request, bars.show)
         compare_finished(folder, as_json)
-    _say_where(folder, measurement)
+    _say_where(folder, measurement, no_save)
 
 
 def _saving(before: Saving, every: int | None, weights_every: int | None, keep: int | None, no_save: bool) -> Saving | None:
@@ -211,12 +211,12 @@ def _command() -> str:
     return shlex.join(["runtime", *sys.argv[1:]])
 
 
-def _say_where(folder: Path, measurement: Measurement) -> None:
+def _say_where(folder: Path, measurement: Measurement, no_save: bool) -> None:
     losses = measurement.losses
     checkpoint = newest(folder)
     where = (
         "nothing was kept of what was trained (--no-save)"
-        if checkpoint is None
+        if checkpoint is None or no_save
         else f"trained weights: {checkpoint}; `runtime export {folder} -o DIR` makes a folder of them alone"
     )
     note(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps; run folder: {folder}; {where}")

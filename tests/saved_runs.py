@@ -1,4 +1,4 @@
-"""Small runs that save, in folders of their own."""
+"""Run folders of tiny runs that save, stop and go on, for tests."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from running import EVERYTHING, plan_for
 from runtime import run
 from runtime.checkpoints.manifest import Saving
 from runtime.checkpoints.resuming import candidates
-from runtime.lanes.backend import CpuBackend
+from runtime.lanes.backend import Backend, CpuBackend
 from runtime.optimizer.adamw import AdamW
 from slideplan.codec import save
 from slideplan.model import ModelSpec
 from slideplan.plan import Plan
+from slideplan.policy import Workload
 from slideplan.progress import Progress
 
 SETTINGS = AdamW(lr=1e-3, weight_decay=0.01)
@@ -41,15 +42,16 @@ PLACEMENTS = {
 
 
 def text(folder: Path) -> Path:
-    """Enough for an epoch and a half of all steps."""
+    """So little that the runs go through it more than once."""
     data = folder / "text.txt"
     if not data.exists():
-        data.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(40)))
+        data.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(12)))
     return data
 
 
-def planned(model: ModelSpec, **knobs: object) -> Plan:
-    return plan_for(model, tiny_policy(model, **knobs), tiny_workload(), CpuBackend())
+def planned(model: ModelSpec, backend: Backend | None = None, workload: Workload | None = None, **knobs: object) -> Plan:
+    """A plan of these knobs; by default for the CPU, and for steps of few tokens."""
+    return plan_for(model, tiny_policy(model, **knobs), workload or tiny_workload(), backend or CpuBackend())
 
 
 class Run:
@@ -65,7 +67,7 @@ class Run:
             plan_path="plan.json",
             out=folder,
             steps=STEPS,
-            device="cpu",
+            device=plan.machine.identity.backend,
             settings=SETTINGS,
             saving=saving or Saving(),
             data=text(folder.parent),

@@ -17,10 +17,11 @@ import pytest
 from builders import tiny_model
 from checkpoints import write_checkpoint
 from commands import Done, runtime
+from running import EVERYTHING
 from runtime.checkpoints.keeper import leftovers
 from runtime.checkpoints.layout import MANIFEST
 from runtime.checkpoints.resuming import candidates
-from saved_runs import EVERYTHING, TIED, UNTIED, planned, text
+from saved_runs import TIED, UNTIED, planned, text
 from slideplan.codec import save
 from slideplan.graph.operations import LOAD_WEIGHTS
 from slideplan.progress import silent

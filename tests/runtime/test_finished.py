@@ -117,7 +117,7 @@ def no_stream(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_a_table_that_cannot_be_printed_is_at_most_a_warning(folder: Path, no_stream: int, more: tuple[str, ...]) -> None:
     done = in_its_own_process(folder, *ARGUMENTS, *more, stdout=no_stream, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
-    assert "in 2 steps; run folder: out; the trained weights are not kept yet" in done.stderr
+    assert "in 2 steps; run folder: out; trained weights: out/checkpoints/step-00000002" in done.stderr
     assert "Traceback" not in done.stderr
     assert (folder / "out/comparison.json").exists()
 

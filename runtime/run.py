@@ -97,7 +97,7 @@ class RunRequest:
             document_end=self.document_end,
             seed=self.seed,
             settings=self.settings,
-            saving=self.saving,
+            saving=self.saving or Saving(),
         )
 
 

@@ -67,6 +67,7 @@ def train(
         # Weights first: a run that goes on from the checkpoint saves those of later steps only.
         if keeper is not None and saving.weights_every and done % saving.weights_every == 0:
             keeper.save(done, False, metrics, drained_ns)
+            drained_ns = 0  # once is enough
         if keeper is not None and saving.every and done % saving.every == 0:
             keeper.save(done, True, metrics, drained_ns)
             saved = done

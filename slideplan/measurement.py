@@ -18,7 +18,8 @@ class SaveRecord(Spec, frozen=True):
 
     step:       steps done; optimizer: whether remainder and moments were saved
     drained_ns: from the end of the last step's compute until all lanes were empty
-    paused_ns:  from then until all was copied and training went on; took_ns: until all was on the drive
+    paused_ns:  from then until all was copied and training went on, the wait for the save before included
+    took_ns:    from then until all was on the drive
     """
 
     step: int

@@ -3,7 +3,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from hypothesis import Phase, settings
+
+if not torch.cuda.is_available():
+    # Read where Triton is first imported, by whichever library: kernels are interpreted then.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Examples are limited by number, not by time: a busy machine must not fail a test.
 settings.register_profile("untimed", deadline=None)

@@ -173,8 +173,8 @@ class Keeper:
         metrics: of the steps before, on the drive before any checkpoint that counts them as done
         drained_ns: what emptying the lanes has cost before
         """
-        self._settle()
         started_ns = time.perf_counter_ns()
+        self._settle()
         shards = self._stored.shards(optimizer)
         size_bytes = sum(_size_bytes(shard) for shard in shards)
         target = self.folder / (CHECKPOINTS if optimizer else WEIGHTS) / step_name(step)

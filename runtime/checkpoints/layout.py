@@ -7,7 +7,6 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 from runtime.inputs.checkpoint import INDEX
@@ -98,8 +97,3 @@ def index(files: Mapping[str, Sequence[StoredTensor]]) -> tuple[str, bytes]:
     total = sum(DTYPE_BYTES[each.dtype] * prod(each.shape) for tensors in files.values() for each in tensors)
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     return INDEX, json.dumps(document, indent=2).encode() + b"\n"
-
-
-def is_weights_file(path: Path) -> bool:
-    """Whether a file of a checkpoint holds weights, by its name."""
-    return re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name) is not None

@@ -26,14 +26,13 @@ class Saving(Spec, frozen=True):
         for name, least in (("every", 0), ("weights_every", 0), ("keep", 1)):
             if getattr(self, name) < least:
                 option = {"every": "--save-every", "weights_every": "--save-weights-every", "keep": "--keep"}[name]
-                raise ValueError(f"{option} is {getattr(self, name)}, must be at least {max(1, least)}")
+                raise ValueError(f"{option} is {getattr(self, name)}, must be at least {least}")
 
 
 class RunRecord(Spec, frozen=True):
     """What a run was asked to do: with a checkpoint and a plan enough to go on.
 
     data:   absolute path; None: the default text
-    saving: None: nothing is kept
     """
 
     steps: int
@@ -42,7 +41,7 @@ class RunRecord(Spec, frozen=True):
     document_end: str
     seed: int
     settings: AdamW
-    saving: Saving | None
+    saving: Saving
 
 
 class StoredFile(Spec, frozen=True):

@@ -14,6 +14,7 @@ from runtime.checkpoints.layout import CHECKPOINTS, UNFINISHED
 from runtime.checkpoints.manifest import DamagedError, Manifest, read_manifest
 from runtime.checkpoints.reading import read_shards, read_small_files
 from runtime.checkpoints.staging import Staging
+from runtime.folder import METRICS
 from runtime.inputs.data import Position
 from runtime.lanes.backend import Backend
 from runtime.state import UnitState
@@ -72,6 +73,8 @@ def _nothing(run: Path, problems: Sequence[str]) -> str:
         return (
             "its first checkpoint was not written to its end; remove the folder, and start the run again with `runtime execute`"
         )
+    if (run / METRICS).exists():
+        return "its run has saved nothing; remove the folder, and start the run again with `runtime execute`"
     return "holds no checkpoint; name a run folder of `runtime execute` that has saved"
 
 

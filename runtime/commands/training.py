@@ -190,7 +190,7 @@ def resume(
                 token_cache=token_cache,
                 warmup_steps=warmup,
                 command=_command(),
-                saving=_saving(before.saving or SAVING, save_every, save_weights_every, keep, no_save),
+                saving=_saving(before.saving, save_every, save_weights_every, keep, no_save),
                 found=found,
                 data_changed=data_changed,
             )

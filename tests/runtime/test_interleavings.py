@@ -19,7 +19,6 @@ from runtime.probes.handoffs import cycle_graph
 from runtime.session import Session
 from slideplan.graph.lanes import Lane
 from slideplan.graph.tasks import Task, TaskGraph
-from slideplan.placement import STATE, TensorClass
 from slideplan.plan import Plan
 
 STEPS = 3
@@ -134,7 +133,9 @@ class Delayed:
 
 def whole_state(session: Session) -> list[torch.Tensor]:
     units = range(session.plan.model.units)
-    return [session.state(unit).read(tensor) for unit in units for tensor in (TensorClass.WEIGHTS, *STATE)]
+    states = [session.states[unit] for unit in units]
+    stored = [each for state in states for each in (*state.weights(), *state.optimizer())]
+    return [part.clone() for each in stored for part in each.parts]
 
 
 def identical(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:

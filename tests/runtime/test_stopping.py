@@ -210,7 +210,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
         (("resume", "run", "--steps", 9, "--plan", "other.json"), "is not the model that was planned"),
         (("resume", "run", "--steps", 9, "--data", "other.txt"), "its tokens are not those that the run has had until now"),
         (("resume", "run", "--steps", 9, "--keep", 0), "--keep is 0, must be at least 1"),
-        (("resume", "run", "--steps", 9, "--save-every", -1), "--save-every is -1, must be at least 1"),
+        (("resume", "run", "--steps", 9, "--save-every", -1), "--save-every is -1, must be at least 0"),
         (("export", "nothing", "-o", "out"), "nothing: is not a folder; name the run folder that `runtime execute` wrote"),
         (("export", "empty", "-o", "out"), "empty: holds no checkpoint; name a run folder of `runtime execute` that has saved"),
         (("export", "run", "-o", "empty"), "empty: exists already; name a new folder with -o"),

@@ -123,7 +123,11 @@ def steps_saved(run: Run) -> int:
     if any((folder / MANIFEST).exists() for _, folder in checkpoints(run.folder / "checkpoints")):
         return candidates(run.folder, silent)[0].manifest.step
     unfinished = any(run.folder.glob(f"checkpoints/{UNFINISHED}*"))
-    said = "was not written to its end; .* start the run again" if unfinished else "holds no checkpoint; name a run folder"
+    said = (
+        "was not written to its end; .* start the run again"
+        if unfinished
+        else "its run has saved nothing; remove the folder|holds no checkpoint; name a run folder"
+    )
     with pytest.raises(ValueError, match=said):
         candidates(run.folder, silent)
     return 0

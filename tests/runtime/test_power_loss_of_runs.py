@@ -146,7 +146,7 @@ def test_a_first_save_is_whole_or_not_there(saver: Saver, tmp_path: Path) -> Non
                 assert disk.stopped
                 with pytest.raises(
                     ValueError,
-                    match="holds no checkpoint; |its run has saved nothing; |its first checkpoint was not written ",
+                    match=r"holds no checkpoint; |its run has saved nothing; |its first checkpoint was not written ",
                 ):
                     candidates(left, silent)
             shutil.rmtree(left)

@@ -58,10 +58,15 @@ def carried(folder: Path, names: Mapping[str, str]) -> tuple[Contents, list[str]
 
 def contents_at(model: ModelSpec, folder: Path) -> Contents:
     """What lies beside the state in a checkpoint. Raises ValueError where it cannot be read."""
+    return carried(folder, names_at(model, folder))[0]
+
+
+def names_at(model: ModelSpec, folder: Path) -> Mapping[str, str]:
+    """Stored name by parameter in a checkpoint. Raises ValueError where its index cannot be read."""
     placed = read_json_object(folder / INDEX, "take another checkpoint").get("weight_map")
     present = placed if isinstance(placed, dict) else {}
     names = [model.unit_prefix(unit) + each.name for unit in range(model.units) for each in model.parameters(model.role(unit))]
-    return carried(folder, match(names, present, model.tied_embeddings).stored)[0]
+    return match(names, present, model.tied_embeddings).stored
 
 
 def with_dtype(config: Mapping[str, object], dtype: str) -> bytes:

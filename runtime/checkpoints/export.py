@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from runtime.checkpoints.contents import contents_at, with_dtype
-from runtime.checkpoints.keeper import SPARE_BYTES, counted
+from runtime.checkpoints.contents import names_at, with_dtype
+from runtime.checkpoints.keeper import SPARE_BYTES, counted, require_room
 from runtime.checkpoints.layout import CONFIG, UNFINISHED, index, optimizer_file, weights_file
 from runtime.checkpoints.manifest import DamagedError
 from runtime.checkpoints.reading import read_shards, read_small_files
@@ -18,6 +17,7 @@ from runtime.checkpoints.resuming import Candidate
 from runtime.checkpoints.staging import Staging
 from runtime.checkpoints.writing import FileWrites, ShardFile
 from runtime.inputs.checkpoint import INDEX
+from runtime.inputs.weights import PIECE_ELEMENTS
 from runtime.lanes.backend import CpuBackend
 from runtime.optimizer.split_master import join
 from runtime.state import StoredTensor
@@ -28,14 +28,12 @@ from slideplan.hf_fields import read_json_object
 from slideplan.lowering.sizes import WEIGHT_BYTES
 from slideplan.model import ModelSpec, Parameter
 from slideplan.progress import Progress, Show
-from slideplan.quantities import format_bytes
 from slideplan.saving import LEAST_STAGING_BYTES
 
 PHASE = "exporting"
 Dtype = Literal["bf16", "fp32"]
 # Units whose weights are held at once: several files are read and written together, and an embedding has gigabytes.
 GROUP_BYTES = 2 << 30
-PIECE_ELEMENTS = 1 << 22
 _CONFIG_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -82,11 +80,10 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
     source, manifest = candidate
     files = read_small_files(disk, source, manifest)
     model = model_from_config(source)
-    names = contents_at(model, source).names
+    names = names_at(model, source)
     element_bytes = WEIGHT_BYTES if dtype == "bf16" else 4
     need = element_bytes * model.parameter_count + sum(map(len, files.values())) + SPARE_BYTES
-    if need > (free := disk.free_bytes(folder.parent)):
-        raise OSError(errno.ENOSPC, f"{format_bytes(need)} are needed, {format_bytes(free)} are free", str(folder.parent))
+    require_room(disk, folder.parent, need)
     if folder.exists():  # of an export that was killed
         disk.remove_folder(folder)
     try:

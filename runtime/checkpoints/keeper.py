@@ -110,6 +110,13 @@ def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, done: int, ste
         )
 
 
+def require_room(disk: Disk, folder: Path, need_bytes: int) -> None:
+    """Raise OSError (ENOSPC) where the drive of a folder has no room for so much, before any of it is written."""
+    free = disk.free_bytes(folder)
+    if need_bytes > free:
+        raise OSError(errno.ENOSPC, f"{format_bytes(need_bytes)} are needed, {format_bytes(free)} are free", str(folder))
+
+
 def said_of_saves(plan: Plan, saving: Saving) -> str:
     """What saves add to a run, as planned, in one line; empty where it only saves at its end, or no drive was measured."""
     cost, step_ns = plan.prediction.save, plan.prediction.record.step_ns
@@ -247,9 +254,7 @@ class Keeper:
         if unfinished.exists():
             self._disk.remove_folder(unfinished)
         need = size_bytes + sum(map(len, self._stored.contents.files.values())) + SPARE_BYTES
-        free = self._disk.free_bytes(parent)
-        if need > free:
-            raise OSError(errno.ENOSPC, f"{format_bytes(need)} are needed, {format_bytes(free)} are free", str(parent))
+        require_room(self._disk, parent, need)
         self._disk.make_folder(unfinished)
 
     def _end(self, step: int, optimizer: bool, unfinished: Path, target: Path) -> None:

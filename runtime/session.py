@@ -59,7 +59,7 @@ class Session:
             plan.model,
             graph,
             self.buffers,
-            backend.device,
+            backend,
             windows,
             policy,
             plan.workload.seq_len,

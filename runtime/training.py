@@ -11,6 +11,7 @@ from typing import NamedTuple
 from runtime.checkpoints.keeper import Keeper
 from runtime.checkpoints.manifest import Saving
 from runtime.lanes.clock import RunError
+from runtime.lanes.executor import Executor
 from runtime.measure import Recorder
 from runtime.metrics import Metrics
 from runtime.session import Session
@@ -42,8 +43,8 @@ def train(
     """Run a session until so many steps are done in all, one line a step into the metrics; what was recorded of them.
 
     Between steps the state is saved as `saving` says, and at the end; without a keeper nothing is. Once `stop` is asked for,
-    the steps that have begun are the last: none, if none had. Raises LaneError if a lane fails, RunError if the device does
-    where no lane waits for it, or if a loss is not finite.
+    the steps that have begun are the last: none, if none had. Raises LaneError if a lane or the device fails, RunError if a
+    loss is not finite.
     """
     recorder = Recorder(session.first_step)
     saved, drained_ns = session.first_step, 0
@@ -53,7 +54,7 @@ def train(
         with contextlib.closing(iter(executor)) as running:
             over_ns = 0
             for step in running:  # the lanes walk the graph by themselves; compute of this step is over
-                result = result_of(session, executor.first_step + step)
+                result = result_of(session, executor, step)
                 _write(metrics, result, show)
                 _require_finite(result)
                 show(Progress("training", result.step + 1, steps, result.loss, result.grad_norm))
@@ -84,15 +85,11 @@ def _until_save(done: int, steps: int, saving: Saving) -> int:
     return min([steps, *((done // every + 1) * every for every in (saving.every, saving.weights_every) if every)])
 
 
-def result_of(session: Session, step: int) -> StepResult:
-    """Loss, and where the plan has it norm of the gradients, of a step whose compute is over."""
-    compute = session.compute
-    try:
-        loss = compute.losses.pop(step).item()
-        norm = compute.norms.pop(step).item() if session.plan.policy.gradient_norms else None
-    except RuntimeError as error:  # whatever has gone wrong on the device shows where something is read from it
-        raise RunError(f"step {step}: its loss could not be read: {error}") from error
-    return StepResult(step, loss, norm)
+def result_of(session: Session, executor: Executor, step: int) -> StepResult:
+    """Loss, and where the plan has it norm of the gradients, of the executor's step whose compute is over."""
+    number = executor.first_step + step
+    loss, *norm = executor.values(session.compute.results.pop(number), step)
+    return StepResult(number, loss, norm[0] if norm else None)
 
 
 def _write(metrics: Metrics, result: StepResult, show: Show) -> None:

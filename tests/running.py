@@ -119,11 +119,27 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
     }
 
 
+def results_of(session: Session, step: int) -> list[float]:
+    """Loss, and where it is measured the norm, of a step whose compute is over."""
+    fetched = session.compute.results.pop(step)
+    session.backend.wait(fetched.marker)
+    return fetched.values.tolist()
+
+
+def loss_of(session: Session, step: int) -> float:
+    """Loss of a step whose compute is over."""
+    return results_of(session, step)[0]
+
+
 def train(session: Session, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of the next steps of the real executor, and master weights after them."""
+    return [loss for loss, *_ in steps_of(session, steps)], masters(session)
+
+
+def steps_of(session: Session, steps: int) -> list[list[float]]:
+    """Results of the next steps of the real executor."""
     first = session.steps_done
-    losses = [session.compute.losses.pop(first + step).item() for step in session.executor(steps)]
-    return losses, masters(session)
+    return [results_of(session, first + step) for step in session.executor(steps)]
 
 
 def plain_training(
@@ -204,11 +220,9 @@ def check_near(start: dict[str, torch.Tensor], weights: dict[str, torch.Tensor],
     assert apart < 0.06**2 * moved
 
 
-def check_norms(session: Session, expected: list[dict[str, float]], rel: float) -> None:
+def check_norms(session: Session, norms: list[float], expected: list[dict[str, float]], rel: float) -> None:
     """Hold norms of a session's steps against these sums of squares, and of the last step those of every unit."""
-    norms = [session.compute.norms.pop(step).item() for step in range(len(expected))]
     assert norms == pytest.approx([sum(squares.values()) ** 0.5 for squares in expected], rel=rel)
-    assert not session.compute.norms
     model, squares = session.plan.model, expected[-1]
     of_units = [
         sum(squares[model.unit_prefix(unit) + each.name] for each in model.parameters(model.role(unit)))

@@ -15,7 +15,7 @@ from runtime.compute.head import FusedHead, Head
 from runtime.compute.operators import square_sum
 from runtime.compute.uploads import TokenUploads
 from runtime.inputs.data import MicroBatch, TokenWindows
-from runtime.lanes.backend import Backend
+from runtime.lanes.backend import Backend, Fetched
 from runtime.memory.buffers import Buffers, parameter_views
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import COMPUTE_KINDS, TaskKind
@@ -56,14 +56,15 @@ class ComputeHandlers:
         model: ModelSpec,
         graph: TaskGraph,
         buffers: Buffers,
-        device: torch.device,
+        backend: Backend,
         windows: TokenWindows,
         knobs: ComputePolicy,
         seq_len: int,
     ) -> None:
         self._model = model
         self._buffers = buffers
-        self.device = device
+        self._backend = backend
+        self.device = device = backend.device
         micro_batch, micro_batches = knobs.micro_batch, knobs.micro_batches
         self._uploads = TokenUploads(windows, micro_batch, device)
         self._shape = (micro_batch, seq_len, model.hidden)
@@ -79,8 +80,10 @@ class ComputeHandlers:
         self._labels = torch.zeros(micro_batches, tokens, dtype=torch.int64, device=device)
         self._loss_sum = torch.zeros(micro_batches, dtype=torch.float32, device=device)
         self._replay: dict[str, Callable[[], None]] = {}
-        self.losses: dict[int, torch.Tensor] = {}
-        self.norms: dict[int, torch.Tensor] = {}  # of all gradients of a step; empty unless they are measured
+        self._losses: dict[int, torch.Tensor] = {}
+        self._last = graph.tasks[graph.queue(LaneKind.COMPUTE)[-1]].name
+        # Of each step: its loss, and where it is measured the norm of all gradients.
+        self.results: dict[int, Fetched] = {}
         self._run = {
             (UnitRole.EMBEDDING, TaskKind.FORWARD): self._embed,
             (UnitRole.EMBEDDING, TaskKind.BACKWARD): self._embed_backward,
@@ -101,11 +104,16 @@ class ComputeHandlers:
             if task.kind is TaskKind.LOSS:
                 assert task.micro is not None
                 loss = self._loss_sum[task.micro].clone()
-                self.losses[step] = self.losses[step] + loss if step in self.losses else loss
+                self._losses[step] = self._losses[step] + loss if step in self._losses else loss
                 # Here, where the device has work for longer than the host needs to deal out tokens.
                 self._uploads.send(step + 1, task.micro)
-            elif task.unit == 0 and task.has(Role.NORM):  # the embedding's gradient is the last
-                self.norms[step] = self._buffers[task.slot(Role.NORM)].sum().sqrt()
+            if task.name == self._last:
+                self.results[step] = self._backend.fetch(torch.stack(self._numbers(task, step)), LaneKind.COMPUTE)
+
+    def _numbers(self, task: Task, step: int) -> list[torch.Tensor]:
+        """What the step computed, told after its last task."""
+        loss = self._losses.pop(step)
+        return [loss, self._buffers[task.slot(Role.NORM)].sum().sqrt()] if task.has(Role.NORM) else [loss]
 
     def _issue(self, task: Task, step: int) -> None:
         self._run[self._model.role(task.unit), task.kind](task, step)

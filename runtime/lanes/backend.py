@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -28,6 +28,14 @@ class Marker:
 
     event: torch.cuda.Event | None
     host_ns: int
+
+
+class Fetched(NamedTuple):
+    """Numbers on their way to the host: there once the marker has passed. `source` must live until then."""
+
+    marker: Marker
+    values: torch.Tensor
+    source: torch.Tensor
 
 
 class Backend(Protocol):
@@ -56,6 +64,12 @@ class Backend(Protocol):
 
     def anchor(self) -> Marker:
         """A marker whose event and host time name the same instant. Blocks the calling thread, as whatever issues does."""
+
+    def fetch(self, values: torch.Tensor, lane: LaneKind) -> Fetched:
+        """Begin to bring a few numbers to the host, after what the lane has issued. No lane waits for them.
+
+        For a lane's own thread: whoever reads a number of the device elsewhere blocks while a stream's queue is full.
+        """
 
     def elapsed_ns(self, anchor: Marker, marker: Marker) -> int:
         """From the anchor to the marker. Both must have passed."""
@@ -118,6 +132,9 @@ class CpuBackend:
     def anchor(self) -> Marker:
         return Marker(None, time.perf_counter_ns())
 
+    def fetch(self, values: torch.Tensor, lane: LaneKind) -> Fetched:
+        return Fetched(self.mark(lane), values.clone(), values)
+
     def elapsed_ns(self, anchor: Marker, marker: Marker) -> int:
         return marker.host_ns - anchor.host_ns
 
@@ -161,6 +178,7 @@ class CudaBackend:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._streams = {lane: torch.cuda.Stream(self.device) for lane in STREAM_LANES}
         self._clock = torch.cuda.Stream(self.device)
+        self._fetches = torch.cuda.Stream(self.device)
         self._registered: list[torch.Tensor] = []
 
     @contextlib.contextmanager
@@ -200,6 +218,18 @@ class CudaBackend:
         event.record(self._clock)  # an idle stream: the event happens now
         event.synchronize()
         return Marker(event, time.perf_counter_ns())
+
+    def fetch(self, values: torch.Tensor, lane: LaneKind) -> Fetched:
+        # On a stream of its own: a copy engine may be busy with a unit's gradients, and compute must not wait for that.
+        before = torch.cuda.Event()
+        before.record(self._streams[lane])
+        self._fetches.wait_event(before)
+        with torch.cuda.stream(self._fetches):
+            found = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            found.copy_(values, non_blocking=True)
+            after = torch.cuda.Event()
+            after.record(self._fetches)
+        return Fetched(Marker(after, 0), found, values)
 
     def elapsed_ns(self, anchor: Marker, marker: Marker) -> int:
         if marker.event is None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from runtime.lanes import watchdog
-from runtime.lanes.backend import Backend, Marker
+from runtime.lanes.backend import Backend, Fetched, Marker
 from runtime.lanes.clock import Hung, LaneClock, LaneError, Stopped, StopSignal, Walk
 from runtime.lanes.watchdog import Watchdog
 from slideplan.graph.lanes import Lane, LaneKind
@@ -39,8 +39,8 @@ class Executor:
                  Hung. None: for ever
     planned_ns:  predicted duration of each task, for the message
 
-    The thread that iterates, takes spans and finishes must be one. It waits where signals reach it, and issues nothing: that
-    would block it for as long as a stream's queue is full.
+    The thread that iterates, takes values and spans, and finishes must be one. It waits where signals reach it, and issues
+    nothing: that would block it for as long as a stream's queue is full.
     """
 
     def __init__(
@@ -101,6 +101,12 @@ class Executor:
         with self._deciding:
             self.steps = self._begun
 
+    def values(self, fetched: Fetched, step: int) -> list[float]:
+        """Numbers of a step that its last compute task has fetched. Raises LaneError."""
+        with self._failures(step):
+            self._until(fetched.marker, self.graph.queue(LaneKind.COMPUTE)[-1], step)
+        return fetched.values.tolist()
+
     def spans(self, step: int) -> tuple[int, list[Span]]:
         """Origin (host nanoseconds) and spans of a step, relative to the start of its first compute task.
 
@@ -134,16 +140,20 @@ class Executor:
     def _over(self, number: int, step: int) -> tuple[Marker, Marker]:
         """Markers of a task, for the thread that iterates: once the device is through with it."""
         start, end = self._issued(number, step)
-        while not self._passed(end, number, step):
+        self._until(end, number, step)
+        return start, end
+
+    def _until(self, marker: Marker, number: int, step: int) -> None:
+        """Wait for a marker of a task, for the thread that iterates."""
+        while not self._passed(marker, number, step):
             if self._signal.error is not None:
                 raise Stopped
             self._look()
             time.sleep(POLL_S)
-        return start, end
 
-    def _passed(self, end: Marker, number: int, step: int) -> bool:
+    def _passed(self, marker: Marker, number: int, step: int) -> bool:
         try:
-            return self.backend.passed(end)
+            return self.backend.passed(marker)
         except Exception as error:
             where = self._walk.where(self.graph.lane_of[number], step, self.graph.tasks[number])
             # Kernels fail after they were issued, so it may as well be one that was to run before.

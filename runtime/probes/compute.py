@@ -80,7 +80,7 @@ class UnitProbe:
         self._initialise(buffers)
         tokens = np.random.default_rng(0).integers(0, model.vocabulary, 4 * MICRO_BATCHES * micro_batch * seq_len + 1)
         windows = TokenWindows(tokens.astype(np.uint32), seq_len, MICRO_BATCHES * micro_batch)
-        self._handlers = ComputeHandlers(self._model, self._graph, buffers, backend.device, windows, policy, seq_len)
+        self._handlers = ComputeHandlers(self._model, self._graph, buffers, backend, windows, policy, seq_len)
         self._steps = 0  # issued so far: tokens are sent ahead, step by step
         backend.synchronize()  # the slots were filled on the default stream, for which no lane waits
 

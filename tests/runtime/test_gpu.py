@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
-from running import EVERYTHING, check_near, check_norms, masters, plain_training, plan_for, session_for, state_dict, train
+from running import (
+    EVERYTHING,
+    check_near,
+    check_norms,
+    loss_of,
+    masters,
+    plain_training,
+    plan_for,
+    session_for,
+    state_dict,
+    steps_of,
+    train,
+)
 from runtime.compute.uploads import TokenUploads
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.weights import RandomWeights
@@ -138,10 +150,10 @@ def test_norms_of_gradients_are_those_of_training_in_memory(kernels: str, tied: 
     backend = CudaBackend()
     plain_training(model, policy, workload, STEPS, backend.device, norms=expected)
     session = session_for(plan_for(model, policy, workload, backend), backend)
-    losses, _ = train(session, STEPS)
-    check_norms(session, expected, rel=1e-3 if kernels == "eager" else 1e-2)
+    losses, norms = zip(*steps_of(session, STEPS), strict=True)
+    check_norms(session, list(norms), expected, rel=1e-3 if kernels == "eager" else 1e-2)
     backend.close()
-    assert trained(model, tiny_policy(model, **knobs), workload)[0] == losses
+    assert trained(model, tiny_policy(model, **knobs), workload)[0] == list(losses)
 
 
 def test_a_rehearsal_of_host_updates_changes_nothing_of_the_training() -> None:
@@ -225,7 +237,7 @@ def run_dawdling(backend, seed: int) -> tuple[list[float], dict[str, torch.Tenso
     session = session_for(plan_for(model, tiny_policy(model, **MIXED), workload, backend), backend)
     try:
         executor = Executor(session.plan.graph, backend, Dawdling(session.handlers, seed), STEPS)
-        losses = [session.compute.losses.pop(step).item() for step in executor]
+        losses = [loss_of(session, step) for step in executor]
         return losses, masters(session)
     finally:
         backend.close()

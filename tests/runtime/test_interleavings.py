@@ -12,7 +12,7 @@ import torch
 from builders import tiny_model, tiny_policy, tiny_workload
 from contents import run_lanes
 from poison import Poisoned
-from running import EVERYTHING, masters, plan_for, session_for, train
+from running import EVERYTHING, loss_of, masters, plan_for, session_for, train
 from runtime.lanes.backend import CpuBackend
 from runtime.lanes.executor import Executor
 from runtime.probes.handoffs import cycle_graph
@@ -45,7 +45,7 @@ def run_in_order(plan: Plan, graph: TaskGraph, choose) -> tuple[list[float], dic
     session = session_for(plan, CpuBackend())
     handlers = Poisoned(session.handlers, graph, session.buffers)
     run_lanes(graph, handlers, STEPS, choose)
-    return [session.compute.losses[step].item() for step in range(STEPS)], masters(session)
+    return [loss_of(session, step) for step in range(STEPS)], masters(session)
 
 
 def same(left, right) -> bool:
@@ -110,7 +110,7 @@ def test_threads_with_random_delays_give_the_same_result() -> None:
         handlers(task, step)
 
     executor = Executor(plan.graph, session.backend, delayed, STEPS)
-    losses = [session.compute.losses.pop(step).item() for step in executor]
+    losses = [loss_of(session, step) for step in executor]
     assert same((losses, masters(session)), expected)
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_finishes_early_is_one_of_that_many_steps(name: str) -> None:
     session = session_for(plan, CpuBackend())
     losses, states = [], []
     for step in range(many + 2):
-        losses += [session.compute.losses.pop(step).item() for _ in session.executor(1)]
+        losses += [loss_of(session, step) for _ in session.executor(1)]
         states.append(whole_state(session))
     for seed in range(3):
         chance = random.Random(f"{name} {seed}")
@@ -157,7 +157,7 @@ def test_a_run_that_finishes_early_is_one_of_that_many_steps(name: str) -> None:
         executor = Executor(plan.graph, session.backend, handlers, many, patience_ns=60 * 10**9)
         last, found = chance.randrange(many), []
         for step in executor:
-            found.append(session.compute.losses.pop(step).item())
+            found.append(loss_of(session, step))
             if step:
                 executor.spans(step - 1)
             if step == last:
@@ -170,7 +170,7 @@ def test_a_run_that_finishes_early_is_one_of_that_many_steps(name: str) -> None:
         assert found == losses[:steps]
         assert identical(whole_state(session), states[steps - 1])
         for step in Executor(plan.graph, session.backend, session.handlers, 2, steps):
-            assert session.compute.losses.pop(steps + step).item() == losses[steps + step]
+            assert loss_of(session, steps + step) == losses[steps + step]
         assert identical(whole_state(session), states[steps + 1])
 
 

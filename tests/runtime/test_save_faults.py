@@ -394,9 +394,9 @@ def test_a_loss_that_is_not_finite_leaves_what_was_saved(cut: Run, whole: Run, m
     before = {path: path.read_bytes() for path in (cut.folder / "checkpoints").rglob("*") if path.is_file()}
     result_of = training.result_of
 
-    def broken(session: Any, step: int) -> StepResult:
-        found = result_of(session, step)
-        return found if step < 3 else found._replace(loss=float("nan"))
+    def broken(*where: Any) -> StepResult:
+        found = result_of(*where)
+        return found if found.step < 3 else found._replace(loss=float("nan"))
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "result_of", broken)

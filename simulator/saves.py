@@ -22,8 +22,10 @@ from slideplan.placement import TensorClass, Tier
 from slideplan.policy import Policy
 from slideplan.saving import (
     BLOCK_BYTES,
+    COPIER_BYTES_PER_S,
     SaveCost,
     checkpoint_bytes,
+    copiers,
     staging_bytes,
     unit_optimizer_bytes,
     unit_weights_bytes,
@@ -33,6 +35,8 @@ from slideplan.timeline import first_compute
 
 # From a cold start to empty lanes. Most schedules are steady within a few steps.
 DRAIN_STEPS = 8
+# Of host memory, for each byte that is copied and hashed.
+HASHED_PASSES = 3
 # A write that runs beside steps is cut into tasks, one per step and each as long as this many steps, so that one always runs.
 _STEPS_PER_WRITE = 2
 
@@ -124,11 +128,16 @@ def slowed_by_writing(
 
 
 def _copy_ns(model: ModelSpec, policy: Policy, machine: MachineProfile) -> int:
-    """How long it takes to copy a checkpoint's bytes from where they lie to other places on the host, one after the other."""
-    size_bytes = dict.fromkeys(Tier, 0)
+    """How long it takes to copy a checkpoint's bytes from where they lie to other places on the host, and to hash them."""
+    sizes: list[tuple[Tier, int]] = []  # of files
     for unit, placement in enumerate(policy.units):
-        size_bytes[placement.update] += unit_weights_bytes(model, unit)
-        size_bytes[placement.moments] += unit_optimizer_bytes(model, policy, unit)
+        sizes.append((placement.update, unit_weights_bytes(model, unit)))
+        sizes.append((placement.moments, unit_optimizer_bytes(model, policy, unit)))
+    on = {tier: sum(size for where, size in sizes if where is tier) for tier in Tier}
     block_ns = rates(machine)[LaneKind.D2H].duration_ns(BLOCK_BYTES)
-    passed_ns = 2 * size_bytes[Tier.HOST] * 1_000_000_000 // machine.optimizer.host_bytes_per_s.p50
-    return max(1, size_bytes[Tier.GPU] * block_ns // BLOCK_BYTES + passed_ns)
+    # The copy reads and writes each byte, the hash reads it again.
+    passed_ns = HASHED_PASSES * on[Tier.HOST] * 1_000_000_000 // machine.optimizer.host_bytes_per_s.p50
+    # One thread has a file to itself, so none of them is through before the largest is.
+    by_one = max(*(size for _, size in sizes), sum(on.values()) // copiers(machine.host.cores))
+    threads_ns = by_one * 1_000_000_000 // COPIER_BYTES_PER_S
+    return max(1, on[Tier.GPU] * block_ns // BLOCK_BYTES + passed_ns, threads_ns)

@@ -13,8 +13,10 @@ from slideplan.quantities import MIB
 BLOCK_BYTES = 8 * MIB  # state is copied aside and written in pieces of this size
 LEAST_STAGING_BYTES = 64 * MIB  # a ring of eight blocks, so that copies and writes overlap on a full host too
 
-MOST_COPIERS = 16
-COPIER_BYTES_PER_S = 3_300_000_000  # copied and hashed by one thread: 90 GiB by four took 7.4 s on one H100 host
+# Copied and hashed by one thread. On one H100 host with 32 cores 8 threads take 90 GiB in 2.65 s, 16 or 24 no less: they
+# wait for Python's lock (benchmarks/copying_state.py).
+MOST_COPIERS = 8
+COPIER_BYTES_PER_S = 4_500_000_000
 
 
 class SaveCost(Spec, frozen=True):
@@ -28,8 +30,7 @@ class SaveCost(Spec, frozen=True):
     staging_bytes:     of the ring, which holds what is copied and not yet written
     drain_ns:          what it costs a run to end a step with all lanes empty and to start anew
     copy_bytes_per_s:  into the ring, by where a checkpoint's bytes lie: from the GPU as copies to the host go, on the
-                       host as a pass of the optimizer that reads and writes each byte once; no more than the threads
-                       that copy can hash
+                       host as a pass of the optimizer over three times as many; no more than the threads can hash
     write_bytes_per_s: of the drive alone, in large blocks; None where none was measured
     slowed:            part of its speed that training loses while the drive writes beside it, as lanes share bandwidth
                        on this machine; 0 where no drive was measured
@@ -87,7 +88,7 @@ class SaveCost(Spec, frozen=True):
 
 
 def copiers(cores: int) -> int:
-    """Threads that copy state into the ring: training stands meanwhile, and most cores have nothing to do."""
+    """Threads that copy state into the ring. Training stands meanwhile: cores have nothing else to do."""
     return min(MOST_COPIERS, cores)
 
 

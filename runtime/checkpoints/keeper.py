@@ -17,7 +17,6 @@ from runtime.checkpoints.layout import (
     REMOVED,
     UNFINISHED,
     WEIGHTS,
-    header,
     index,
     optimizer_file,
     step_name,
@@ -59,7 +58,7 @@ class Stored:
     contents: Contents
 
     def shards(self, optimizer: bool) -> list[ShardFile]:
-        """Files of all units; those of the optimizer, which are larger, first."""
+        """Files of all units."""
         units = range(self.model.units)
         weights = [ShardFile(weights_file(unit, len(units)), self.weights_of(unit)) for unit in units]
         if not optimizer:
@@ -183,7 +182,7 @@ class Keeper:
         started_ns = time.perf_counter_ns()
         self._settle()
         shards = self._stored.shards(optimizer)
-        size_bytes = sum(_size_bytes(shard) for shard in shards)
+        size_bytes = sum(shard.size_bytes for shard in shards)
         target = self.folder / (CHECKPOINTS if optimizer else WEIGHTS) / step_name(step)
         unfinished = target.with_name(UNFINISHED + target.name)
         try:
@@ -333,7 +332,3 @@ def counted(phase: str, total: int, show: Show) -> Callable[[int], None]:
             show(Progress(phase, done, total))
 
     return more
-
-
-def _size_bytes(shard: ShardFile) -> int:
-    return len(header(shard.tensors)) + sum(part.nbytes for tensor in shard.tensors for part in tensor.parts)

@@ -33,6 +33,15 @@ class ShardFile(NamedTuple):
     name: str
     tensors: Sequence[StoredTensor]
 
+    @property
+    def size_bytes(self) -> int:
+        return len(header(self.tensors)) + sum(part.nbytes for tensor in self.tensors for part in tensor.parts)
+
+
+def largest_first(shards: Sequence[ShardFile]) -> list[ShardFile]:
+    """The order in which threads are through with all of them soonest: one thread has a file to itself."""
+    return sorted(shards, key=lambda shard: -shard.size_bytes)
+
 
 class FileWrites:
     """Writes shards into a folder: copied block by block into staging, hashed in order, written by other threads.
@@ -56,7 +65,7 @@ class FileWrites:
         self._staging = staging
         self._backend = backend
         self._written = written
-        self._waiting = iter(shards)
+        self._waiting = iter(largest_first(shards))
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._files: list[StoredFile] = []
@@ -145,7 +154,7 @@ class FileWrites:
                     yield block, filled
                     block, filled = self._staging.take(), 0
                 size = min(len(part) - done, BLOCK_BYTES - filled)
-                block[filled : filled + size].copy_(part[done : done + size])
+                _copy(part[done : done + size], block[filled : filled + size])
                 done, filled = done + size, filled + size
         yield block, filled
 
@@ -172,3 +181,11 @@ class FileWrites:
             self._fail(error)
         finally:
             file.abandon()
+
+
+def _copy(part: torch.Tensor, into: torch.Tensor) -> None:
+    if part.device.type == "cpu":
+        # By this thread alone: torch would start threads for each thread that copies.
+        np.copyto(into.numpy(), part.numpy())
+    else:
+        into.copy_(part)

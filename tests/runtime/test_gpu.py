@@ -202,7 +202,7 @@ def test_a_kernel_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
     started = time.monotonic()
     executor = Executor(session.plan.graph, backend, endless, 4, patience_ns=8_000_000_000)
-    with pytest.raises(Hung, match=r"^lane compute, step 1, task backward_recompute/layer001\S*, unit 1: has not moved for"):
+    with pytest.raises(Hung, match=r"^lane compute, step 1, task backward_recompute/layer001\S*, unit 2: has not moved for"):
         list(executor)
     noticed_s = time.monotonic() - started
     backend.synchronize()

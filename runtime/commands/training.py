@@ -169,7 +169,7 @@ def resume(
     Files are checked against their checksums while they are read; where a checkpoint is damaged, the one before is taken.
     Another plan may have another window, other tiers, micro-batches, kernels or sizes of memory: state is stored by unit and
     tensor class, not by where it lay. (Other micro-batches and kernels round in other places.) metrics.jsonl goes on; the
-    comparison covers the steps since. What is given here holds for later resumes too.
+    comparison covers the steps since. Steps, data, settings and when to save hold for later resumes too.
 
     With --step S the run goes on from an earlier checkpoint. Newer ones are kept under other names (left-step-...), and lines
     of metrics.jsonl after step S are cut off.

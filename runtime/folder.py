@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from runtime.checkpoints.manifest import RunDocument, RunRecord
 from runtime.metrics import Metrics
 from runtime.storage.disk import Disk
 from slideplan.codec import encoded, unwritable
 from slideplan.plan import Plan
 
 RUNS = Path("runs")
-PLAN, METRICS, LOCK = "plan.json", "metrics.jsonl", ".lock"
+PLAN, RUN, METRICS, LOCK = "plan.json", "run.json", "metrics.jsonl", ".lock"
+# What is made of a run once all of its steps are done.
+RESULTS = ("measurement.json", "comparison.json", "comparison.txt", "trace.json", "lanes.png")
 # Of one run and no other.
-OUTPUTS = (PLAN, METRICS, "measurement.json", "comparison.json")
+OUTPUTS = (PLAN, RUN, METRICS, "measurement.json", "comparison.json")
 LONGEST_NAME = 100  # characters of a model's name that a folder's name takes over
 
 
@@ -51,7 +54,7 @@ def claimed(out: Path | None, plan: Plan) -> Iterator[Path]:
         else:
             with contextlib.suppress(OSError):
                 # The plan last: without it the folder is another run's to take, and to lock.
-                for name in (METRICS, LOCK, PLAN):
+                for name in (METRICS, RUN, LOCK, PLAN):
                     (folder / name).unlink(missing_ok=True)
             _remove(made)
         raise
@@ -83,6 +86,21 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def begin_part(folder: Path, plan: Plan, run: RunRecord | None, disk: Disk) -> None:
+    """Make a run's folder that of the steps which begin now, by this plan. Everything is on the drive on return.
+
+    run: what the next `runtime resume` takes as asked for; None: what stands there
+    """
+    # First: they are of the steps before. With another plan beside them they would be wrong, without them nothing is.
+    for name in RESULTS:
+        if (folder / name).exists():
+            disk.remove_file(folder / name)
+    disk.sync_folder(folder)
+    disk.replace(folder / PLAN, encoded(plan))
+    if run is not None:
+        disk.replace(folder / RUN, encoded(RunDocument(run=run)))
 
 
 def open_metrics(folder: Path, first_step: int, disk: Disk) -> Metrics:

@@ -35,7 +35,9 @@ def write_comparison(folder: Path, warn: Callable[[str], None]) -> Comparison:
     plan = load(folder / "plan.json", Plan)
     plan.check(str(folder / "plan.json"))
     if not (folder / "measurement.json").exists():
-        raise ValueError(f"{folder}: holds no measurement.json: its run was not finished; go on with `runtime resume {folder}`")
+        raise ValueError(
+            f"{folder}: holds no measurement.json yet: its run was not finished; `runtime resume {folder}` goes on"
+        )
     measurement = load(folder / "measurement.json", Measurement)
     comparison = compare(plan, measurement, file_digest(folder / "plan.json"))
     save(folder / "comparison.json", comparison)

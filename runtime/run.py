@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.checkpoints.contents import Contents, carried, contents_at, contents_of
-from runtime.checkpoints.keeper import PHASE, Keeper, Stored, check_room, newest, said_of_saves
+from runtime.checkpoints.keeper import PHASE, Keeper, Stored, check_room, checkpoints, newest, said_of_saves
+from runtime.checkpoints.layout import CHECKPOINTS
 from runtime.checkpoints.manifest import Manifest, RunRecord, Saving, StoredFile
-from runtime.checkpoints.resuming import Candidate, Resume, clear
+from runtime.checkpoints.resuming import Candidate, Resume, clear, leave_newer
 from runtime.checkpoints.staging import Staging
 from runtime.checks import MARGIN_BYTES, check_machine, check_model, check_numbers, check_plan, staging_bytes
-from runtime.folder import PLAN, open_metrics
+from runtime.folder import begin_part, open_metrics
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.prepare import DataRequest, PreparedData, prepare
 from runtime.inputs.weights import RandomWeights, SafetensorsWeights, WeightSource
@@ -30,7 +31,7 @@ from runtime.session import Session, Start
 from runtime.storage.disk import Disk
 from runtime.training import Stop, train
 from slideplan import __version__
-from slideplan.codec import digest, encoded, save
+from slideplan.codec import digest, save
 from slideplan.entry import first_stop
 from slideplan.graph.tasks import tier_bytes
 from slideplan.measurement import Measurement
@@ -74,22 +75,19 @@ class RunRequest:
     disk: Disk = field(default_factory=Disk)
 
     def resumed(self) -> RunRequest:
-        """The same with what its newest checkpoint says of model, data and settings."""
+        """The same with what its newest checkpoint says that no resume changes."""
         folder, manifest = self.found[0]
         run = manifest.run
-        return replace(
-            self,
-            weights=folder,
-            data=self.data or (None if run.data is None else Path(run.data)),
-            settings=run.settings,
-            seed=run.seed,
-            byte_tokens=run.byte_tokens,
-            document_end=run.document_end,
-        )
+        return replace(self, weights=folder, seed=run.seed, byte_tokens=run.byte_tokens, document_end=run.document_end)
+
+    @property
+    def done(self) -> int:
+        """Steps of earlier runs, by its newest checkpoint."""
+        return self.found[0].manifest.step if self.found else 0
 
     @property
     def record(self) -> RunRecord:
-        """What manifests say of it."""
+        """What manifests and the run folder say of it."""
         return RunRecord(
             steps=self.steps,
             data=None if self.data is None else os.path.abspath(self.data),  # noqa: PTH100 - links are kept
@@ -112,15 +110,16 @@ def check_request(request: RunRequest) -> None:
     if request.found:
         _check_progress(request, request.found[0].manifest)
     if request.saving is not None:
-        done = request.found[0].manifest.step if request.found else 0
-        check_room(request.disk, request.out, plan, request.saving, done, request.steps, len(request.found))
+        kept = sum(step <= request.done for step, _ in checkpoints(request.out / CHECKPOINTS))
+        check_room(request.disk, request.out, plan, request.saving, request.done, request.steps, kept)
 
 
 def _check_progress(request: RunRequest, manifest: Manifest) -> None:
     if request.steps <= manifest.step:
         raise ValueError(
-            f"{request.out}: {manifest.step} steps are done, --steps is {request.steps}; name a larger number to go on, or "
-            f"`runtime export {request.out} -o DIR` to take the weights"
+            f"{request.out}: {manifest.step} steps are done, --steps is {request.steps}; name a larger number to go on, "
+            f"--step S to make the steps after an earlier checkpoint again, or `runtime export {request.out} -o DIR` to take "
+            "the weights"
         )
     planned = request.plan.workload.seq_len
     if manifest.seq_len != planned:
@@ -204,14 +203,12 @@ def execute(request: RunRequest, show: Show) -> Measurement:
         source, contents = _weights(request, backend, show)
     data = _prepared(request, show)
     windows = _windows(request, data)
-    done = request.found[0].manifest.step if request.found else 0
-    for line in (data.said(request.steps - done, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
+    for line in (data.said(request.steps - request.done, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
         show(Progress("data", 1, 1, note=line))
     set_compute_threads(backend)
     host_update = _host_update(request)
     if request.found:  # nothing is refused any more: the folder is this run's
-        clear(request.out, request.found, request.disk)
-    request.disk.replace(request.out / PLAN, encoded(plan))  # on the drive before anything that needs it
+        clear(request.out, request.found, request.disk, show)
     on_gpu = plan.ledger.tiers[Tier.GPU]
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     keeper: Keeper | None = None
@@ -222,6 +219,10 @@ def execute(request: RunRequest, show: Show) -> Measurement:
         staging = Staging(backend, staging_bytes(plan, request.saving), _updates_on_gpu(plan))
         start: Start = source or Resume(request.found, plan.model, request.disk, staging, backend)
         session.begin(start, show)
+        # Only now: what fails before, for want of memory say, leaves the run as it was. In this order: stopped in between, it
+        # is the run that it was, at an earlier step.
+        leave_newer(request.out, session.first_step, request.disk, show)
+        begin_part(request.out, plan, None if request.saving is None else request.record, request.disk)
         if request.saving is not None:
             stored = Stored(plan.model, session.states, contents)
             describe = _describe(request, data.record.digest, windows)

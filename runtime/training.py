@@ -56,7 +56,7 @@ def train(
             for step in running:  # the lanes walk the graph by themselves; compute of this step is over
                 result = result_of(session, executor, step)
                 _write(metrics, result, show)
-                _require_finite(result)
+                _require_finite(result, keeper)
                 show(Progress("training", result.step + 1, steps, result.loss, result.grad_norm))
                 recorder.take(executor, step, result.loss)
                 over_ns = time.perf_counter_ns()
@@ -100,10 +100,16 @@ def _write(metrics: Metrics, result: StepResult, show: Show) -> None:
         show(Progress("training", note=f"warning: {in_words(error)}: metrics wait in memory until the drive takes them"))
 
 
-def _require_finite(result: StepResult) -> None:
+def _require_finite(result: StepResult, keeper: Keeper | None) -> None:
     for name, value in _values(result).items():
         if not math.isfinite(value):
-            raise RunError(f"step {result.step}: the {name} is {value}; lower --lr, or look for NaN in weights and data")
+            # The same again would end the same. How a run goes on from the newest checkpoint is added where it ends.
+            lower = (
+                "resume with --lr X, a smaller rate, and --step S, an earlier checkpoint"
+                if keeper is not None and keeper.remedy()
+                else "lower --lr"
+            )
+            raise RunError(f"step {result.step}: the {name} is {value}; look for NaN in weights and data, or {lower}")
 
 
 def _values(result: StepResult) -> dict[str, float]:

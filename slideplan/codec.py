@@ -80,6 +80,12 @@ def load(path: str | Path, kind: type[D]) -> D:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     if len(raw) > LARGEST_BYTES:
         raise ValueError(f"{path}: is larger than {LARGEST_BYTES >> 20} MiB, which no {tag} is; name another file")
+    return parsed(raw, path, kind)
+
+
+def parsed(raw: bytes, path: Path, kind: type[D]) -> D:
+    """A document of this kind from the content of its file. Raises ValueError as `load` does."""
+    tag = str(kind.__struct_config__.tag)
     header: _Header | None = None
     try:
         header = msgspec.json.decode(raw, type=_Header)

@@ -76,8 +76,8 @@ class Run:
     def train(self, **changes: object) -> None:
         run.execute(dataclasses.replace(self.request, **changes), self.shown.append)
 
-    def resume(self, **changes: object) -> None:
-        found = candidates(self.folder, self.shown.append)
+    def resume(self, step: int | None = None, **changes: object) -> None:
+        found = candidates(self.folder, self.shown.append, step)
         self.train(found=found, **changes)
 
     @property

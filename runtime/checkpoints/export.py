@@ -69,7 +69,9 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
         except DamagedError as damage:
             problems.append(str(damage))
             if number < len(found):
-                show(Progress(PHASE, note=f"warning: {damage}; the checkpoint before is taken"))
+                run, before = candidate.folder.parent.parent, found[number].manifest.step
+                again = f"`runtime resume {run} --step {before}` makes the steps since again"
+                show(Progress(PHASE, note=f"warning: {damage}; the checkpoint before is taken; {again}"))
         finally:
             if unfinished.exists():
                 disk.remove_folder(unfinished)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 from pathlib import Path
 
 import msgspec
@@ -9,7 +11,12 @@ import xxhash
 
 from runtime.checkpoints.layout import MANIFEST
 from runtime.optimizer.adamw import AdamW
-from slideplan.codec import Document, Spec, digest, load
+from runtime.storage.disk import Disk
+from slideplan import __version__
+from slideplan.codec import FORMAT_VERSION, Document, Spec, parsed
+
+# Of a file that is not there, and of one that has become shorter.
+_LOST = (errno.ENOENT, errno.ENODATA)
 
 
 class Saving(Spec, frozen=True):
@@ -42,6 +49,12 @@ class RunRecord(Spec, frozen=True):
     seed: int
     settings: AdamW
     saving: Saving
+
+
+class RunDocument(Document, frozen=True, tag="run"):
+    """`run.json`: what the last command asked for. A manifest says what was asked for when it was written."""
+
+    run: RunRecord
 
 
 class StoredFile(Spec, frozen=True):
@@ -87,40 +100,75 @@ class Manifest(Document, frozen=True, tag="checkpoint"):
 
     def sealed(self) -> Manifest:
         """The same with its digest."""
-        return msgspec.structs.replace(self, own_digest=self._digest())
+        return msgspec.structs.replace(self, own_digest=_digest(msgspec.json.encode(self, order="deterministic")))
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is as it was sealed."""
-        return self.own_digest == self._digest()
 
-    def _digest(self) -> str:
-        return digest(msgspec.structs.replace(self, own_digest=""))
+class _Writer(msgspec.Struct):
+    """What manifests of all versions say of who wrote them."""
+
+    own_digest: str
+    version: str
+    format_version: int
 
 
 class DamagedError(Exception):
-    """A checkpoint that cannot be used: which file of it, and why."""
+    """A checkpoint whose content is not what was written: which file of it, and how it differs."""
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all there in their sizes. Raises DamagedError."""
+def read_error(path: Path, error: OSError) -> Exception:
+    """What to raise where a file of a checkpoint cannot be read.
+
+    DamagedError where a part of it is lost. Else the error itself: it may pass, and the file may be whole.
+    """
+    return DamagedError(f"{path}: {error.strerror}") if error.errno in _LOST else error
+
+
+def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest:
+    """The manifest of a checkpoint whose files are all there in their sizes.
+
+    Raises DamagedError where that is not so; ValueError where another version wrote it, in a way that this one cannot read;
+    OSError where it cannot be read now.
+    """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise DamagedError(f"{folder}: has no {MANIFEST}: it was not written to its end")
     try:
-        found = load(path, Manifest)
-    except ValueError as error:
-        raise DamagedError(str(error)) from None
-    if not found.whole:
-        raise DamagedError(f"{path}: was changed since it was written")
+        content = (disk or Disk()).read(path)
+    except FileNotFoundError:
+        raise DamagedError(f"{folder}: has no {MANIFEST}: it was not written to its end") from None
+    found = _manifest(content, path)
     for file in found.files:
         try:
             size = (folder / file.name).stat().st_size
         except OSError as error:
-            raise DamagedError(f"{folder / file.name}: {error.strerror}") from None
+            raise read_error(folder / file.name, error) from None
         if size != file.size_bytes:
             raise DamagedError(f"{folder / file.name}: has {size} bytes, {file.size_bytes} were written")
     return found
+
+
+def _manifest(content: bytes, path: Path) -> Manifest:
+    # Whether it is whole comes first, and asks for no version: a damaged one may say that it is of any.
+    try:
+        writer = msgspec.json.decode(content, type=_Writer)
+        whole = writer.own_digest == _digest(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedError(f"{path}: is no manifest: {error}") from None
+    if not whole:
+        raise DamagedError(f"{path}: was changed since it was written")
+    try:
+        return parsed(content, path, Manifest)
+    except ValueError as error:
+        if (writer.version, writer.format_version) == (__version__, FORMAT_VERSION):
+            raise DamagedError(str(error)) from None
+        raise ValueError(
+            f"{path}: was written by slideplan {writer.version} (format {writer.format_version}), which this one, "
+            f"{__version__} (format {FORMAT_VERSION}), cannot read; use slideplan {writer.version}"
+        ) from None
+
+
+def _digest(content: bytes) -> str:
+    """Of all fields of a manifest but this one, in their order in the file: the same in every version."""
+    fields = msgspec.json.decode(content) | {"own_digest": ""}
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()[:16]
 
 
 def content_hash(content: bytes) -> str:

@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from runtime.checkpoints.layout import Entry, entries, header_bytes
-from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, content_hash
+from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, content_hash, read_error
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.checkpoints.writing import ShardFile
 from runtime.lanes.backend import Backend
@@ -49,7 +49,7 @@ def read_shards(
     """Fill the tensors of these shards from a checkpoint's files; how many units' moments had to change their format.
 
     Whole files have been compared with the manifest's hashes when this returns, whatever of them is wanted. Raises
-    DamagedError naming the file; tensors may have been filled with anything then.
+    DamagedError naming the file, or OSError where one cannot be read now; tensors may have been filled with anything then.
     """
     staging.restart()
     reader = _Reader(disk, folder, {file.name: file for file in manifest.files}, staging, backend, done)
@@ -63,7 +63,10 @@ def read_shards(
 
 
 def read_small_files(disk: Disk, folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Content by name of all files but those of tensors. Raises DamagedError where one is not as the manifest says."""
+    """Content by name of all files but those of tensors.
+
+    Raises DamagedError where one is not as the manifest says, OSError where it cannot be read now.
+    """
     found = {}
     for file in manifest.files:
         path = folder / file.name
@@ -72,7 +75,7 @@ def read_small_files(disk: Disk, folder: Path, manifest: Manifest) -> dict[str, 
         try:
             found[file.name] = disk.read(path)
         except OSError as error:
-            raise DamagedError(f"{path}: {error.strerror}") from None
+            raise read_error(path, error) from None
         if content_hash(found[file.name]) != file.xxh128:
             raise DamagedError(f"{path}: was changed since it was written")
     return found
@@ -101,7 +104,7 @@ class _Reader:
         self._failed.set()
 
     def read(self, shard: ShardFile) -> bool:
-        """Fill the tensors of one file; whether its moments had another format. Raises DamagedError."""
+        """Fill the tensors of one file; whether its moments had another format. Raises DamagedError and OSError."""
         path = self._folder / shard.name
         if self._failed.is_set():
             return False
@@ -112,10 +115,12 @@ class _Reader:
                 return self._read_file(file, path, shard)
         except Aborted:  # what another thread raises says why
             return False
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self._failed.set()
-            said = error.strerror if isinstance(error, OSError) else error
-            raise DamagedError(f"{path}: {said}") from None
+            raise read_error(path, error) from None
+        except ValueError as error:
+            self._failed.set()
+            raise DamagedError(f"{path}: {error}") from None
         except BaseException:
             self._failed.set()
             raise

@@ -8,22 +8,26 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.checkpoints.contents import contents_at
+from runtime.checkpoints.contents import Contents, names_at
 from runtime.checkpoints.keeper import Stored, checkpoints, counted, leftovers
-from runtime.checkpoints.layout import CHECKPOINTS, UNFINISHED
-from runtime.checkpoints.manifest import DamagedError, Manifest, read_manifest
+from runtime.checkpoints.layout import CHECKPOINTS, UNFINISHED, WEIGHTS
+from runtime.checkpoints.manifest import DamagedError, Manifest, RunDocument, RunRecord, read_manifest
 from runtime.checkpoints.reading import read_shards, read_small_files
 from runtime.checkpoints.staging import Staging
-from runtime.folder import METRICS
+from runtime.folder import METRICS, RUN
 from runtime.inputs.data import Position
 from runtime.lanes.backend import Backend
 from runtime.state import UnitState
 from runtime.storage.disk import Disk
+from slideplan.codec import load
+from slideplan.entry import in_words
 from slideplan.model import ModelSpec
 from slideplan.progress import Progress, Show
 
 PHASE = "reading checkpoint"
-DAMAGED = "damaged-"
+# What names of folders begin with that are checkpoints no more: they differ from what was written; or they are whole, and the
+# run went on from an earlier one.
+DAMAGED, LEFT = "damaged-", "left-"
 
 
 class Candidate(NamedTuple):
@@ -33,37 +37,77 @@ class Candidate(NamedTuple):
     manifest: Manifest
 
 
-def candidates(run: Path, show: Show, disk: Disk | None = None) -> list[Candidate]:
+def candidates(run: Path, show: Show, step: int | None = None, disk: Disk | None = None) -> list[Candidate]:
     """Checkpoints of a run folder to go on from, the newest first. What cannot be one is said.
 
+    step: take the one after so many steps, and no other
     Configuration and tokenizer of the first decide what is run, before its tensors are read. Raises ValueError where there
-    is none.
+    is none. Raises ValueError or OSError where the newest may be whole, but this version cannot read it, or nobody can now:
+    whether an older one is taken instead is the user's to say.
     """
     disk = disk or Disk()
-    found = []
+    stored = checkpoints(run / CHECKPOINTS)
+    if step is not None:
+        stored = _at_step(run, stored, step)
+    found: list[Candidate] = []
     problems = []
-    for _, folder in reversed(checkpoints(run / CHECKPOINTS)):
+    for _, folder in reversed(stored):
         try:
-            manifest = read_manifest(folder)
-            read_small_files(disk, folder, manifest)
-            if manifest.optimizer:
-                found.append(Candidate(folder, manifest))
+            found.append(_candidate(folder, disk))
         except DamagedError as damage:
             problems.append(str(damage))
+        except (OSError, ValueError) as error:
+            if not found:
+                _offer_others(error, folder)
+                raise
+            problems.append(in_words(error) if isinstance(error, OSError) else str(error))
     if not found:
-        raise ValueError(f"{run}: {_nothing(run, problems)}")
+        nothing = ValueError(f"{run}: {_nothing(run, problems)}")
+        if step is not None:
+            _offer_others(nothing, stored[0][1])
+        raise nothing
     for problem in problems:
         show(Progress(PHASE, note=f"warning: {problem}; it is left out"))
     return found
 
 
-def at_step(run: Path, found: Sequence[Candidate], step: int) -> list[Candidate]:
-    """The one after this many steps. Raises ValueError where there is none."""
-    chosen = [each for each in found if each.manifest.step == step]
+def _candidate(folder: Path, disk: Disk) -> Candidate:
+    """Raises DamagedError; ValueError and OSError where the checkpoint may be whole, and cannot be used."""
+    manifest = read_manifest(folder, disk)
+    read_small_files(disk, folder, manifest)
+    if not manifest.optimizer:
+        raise ValueError(f"{folder}: holds the weights alone, from which no run goes on; move it to another folder")
+    return Candidate(folder, manifest)
+
+
+def _at_step(run: Path, stored: Sequence[tuple[int, Path]], step: int) -> list[tuple[int, Path]]:
+    chosen = [each for each in stored if each[0] == step]
     if not chosen:
-        steps = ", ".join(str(each.manifest.step) for each in reversed(found))
-        raise ValueError(f"{run}: has no checkpoint after step {step}; there are some after {steps}")
+        steps = ", ".join(str(each) for each, _ in stored)
+        raise ValueError(f"{run}: has no checkpoint after step {step}; there are {f'some after {steps}' if steps else 'none'}")
     return chosen
+
+
+def _offer_others(error: Exception, folder: Path) -> None:
+    """Add to an error how to go on without this checkpoint."""
+    if isinstance(error, OSError):
+        error.add_note("try again")
+    if others := [str(step) for step, each in checkpoints(folder.parent) if each != folder]:
+        error.add_note(f"--step takes another checkpoint: there are some after {', '.join(others)}")
+
+
+def asked(run: Path, found: Sequence[Candidate]) -> RunRecord:
+    """What was asked of a run the last time, also by a command that has saved nothing.
+
+    Folders of older versions do not say that: there the newest checkpoint does.
+    """
+    path = run / RUN
+    if not path.exists():
+        return found[0].manifest.run
+    try:
+        return load(path, RunDocument).run
+    except ValueError as error:
+        raise ValueError(f"{error}; without this file the options of {found[0].folder} hold: remove it") from None
 
 
 def _nothing(run: Path, problems: Sequence[str]) -> str:
@@ -78,8 +122,8 @@ def _nothing(run: Path, problems: Sequence[str]) -> str:
     return "holds no checkpoint; name a run folder of `runtime execute` that has saved"
 
 
-def clear(run: Path, found: Sequence[Candidate], disk: Disk) -> None:
-    """Remove what an interrupted run has left half-written or half-removed, and set aside what is no candidate.
+def clear(run: Path, found: Sequence[Candidate], disk: Disk, show: Show) -> None:
+    """Remove what an interrupted run has left half-written or half-removed, and set aside what is damaged.
 
     Else it would count among the checkpoints to be kept. Only for who holds the run's lock.
     """
@@ -87,13 +131,33 @@ def clear(run: Path, found: Sequence[Candidate], disk: Disk) -> None:
         disk.remove_folder(folder)
     usable = {candidate.folder for candidate in found}
     for _, folder in checkpoints(run / CHECKPOINTS):
-        if folder not in usable:
-            set_aside(folder, disk)
+        if folder in usable:
+            continue
+        try:
+            _candidate(folder, disk)
+        except DamagedError:
+            show(Progress(PHASE, note=f"{folder} is damaged: it is called {set_aside(folder, DAMAGED, disk).name} now"))
+        except (OSError, ValueError):  # it may be whole
+            pass
 
 
-def set_aside(folder: Path, disk: Disk) -> Path:
-    """Give a damaged checkpoint another name: which."""
-    names = (f"{DAMAGED}{folder.name}{f'-{number}' if number > 1 else ''}" for number in count(1))
+def leave_newer(run: Path, step: int, disk: Disk, show: Show) -> None:
+    """Set aside what a run has saved after the step from which it goes on: its newest checkpoint is that of this step again.
+
+    Weights alone are set aside with checkpoints. Without any they are of steps that are made again just as they were.
+    """
+    newer = [[folder for each, folder in checkpoints(run / parent) if each > step] for parent in (CHECKPOINTS, WEIGHTS)]
+    if not newer[0]:
+        return
+    # The newest first: stopped in between, the run is one that has not come as far.
+    for folder in (each for folders in newer for each in reversed(folders)):
+        aside = set_aside(folder, LEFT, disk)
+        show(Progress(PHASE, note=f"{folder} is called {aside.name} now: the run goes on from step {step}"))
+
+
+def set_aside(folder: Path, why: str, disk: Disk) -> Path:
+    """Give a save another name, by which it is none any more: which. why: what the name begins with."""
+    names = (f"{why}{folder.name}{f'-{number}' if number > 1 else ''}" for number in count(1))
     aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
     disk.rename(folder, aside)
     disk.sync_folder(folder.parent)
@@ -111,24 +175,34 @@ class Resume:
         self._backend = backend
 
     def fill(self, states: Sequence[UnitState], show: Show) -> Position:
-        """Write weights, remainders and moments of all units. Raises ValueError where no checkpoint is whole."""
+        """Write weights, remainders and moments of all units.
+
+        Raises ValueError where no checkpoint is whole, OSError where one that may be cannot be read now.
+        """
         problems = []
         for candidate in self._found:
             try:
                 self._read(candidate, states, show)
             except DamagedError as damage:
                 problems.append(str(damage))
-                aside = set_aside(candidate.folder, self._disk)
-                show(Progress(PHASE, note=f"warning: {damage}; it is called {aside.name} now, and the one before is taken"))
+                instead = "" if candidate is self._found[-1] else ", and the one before is taken"
+                aside = set_aside(candidate.folder, DAMAGED, self._disk)
+                show(Progress(PHASE, note=f"warning: {damage}; it is called {aside.name} now{instead}"))
                 continue
+            except OSError as error:
+                _offer_others(error, candidate.folder)
+                raise
             return Position(candidate.manifest.step, candidate.manifest.sequences)
-        raise ValueError(f"no checkpoint is whole: {'; '.join(problems)}; start the run again with `runtime execute`")
+        last = self._found[-1].folder
+        again = "" if checkpoints(last.parent) else "; start the run again with `runtime execute`"
+        nothing = ValueError(f"no checkpoint is whole: {'; '.join(problems)}{again}")
+        _offer_others(nothing, last)
+        raise nothing
 
     def _read(self, candidate: Candidate, states: Sequence[UnitState], show: Show) -> None:
         folder, manifest = candidate
-        read_small_files(self._disk, folder, manifest)
-        contents = contents_at(self._model, folder)
-        shards = Stored(self._model, states, contents).shards(optimizer=True)
+        names = names_at(self._model, folder)
+        shards = Stored(self._model, states, Contents(names, {})).shards(optimizer=True)
         sizes = {file.name: file.size_bytes for file in manifest.files}
         total = sum(sizes.get(shard.name, 0) for shard in shards)
         changed = read_shards(self._disk, folder, manifest, shards, self._staging, self._backend, counted(PHASE, total, show))

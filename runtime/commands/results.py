@@ -12,7 +12,7 @@ import typer
 from runtime import report
 from runtime.bars import ProgressBars
 from runtime.checkpoints.export import export
-from runtime.checkpoints.resuming import at_step, candidates
+from runtime.checkpoints.resuming import candidates
 from runtime.commands.output import Json, note, print_comparison
 from runtime.storage.disk import Disk
 from slideplan.command import path
@@ -62,8 +62,8 @@ def export_run(
     if not folder.is_dir():
         raise ValueError(f"{folder}: is not a folder; name the run folder that `runtime execute` wrote")
     with ProgressBars(0) as bars:
-        found = candidates(folder, bars.show)
-        taken = export(found if step is None else at_step(folder, found, step), out, dtype.value, Disk(), bars.show)
+        found = candidates(folder, bars.show, step)
+        taken = export(found, out, dtype.value, Disk(), bars.show)
     if as_json:
         print(json.dumps({"folder": str(out), "checkpoint": str(taken.folder), "step": taken.manifest.step, "dtype": dtype}))
     note(f"{out}: weights after {taken.manifest.step} steps in {dtype}, from {taken.folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from enum import StrEnum
@@ -15,7 +16,7 @@ from runtime import run
 from runtime.bars import ProgressBars
 from runtime.checkpoints.keeper import newest
 from runtime.checkpoints.manifest import Saving
-from runtime.checkpoints.resuming import candidates
+from runtime.checkpoints.resuming import asked, candidates
 from runtime.commands.output import Json, compare_finished, note
 from runtime.folder import PLAN, claimed, reopened
 from runtime.optimizer.adamw import AdamW
@@ -93,8 +94,8 @@ def execute(
 ) -> None:
     """Train for some steps exactly as planned, keep what was learned, then compare with the prediction.
 
-    The run folder receives plan.json, metrics.jsonl, checkpoints/, measurement.json, comparison.json, comparison.txt,
-    trace.json (for Perfetto or chrome://tracing) and lanes.png.
+    The run folder receives plan.json, run.json, metrics.jsonl, checkpoints/, measurement.json, comparison.json,
+    comparison.txt, trace.json (for Perfetto or chrome://tracing) and lanes.png.
 
     A checkpoint is a Hugging Face directory with the optimizer's state beside the weights: transformers reads it as it is,
     `runtime resume` goes on from it, bit for bit, and `runtime export` makes a folder of the weights alone.
@@ -140,6 +141,9 @@ def execute(
 def resume(
     folder: Annotated[Path, typer.Argument(parser=path, help="A run folder written by `runtime execute`.")],
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all; default: as many as were asked for.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Go on from the checkpoint after this many steps; default: the newest.")
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(parser=path, help="Go on with this plan of the same model; default: the run's own.")
     ] = None,
@@ -154,6 +158,8 @@ def resume(
         int | None, typer.Option(metavar="STEPS", help="As of `runtime execute`, 0: never; default: as it was.")
     ] = None,
     no_save: Annotated[bool, typer.Option("--no-save", help="Keep nothing of what is trained from here on.")] = False,
+    lr: Annotated[float | None, typer.Option(help="Learning rate from here on; default: as it was.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="From here on; default: as it was.")] = None,
     device: DeviceName = Device.AUTO,
     warmup: Warmup = 2,
     as_json: Json = False,
@@ -163,12 +169,16 @@ def resume(
     Files are checked against their checksums while they are read; where a checkpoint is damaged, the one before is taken.
     Another plan may have another window, other tiers, micro-batches, kernels or sizes of memory: state is stored by unit and
     tensor class, not by where it lay. (Other micro-batches and kernels round in other places.) metrics.jsonl goes on; the
-    comparison covers the steps since.
+    comparison covers the steps since. Steps, data, settings and when to save hold for later resumes too.
+
+    With --step S the run goes on from an earlier checkpoint. Newer ones are kept under other names (left-step-...), and lines
+    of metrics.jsonl after step S are cut off.
 
     \b
     Examples:
       runtime resume runs/first
       runtime resume runs/first --steps 2000 --save-every 500
+      runtime resume runs/first --step 400 --lr 5e-6
       runtime resume runs/first --plan plan-for-the-new-card.json
 
     \b
@@ -178,16 +188,17 @@ def resume(
         plan_path = plan or folder / PLAN
         document = load(plan_path, Plan)
         with ProgressBars(document.workload.tokens) as bars:
-            found = candidates(folder, bars.show)
-            before = found[0].manifest.run
+            found = candidates(folder, bars.show, step)
+            before = asked(folder, found)
             request = run.RunRequest(
                 plan=document,
                 plan_path=str(plan_path),
                 out=folder,
                 steps=before.steps if steps is None else steps,
                 device=device,
-                data=data,
+                data=data or (None if before.data is None else Path(before.data)),
                 token_cache=token_cache,
+                settings=_settings(before.settings, lr, weight_decay),
                 warmup_steps=warmup,
                 command=_command(),
                 saving=_saving(before.saving, save_every, save_weights_every, keep, no_save),
@@ -205,6 +216,11 @@ def _saving(before: Saving, every: int | None, weights_every: int | None, keep: 
     given = {"every": every, "weights_every": weights_every, "keep": keep}
     changed = msgspec.structs.replace(before, **{name: value for name, value in given.items() if value is not None})
     return None if no_save else changed
+
+
+def _settings(before: AdamW, lr: float | None, weight_decay: float | None) -> AdamW:
+    given = {"lr": lr, "weight_decay": weight_decay}
+    return dataclasses.replace(before, **{name: value for name, value in given.items() if value is not None})
 
 
 def _command() -> str:

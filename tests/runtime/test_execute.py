@@ -45,7 +45,8 @@ def run_folder(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_folder_holds_everything(run_folder: Path) -> None:
-    names = {"plan.json", "metrics.jsonl", "measurement.json", "comparison.json", "comparison.txt", "trace.json", "lanes.png"}
+    names = {"plan.json", "run.json", "metrics.jsonl", "measurement.json"}
+    names |= {"comparison.json", "comparison.txt", "trace.json", "lanes.png"}
     assert names <= {file.name for file in run_folder.iterdir()}
     losses = [json.loads(line)["loss"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 12
@@ -117,7 +118,8 @@ def test_loss_that_is_not_finite_ends_the_run(plan: Plan, tmp_path: Path) -> Non
         "execute", "plan.json", "--weights", "weights", "--byte-tokens", "--device", "cpu", "-o", "run", cwd=tmp_path
     )
     assert done.returncode == 1
-    assert "runtime: step 0: the loss is nan" in done.stderr
+    said = "runtime: step 0: the loss is nan; look for NaN in weights and data, or lower --lr"
+    assert done.stderr.splitlines()[-1] == said, "nothing is saved that one could resume"
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 0, "loss": None}
     assert not (tmp_path / "run" / "measurement.json").exists()
 
@@ -289,7 +291,7 @@ def test_a_run_that_was_not_finished_says_so(plan: Plan, tmp_path: Path) -> None
     save(tmp_path / "plan.json", plan)
     done = runtime("compare", ".", cwd=tmp_path)
     assert done.returncode == 2
-    assert "holds no measurement.json: its run was not finished" in done.stderr
+    assert "holds no measurement.json yet: its run was not finished; `runtime resume .` goes on" in done.stderr
 
 
 def test_a_captured_plan_is_refused_on_a_cpu_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:

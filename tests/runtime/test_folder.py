@@ -15,8 +15,11 @@ import pytest
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import plan_for
 from runtime import folder as module
-from runtime.folder import claimed, reopened
+from runtime.checkpoints.manifest import RunRecord, Saving
+from runtime.folder import begin_part, claimed, reopened
 from runtime.lanes.backend import CpuBackend
+from runtime.optimizer.adamw import AdamW
+from runtime.storage.disk import Disk
 from slideplan.codec import load
 from slideplan.plan import Plan
 
@@ -75,7 +78,7 @@ def test_of_runs_that_ask_for_one_folder_at_once_one_gets_it(plan: Plan, exists:
         assert load(out / "plan.json", Plan) == plan
 
 
-@pytest.mark.parametrize("name", ["plan.json", "metrics.jsonl", "measurement.json", "comparison.json"])
+@pytest.mark.parametrize("name", ["plan.json", "run.json", "metrics.jsonl", "measurement.json", "comparison.json"])
 def test_a_folder_of_an_earlier_run_is_refused_and_kept(plan: Plan, name: str) -> None:
     Path("run").mkdir()
     Path("run", name).write_text("dear")
@@ -98,6 +101,7 @@ def test_a_run_that_never_began_leaves_nothing(plan: Plan, out: Path | None, err
 
 def test_a_run_that_has_opened_its_metrics_and_written_nothing_leaves_nothing(plan: Plan) -> None:
     with pytest.raises(KeyboardInterrupt) as raised, claimed(Path("run"), plan) as folder:
+        begin_part(folder, plan, RunRecord(1, None, True, "auto", 0, AdamW(), Saving()), Disk())
         (folder / "metrics.jsonl").touch()
         raise KeyboardInterrupt
     assert not Path("run").exists()

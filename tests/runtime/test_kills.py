@@ -57,7 +57,7 @@ def check_ended(run: Run, reference: Run) -> None:
     assert check_whole(run, reference) == [STEPS, STEPS - 1]
     for name in ("metrics.jsonl", "plan.json"):
         assert (run.folder / name).read_bytes() == (reference.folder / name).read_bytes()
-    names = ["measurement.json", "metrics.jsonl", "plan.json"]
+    names = ["measurement.json", "metrics.jsonl", "plan.json", "run.json"]
     assert sorted(path.name for path in run.folder.iterdir() if path.is_file()) == names
     assert not leftovers(run.folder)
     alone = [step for step, _ in checkpoints(run.folder / "weights")]

@@ -17,9 +17,9 @@ from runtime.checkpoints.contents import contents_of
 from runtime.checkpoints.keeper import Keeper, Stored, checkpoints, leftovers
 from runtime.checkpoints.layout import MANIFEST
 from runtime.checkpoints.manifest import Manifest, RunRecord, Saving, StoredFile
-from runtime.checkpoints.resuming import Resume, candidates, clear
+from runtime.checkpoints.resuming import Resume, asked, candidates, clear, leave_newer
 from runtime.checkpoints.staging import Staging
-from runtime.folder import PLAN, open_metrics
+from runtime.folder import PLAN, begin_part, open_metrics
 from runtime.lanes.backend import CpuBackend
 from runtime.lanes.clock import RunError
 from runtime.optimizer.adamw import AdamW
@@ -93,9 +93,10 @@ class Saver:
     def resume(self, folder: Path, disk: Disk) -> None:
         """Two steps more, by another plan."""
         found = candidates(folder, silent)
-        clear(folder, found, disk)
-        disk.replace(folder / PLAN, encoded(PLAN_AFTER))
         done = found[0].manifest.step
+        clear(folder, found, disk, silent)
+        leave_newer(folder, done, disk, silent)
+        begin_part(folder, PLAN_AFTER, asked(folder, found), disk)
         try:
             self.run(folder, disk, range(done, done + 2), weights=True)
         except RunError as error:  # of the thread that ends a save
@@ -111,7 +112,7 @@ class Saver:
         assert step in possible
         assert step == found[0].manifest.step, "the newest is never torn"
         assert self.holds(step)
-        clear(folder, found, disk)
+        clear(folder, found, disk, silent)
         open_metrics(folder, step, disk).close()
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert lines == [{"step": number, "loss": 1 / (1 + number)} for number in range(step)]

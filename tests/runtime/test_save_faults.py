@@ -24,7 +24,7 @@ from runtime import rehearsal, run, training
 from runtime.checkpoints.keeper import SPARE_BYTES, checkpoints, leftovers
 from runtime.checkpoints.layout import MANIFEST
 from runtime.checkpoints.manifest import Saving
-from runtime.checkpoints.resuming import candidates
+from runtime.checkpoints.resuming import candidates, clear
 from runtime.handlers import Handlers
 from runtime.lanes.clock import LaneError, RunError
 from runtime.storage.disk import Disk
@@ -166,13 +166,48 @@ def test_metrics_of_a_run_that_keeps_nothing_are_missed_at_its_end(cut: Run) -> 
     assert len(cut.metrics) == 2
 
 
-@pytest.mark.parametrize("path", ["optimizer-00003-*", "model-00001-*", "config.json"])
-def test_a_checkpoint_that_cannot_be_read_is_set_aside_and_the_one_before_taken(cut: Run, whole: Run, path: str) -> None:
+@pytest.mark.parametrize("path", ["optimizer-00003-*", "model-00001-*"])
+@pytest.mark.parametrize(
+    ("operation", "code", "words"),
+    [("read", errno.EIO, "Input/output error"), ("open", errno.EACCES, "Permission denied")],
+)
+def test_a_checkpoint_that_cannot_be_read_now_keeps_its_name(
+    cut: Run, whole: Run, path: str, operation: str, code: int, words: str
+) -> None:
     cut.train(steps=4)
-    cut.resume(disk=FaultyDisk(Fault("read", errno.EIO, forever=True, path=f"step-00000004/{path}")))
-    check_same(whole, cut)
-    assert "step-00000004" in cut.notes
-    assert "Input/output error; it is called damaged-step-00000004 now, and the one before is taken" in cut.notes
+    with pytest.raises(OSError, match=words) as raised:
+        cut.resume(disk=FaultyDisk(Fault(operation, code, path=f"step-00000004/{path}")))
+    assert notes_of(raised.value) == "try again; --step takes another checkpoint: there are some after 1, 2, 3"
+    assert {path.name for path in (cut.folder / "checkpoints").iterdir()} == {f"step-{step:08}" for step in range(1, 5)}
+    check_goes_on(cut, whole)
+    assert f"goes on from {cut.folder / 'checkpoints' / 'step-00000004'}: 4 steps done" in cut.notes
+
+
+@pytest.mark.parametrize("name", ["config.json", MANIFEST])
+def test_small_files_that_cannot_be_read_now_say_nothing_of_their_checkpoint(cut: Run, whole: Run, name: str) -> None:
+    """Of the newest: nothing older is taken instead. Of another one: it is left out, and stays."""
+    cut.train(steps=4)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        candidates(cut.folder, silent, disk=FaultyDisk(Fault("read", errno.EIO, path=f"step-00000004/{name}")))
+    assert notes_of(raised.value) == "try again; --step takes another checkpoint: there are some after 1, 2, 3"
+    shown: list[Progress] = []
+    broken = FaultyDisk(Fault("read", errno.EIO, path=f"step-00000002/{name}", forever=True))
+    found = candidates(cut.folder, shown.append, disk=broken)
+    assert [each.manifest.step for each in found] == [4, 3, 1]
+    (warning,) = (each.note for each in shown)
+    assert warning == f"warning: {cut.folder}/checkpoints/step-00000002/{name}: Input/output error; it is left out"
+    clear(cut.folder, found, broken, silent)
+    assert saved(cut) == [1, 2, 3, 4]
+    check_goes_on(cut, whole)
+
+
+def test_a_checkpoint_with_a_shard_that_is_damaged_is_set_aside_and_the_one_before_taken(cut: Run, whole: Run) -> None:
+    cut.train(steps=4)
+    shard = cut.folder / "checkpoints" / "step-00000004" / "optimizer-00003-of-00006.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    check_goes_on(cut, whole)
+    assert "(XXH3 differs); it is called damaged-step-00000004 now, and the one before is taken" in cut.notes
     assert f"goes on from {cut.folder / 'checkpoints' / 'step-00000003'}: 3 steps done" in cut.notes
     assert saved(cut) == [1, 2, 3, 4, 5]
 
@@ -197,6 +232,7 @@ def test_what_is_damaged_is_not_counted_among_those_that_stay(cut: Run, whole: R
     config.write_bytes(b"?" * len(config.read_bytes()))
     with pytest.raises(RunError, match="not saved"):
         cut.resume(saving=keep, steps=4, disk=FaultyDisk(Fault("create", errno.EIO, path=".unfinished-step-00000004/*")))
+    assert "step-00000003 is damaged: it is called damaged-step-00000003 now" in cut.notes
     assert saved(cut) == [3], "done again"
     cut.resume(saving=keep)
     check_same(whole, cut)
@@ -400,8 +436,12 @@ def test_a_loss_that_is_not_finite_leaves_what_was_saved(cut: Run, whole: Run, m
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "result_of", broken)
-        with pytest.raises(RunError, match=r"step 3: the loss is nan; lower --lr, or look for NaN") as raised:
+        with pytest.raises(RunError) as raised:
             cut.resume()
+    assert str(raised.value) == (
+        "step 3: the loss is nan; look for NaN in weights and data, or resume with --lr X, a smaller rate, and --step S, an "
+        "earlier checkpoint"
+    )
     assert notes_of(raised.value) == f"`runtime resume {cut.folder}` goes on from step-00000003"
     assert before == {path: path.read_bytes() for path in (cut.folder / "checkpoints").rglob("*") if path.is_file()}
     check_goes_on(cut, whole)

@@ -102,7 +102,7 @@ class RunRequest:
 
 
 def check_request(request: RunRequest) -> None:
-    """Everything that can be refused before memory is reserved. Raises ValueError."""
+    """What can be refused before anything is read. Raises ValueError."""
     plan = request.plan
     check_plan(plan, request.plan_path)
     check_numbers(request.steps, request.warmup_steps, request.seed)
@@ -111,9 +111,6 @@ def check_request(request: RunRequest) -> None:
         check_model(plan.model, request.weights, plan.workload.seq_len, option)
     if request.found:
         _check_progress(request, request.found[0].manifest)
-    if request.saving is not None:
-        done = request.found[0].manifest.step if request.found else 0
-        check_room(request.disk, request.out, plan, request.saving, done, request.steps, len(request.found))
 
 
 def _check_progress(request: RunRequest, manifest: Manifest) -> None:
@@ -130,9 +127,11 @@ def _check_progress(request: RunRequest, manifest: Manifest) -> None:
         )
 
 
-def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightSource, Contents]:
-    """Where a new run begins, and what its checkpoints hold beside the state."""
+def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightSource | None, Contents]:
+    """Where a new run begins, none for one that goes on; and what checkpoints hold beside the state."""
     model = request.plan.model
+    if request.found:
+        return None, contents_at(model, *request.found[0], request.disk)
     if request.weights is None:
         return RandomWeights(model, request.seed, backend.device), contents_of(model)
     source = SafetensorsWeights(model, request.weights)
@@ -197,14 +196,12 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     plan = request.plan
     backend = make_backend(request.device)
     check_machine(plan, backend, request.plan_path)
-    source: WeightSource | None = None
-    if request.found:
-        contents = contents_at(plan.model, request.found[0].folder)
-    else:
-        source, contents = _weights(request, backend, show)
+    source, contents = _weights(request, backend, show)
+    done = request.found[0].manifest.step if request.found else 0
+    if request.saving is not None:
+        check_room(request.disk, request.out, plan, request.saving, contents, done, request.steps, len(request.found))
     data = _prepared(request, show)
     windows = _windows(request, data)
-    done = request.found[0].manifest.step if request.found else 0
     for line in (data.said(request.steps - done, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
         show(Progress("data", 1, 1, note=line))
     set_compute_threads(backend)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.checkpoints.layout import CONFIG, MANIFEST
+from runtime.checkpoints.manifest import DamagedError, Manifest
+from runtime.checkpoints.reading import read_small_files
 from runtime.inputs.checkpoint import INDEX, holds_weights
 from runtime.inputs.tensor_names import match
+from runtime.storage.disk import Disk
 from slideplan.hf_config import config_of
 from slideplan.hf_fields import read_json_object
 from slideplan.model import ModelSpec
@@ -24,6 +27,11 @@ class Contents(NamedTuple):
 
     names: Mapping[str, str]
     files: Mapping[str, bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        """What the files take on a drive, about."""
+        return sum(map(len, self.files.values()))
 
 
 def contents_of(model: ModelSpec) -> Contents:
@@ -56,17 +64,23 @@ def carried(folder: Path, names: Mapping[str, str]) -> tuple[Contents, list[str]
     return Contents(names, files), left_out
 
 
-def contents_at(model: ModelSpec, folder: Path) -> Contents:
-    """What lies beside the state in a checkpoint. Raises ValueError where it cannot be read."""
-    return carried(folder, names_at(model, folder))[0]
+def contents_at(model: ModelSpec, folder: Path, manifest: Manifest, disk: Disk) -> Contents:
+    """What lies beside the state in a checkpoint: what its manifest names, and nothing that somebody has added since.
+
+    Raises ValueError where it cannot be read.
+    """
+    try:
+        files = read_small_files(disk, folder, manifest)
+    except DamagedError as damage:
+        raise ValueError(str(damage)) from None
+    return Contents(names_at(model, folder), {name: content for name, content in files.items() if name != INDEX})
 
 
 def names_at(model: ModelSpec, folder: Path) -> Mapping[str, str]:
     """Stored name by parameter in a checkpoint. Raises ValueError where its index cannot be read."""
     placed = read_json_object(folder / INDEX, "take another checkpoint").get("weight_map")
     present = placed if isinstance(placed, dict) else {}
-    names = [model.unit_prefix(unit) + each.name for unit in range(model.units) for each in model.parameters(model.role(unit))]
-    return match(names, present, model.tied_embeddings).stored
+    return match(model.shapes, present, model.tied_embeddings).stored
 
 
 def with_dtype(config: Mapping[str, object], dtype: str) -> bytes:

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.checkpoints.contents import contents_at
+from runtime.checkpoints.contents import Contents, names_at
 from runtime.checkpoints.keeper import Stored, checkpoints, counted, leftovers
 from runtime.checkpoints.layout import CHECKPOINTS, UNFINISHED
 from runtime.checkpoints.manifest import DamagedError, Manifest, read_manifest
@@ -127,7 +127,7 @@ class Resume:
     def _read(self, candidate: Candidate, states: Sequence[UnitState], show: Show) -> None:
         folder, manifest = candidate
         read_small_files(self._disk, folder, manifest)
-        contents = contents_at(self._model, folder)
+        contents = Contents(names_at(self._model, folder), {})
         shards = Stored(self._model, states, contents).shards(optimizer=True)
         sizes = {file.name: file.size_bytes for file in manifest.files}
         total = sum(sizes.get(shard.name, 0) for shard in shards)

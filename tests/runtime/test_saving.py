@@ -150,6 +150,20 @@ def test_an_export_is_the_master_rounded_to_nearest_even(tmp_path: Path, dtype: 
     assert not any(path.name.startswith(("optimizer", "manifest", ".")) for path in (tmp_path / "out").iterdir())
 
 
+def test_what_somebody_adds_to_a_checkpoint_is_not_carried_on(tmp_path: Path) -> None:
+    """No manifest names it, and nobody has compared it with anything."""
+    cut = Run(tmp_path / "run", planned(UNTIED))
+    cut.train(steps=CUT)
+    before = cut.folder / "checkpoints" / f"step-{CUT:08}"
+    names = {path.name for path in before.iterdir()}
+    (before / "added.json").write_text("{}")
+    cut.resume()
+    assert {path.name for path in (cut.folder / "checkpoints" / f"step-{STEPS:08}").iterdir()} == names
+    assert "config.json" in names
+    export(candidates(cut.folder, silent), tmp_path / "out", "bf16", Disk(), silent)
+    assert not (tmp_path / "out" / "added.json").exists()
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1

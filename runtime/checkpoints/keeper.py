@@ -32,6 +32,7 @@ from runtime.lanes.clock import RunError
 from runtime.metrics import Metrics
 from runtime.state import StoredTensor, UnitState
 from runtime.storage.disk import Disk
+from runtime.storage.locks import HeldError, exclusive
 from slideplan.codec import encoded
 from slideplan.entry import in_words
 from slideplan.measurement import SaveRecord
@@ -255,6 +256,8 @@ class Keeper:
             self._disk.sync_folder(self.folder)
         if unfinished.exists():
             self._disk.remove_folder(unfinished)
+        # What an export has held back would take the new one's room. What is held back still is said after the save.
+        self._remove_old()
         need = size_bytes + self._stored.contents.size_bytes + SPARE_BYTES
         require_room(self._disk, parent, need)
         self._disk.make_folder(unfinished)
@@ -291,11 +294,21 @@ class Keeper:
         )
         self._show(Progress(PHASE, record.size_bytes, record.size_bytes, note=note))
         if record.optimizer:
-            for _, old in checkpoints(target.parent)[: -self._keep]:
-                try:
+            for note in self._remove_old():
+                self._show(Progress(PHASE, 1, 1, note=note))
+
+    def _remove_old(self) -> list[str]:
+        """Remove checkpoints beyond those that stay, unless an export may read them; which are left, in words."""
+        left = []
+        for _, old in checkpoints(self.folder / CHECKPOINTS)[: -self._keep]:
+            try:
+                with exclusive(self.folder):  # `folder.kept` holds it otherwise
                     self._remove(old)
-                except OSError as error:  # the new one is safe
-                    self._show(Progress(PHASE, 1, 1, note=f"warning: {old} was not removed: {in_words(error)}"))
+            except HeldError:
+                left.append(f"{old} stays until the next save: this run is being exported")
+            except OSError as error:  # the new one is safe
+                left.append(f"warning: {old} was not removed: {in_words(error)}")
+        return left
 
     def _remove(self, folder: Path) -> None:
         """Remove a save so that no crash leaves a half of it under its name."""

@@ -131,7 +131,7 @@ def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightS
     """Where a new run begins, none for one that goes on; and what checkpoints hold beside the state."""
     model = request.plan.model
     if request.found:
-        return None, contents_at(model, *request.found[0], request.disk)
+        return None, contents_at(model, *request.found[0])
     if request.weights is None:
         return RandomWeights(model, request.seed, backend.device), contents_of(model)
     source = SafetensorsWeights(model, request.weights)

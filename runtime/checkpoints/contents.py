@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.checkpoints.layout import CONFIG, MANIFEST
-from runtime.checkpoints.manifest import DamagedError, Manifest
-from runtime.checkpoints.reading import read_small_files
+from runtime.checkpoints.manifest import Manifest
 from runtime.inputs.checkpoint import INDEX, holds_weights
 from runtime.inputs.tensor_names import match
-from runtime.storage.disk import Disk
 from slideplan.hf_config import config_of
 from slideplan.hf_fields import read_json_object
 from slideplan.model import ModelSpec
@@ -56,24 +54,18 @@ def carried(folder: Path, names: Mapping[str, str]) -> tuple[Contents, list[str]
         if (size := path.stat().st_size) > LARGEST_BYTES:
             left_out.append(f"{path.name} ({format_bytes(size)})")
             continue
-        try:
-            files[path.name] = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        files[path.name] = _content(path)
     files[CONFIG] = with_dtype(read_json_object(folder / CONFIG, "download it again"), "bfloat16")
     return Contents(names, files), left_out
 
 
-def contents_at(model: ModelSpec, folder: Path, manifest: Manifest, disk: Disk) -> Contents:
+def contents_at(model: ModelSpec, folder: Path, manifest: Manifest) -> Contents:
     """What lies beside the state in a checkpoint: what its manifest names, and nothing that somebody has added since.
 
     Raises ValueError where it cannot be read.
     """
-    try:
-        files = read_small_files(disk, folder, manifest)
-    except DamagedError as damage:
-        raise ValueError(str(damage)) from None
-    return Contents(names_at(model, folder), {name: content for name, content in files.items() if name != INDEX})
+    beside = [folder / file.name for file in manifest.files if not holds_weights(folder / file.name)]
+    return Contents(names_at(model, folder), {path.name: _content(path) for path in beside})
 
 
 def names_at(model: ModelSpec, folder: Path) -> Mapping[str, str]:
@@ -88,6 +80,13 @@ def with_dtype(config: Mapping[str, object], dtype: str) -> bytes:
     # The older name of the field is read by every version of its readers.
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     return _json(dict(config) | dict.fromkeys(names, dtype))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _json(content: Mapping[str, object]) -> bytes:

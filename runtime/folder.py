@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 from runtime.checkpoints.manifest import RunDocument, RunRecord
 from runtime.metrics import Metrics
 from runtime.storage.disk import Disk
+from runtime.storage.locks import HeldError, exclusive, shared
 from slideplan.codec import encoded, unwritable
 from slideplan.plan import Plan
 
@@ -35,57 +36,105 @@ def claimed(out: Path | None, plan: Plan) -> Iterator[Path]:
     same folder one gets it. Raises ValueError for a folder of an earlier run, or one that cannot be written, OSError where
     the disk is full.
     """
-    made: list[Path] = []  # folders, outermost first
-    folder = _made(RUNS / _name(plan), made) if out is None else out
-    try:
+    with new_folders() as made:
+        folder = _made(RUNS / _name(plan), made) if out is None else out
         if out is not None:
-            _make(out, made, may_exist=True)
-        _take(folder, plan)
-    except BaseException:
-        _remove(made)
-        raise
-    try:
-        with _locked(folder):
-            yield folder
-    except BaseException as error:
-        if _begun(folder):
-            if isinstance(error, KeyboardInterrupt):
-                error.add_note(f"losses so far are in {folder / METRICS}")
-        else:
-            with contextlib.suppress(OSError):
-                # The plan last: without it the folder is another run's to take, and to lock.
-                for name in (METRICS, RUN, LOCK, PLAN):
-                    (folder / name).unlink(missing_ok=True)
-            _remove(made)
-        raise
+            make_folders(out, made)
+        # The lock comes before the plan: nobody else takes the folder, or goes on in it, while it is taken or given back.
+        with _locked(folder, "name another folder with -o", "; name another with -o"):
+            _take(folder, plan)
+            try:
+                yield folder
+            except BaseException as error:
+                if not _begun(folder):
+                    with contextlib.suppress(OSError):
+                        for name in (METRICS, RUN, PLAN):
+                            (folder / name).unlink(missing_ok=True)
+                elif isinstance(error, KeyboardInterrupt):
+                    error.add_note(f"losses so far are in {folder / METRICS}")
+                raise
 
 
 @contextlib.contextmanager
 def reopened(folder: Path) -> Iterator[None]:
     """The folder of an earlier run, for one process alone. Raises ValueError where it is none or another process has it."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is not a folder; name the run folder that `runtime execute` wrote")
+    _check_folder(folder)
     if not (folder / PLAN).is_file():
         raise ValueError(f"{folder}: holds no {PLAN}: it is no run folder; name one that `runtime execute` wrote")
-    with _locked(folder):
+    with _locked(folder, "wait for it, or stop it"):
         yield
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder. The system gives it back when the process ends, however it ends."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise unwritable(folder / LOCK, error) from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process runs in it; wait for it, or stop it") from None
+def kept(folder: Path) -> Iterator[None]:
+    """Within, no checkpoint of a run folder is removed, though the run goes on. It may be on a drive that can only be read."""
+    _check_folder(folder)
+    with shared(folder):
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _check_folder(folder: Path) -> None:
+    if not os.path.isdir(folder):  # noqa: PTH112 - `Path.is_dir` raises where a name is too long
+        raise ValueError(f"{folder}: is not a folder; name the run folder that `runtime execute` wrote")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, if_held: str, if_unwritable: str = "") -> Iterator[None]:
+    """Hold the lock of a run's folder. The system gives it back when the process ends, however it ends.
+
+    if_held, if_unwritable: what the user can do then
+    """
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(path, os.O_RDWR | os.O_CREAT))
+        except HeldError:
+            raise ValueError(f"{folder}: another process runs in it; {if_held}") from None
+        except OSError as error:
+            _refuse(folder, error, if_unwritable)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()  # only who holds it may
+
+
+@contextlib.contextmanager
+def new_folders() -> Iterator[list[Path]]:
+    """Collects the folders that are made within, outermost first.
+
+    If what is done within fails, they are removed again, as far as nothing lies in them.
+    """
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in reversed(made):
+                folder.rmdir()
+        raise
+
+
+def make_folders(folder: Path, made: list[Path], may_exist: bool = True) -> None:
+    """Make a folder and those above it, and add them to `made`.
+
+    Raises FileExistsError where it is there and must not be, ValueError where it cannot be made, OSError where the disk is
+    full.
+    """
+    # `Path.exists` raises where a name is too long; making the folder says that in words.
+    missing = [folder, *(parent for parent in folder.parents if not os.path.exists(parent))]  # noqa: PTH110
+    for each in reversed(missing):
+        try:
+            each.mkdir()
+            made.append(each)
+            Disk().sync_folder(each.parent)
+        except FileExistsError:
+            if each == folder and not may_exist:
+                raise
+            if not each.is_dir():
+                raise ValueError(f"{folder}: cannot be written ({each} is no folder); name another with -o") from None
+        except OSError as error:
+            _refuse(folder, error, "; name another with -o")
 
 
 def begin_part(folder: Path, plan: Plan, run: RunRecord | None, disk: Disk) -> None:
@@ -149,42 +198,18 @@ def _made(wanted: Path, made: list[Path]) -> Path:
     for number in count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         with contextlib.suppress(FileExistsError):
-            _make(folder, made, may_exist=False)
+            make_folders(folder, made, may_exist=False)
             return folder
     raise AssertionError("numbers do not end")
 
 
-def _make(folder: Path, made: list[Path], may_exist: bool) -> None:
-    """Make a folder and those above it. Raises FileExistsError where it is there and must not be."""
-    missing = [folder, *(parent for parent in folder.parents if not parent.exists())]
-    for each in reversed(missing):
-        try:
-            each.mkdir()
-            made.append(each)
-            Disk().sync_folder(each.parent)
-        except FileExistsError:
-            if each == folder and not may_exist:
-                raise
-            if not each.is_dir():
-                raise ValueError(f"{folder}: cannot be written ({each} is no folder); name another with -o") from None
-        except OSError as error:
-            _refuse(folder, error)
-
-
 def _take(folder: Path, plan: Plan) -> None:
-    """Put the plan into a folder that no run has taken. Only one process can create the file."""
+    """Put the plan into a folder that no run has taken. Only for who holds its lock."""
     earlier = [name for name in OUTPUTS if (folder / name).exists()]
     if earlier:
         raise ValueError(f"{folder}: holds {earlier[0]} of an earlier run; name another folder with -o")
     try:
-        file = (folder / PLAN).open("xb")
-    except FileExistsError:
-        raise ValueError(f"{folder}: another run has just taken it; name another folder with -o") from None
-    except OSError as error:
-        _refuse(folder, error)
-    try:
-        with file:
-            file.write(encoded(plan))
+        (folder / PLAN).write_bytes(encoded(plan))
     except BaseException as error:
         (folder / PLAN).unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -192,13 +217,6 @@ def _take(folder: Path, plan: Plan) -> None:
         raise
 
 
-def _refuse(folder: Path, error: OSError) -> None:
+def _refuse(folder: Path, error: OSError, remedy: str) -> NoReturn:
     refused = unwritable(folder, error)
-    raise ValueError(f"{refused}; name another with -o") from None if isinstance(refused, ValueError) else refused
-
-
-def _remove(made: list[Path]) -> None:
-    """Remove folders that were made, innermost first, as far as nothing lies in them."""
-    with contextlib.suppress(OSError):
-        for folder in reversed(made):
-            folder.rmdir()
+    raise ValueError(f"{refused}{remedy}") from None if isinstance(refused, ValueError) else refused

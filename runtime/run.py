@@ -100,7 +100,7 @@ class RunRequest:
 
 
 def check_request(request: RunRequest) -> None:
-    """Everything that can be refused before memory is reserved. Raises ValueError."""
+    """What can be refused before anything is read. Raises ValueError."""
     plan = request.plan
     check_plan(plan, request.plan_path)
     check_numbers(request.steps, request.warmup_steps, request.seed)
@@ -109,9 +109,6 @@ def check_request(request: RunRequest) -> None:
         check_model(plan.model, request.weights, plan.workload.seq_len, option)
     if request.found:
         _check_progress(request, request.found[0].manifest)
-    if request.saving is not None:
-        kept = sum(step <= request.done for step, _ in checkpoints(request.out / CHECKPOINTS))
-        check_room(request.disk, request.out, plan, request.saving, request.done, request.steps, kept)
 
 
 def _check_progress(request: RunRequest, manifest: Manifest) -> None:
@@ -129,9 +126,11 @@ def _check_progress(request: RunRequest, manifest: Manifest) -> None:
         )
 
 
-def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightSource, Contents]:
-    """Where a new run begins, and what its checkpoints hold beside the state."""
+def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightSource | None, Contents]:
+    """Where a new run begins, none for one that goes on; and what checkpoints hold beside the state."""
     model = request.plan.model
+    if request.found:
+        return None, contents_at(model, *request.found[0])
     if request.weights is None:
         return RandomWeights(model, request.seed, backend.device), contents_of(model)
     source = SafetensorsWeights(model, request.weights)
@@ -196,11 +195,10 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     plan = request.plan
     backend = make_backend(request.device)
     check_machine(plan, backend, request.plan_path)
-    source: WeightSource | None = None
-    if request.found:
-        contents = contents_at(plan.model, request.found[0].folder)
-    else:
-        source, contents = _weights(request, backend, show)
+    source, contents = _weights(request, backend, show)
+    if request.saving is not None:
+        kept = sum(step <= request.done for step, _ in checkpoints(request.out / CHECKPOINTS))
+        check_room(request.disk, request.out, plan, request.saving, contents, request.done, request.steps, kept)
     data = _prepared(request, show)
     windows = _windows(request, data)
     for line in (data.said(request.steps - request.done, plan.workload.global_batch, windows.windows), data.said_of_tokens()):

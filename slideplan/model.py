@@ -146,6 +146,12 @@ class ModelSpec(Spec, frozen=True, dict=True):
         """Parameters of a unit with their place in its flat buffer."""
         return self._layouts[role]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter by its name in a Hugging Face state dict."""
+        units = [(self.unit_prefix(unit), self.parameters(self.role(unit))) for unit in range(self.units)]
+        return {prefix + each.name: each.shape for prefix, parameters in units for each in parameters}
+
     def flat_elements(self, role: UnitRole) -> int:
         """Elements of a unit's flat buffer, alignment included: what is moved and updated."""
         last = self._layouts[role][-1]

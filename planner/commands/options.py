@@ -64,14 +64,6 @@ class MeasuredKernels(StrEnum):
     GRAPHED = "graphed"
 
 
-class Device(StrEnum):
-    """Choices of --device."""
-
-    AUTO = "auto"
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable result, and nothing else, to stdout.")]
 ModelName = Annotated[str, typer.Option(help="Name in `planner models`, or a directory with a Hugging Face config.json.")]
 MachineName = Annotated[

@@ -19,7 +19,6 @@ from planner.catalogue.models import find_model
 from planner.commands.options import (
     DEFAULT_SEQ_LEN,
     EXIT_DOES_NOT_HOLD,
-    Device,
     GpuMemory,
     HostMemory,
     MeasuredKernels,
@@ -30,7 +29,7 @@ from planner.commands.options import (
 from planner.reports import machines as report_machines
 from planner.reports.tables import console
 from slideplan import codec
-from slideplan.command import path
+from slideplan.command import Device, path
 from slideplan.machine.figures import changes, figures
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.progress import Show

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.checkpoints.layout import CONFIG, MANIFEST
+from runtime.checkpoints.manifest import Manifest
 from runtime.inputs.checkpoint import INDEX, holds_weights
 from runtime.inputs.tensor_names import match
 from slideplan.hf_config import config_of
@@ -24,6 +25,11 @@ class Contents(NamedTuple):
 
     names: Mapping[str, str]
     files: Mapping[str, bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        """What the files take on a drive, about."""
+        return sum(map(len, self.files.values()))
 
 
 def contents_of(model: ModelSpec) -> Contents:
@@ -48,25 +54,25 @@ def carried(folder: Path, names: Mapping[str, str]) -> tuple[Contents, list[str]
         if (size := path.stat().st_size) > LARGEST_BYTES:
             left_out.append(f"{path.name} ({format_bytes(size)})")
             continue
-        try:
-            files[path.name] = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        files[path.name] = _content(path)
     files[CONFIG] = with_dtype(read_json_object(folder / CONFIG, "download it again"), "bfloat16")
     return Contents(names, files), left_out
 
 
-def contents_at(model: ModelSpec, folder: Path) -> Contents:
-    """What lies beside the state in a checkpoint. Raises ValueError where it cannot be read."""
-    return carried(folder, names_at(model, folder))[0]
+def contents_at(model: ModelSpec, folder: Path, manifest: Manifest) -> Contents:
+    """What lies beside the state in a checkpoint: what its manifest names, and nothing that somebody has added since.
+
+    Raises ValueError where it cannot be read.
+    """
+    beside = [folder / file.name for file in manifest.files if not holds_weights(folder / file.name)]
+    return Contents(names_at(model, folder), {path.name: _content(path) for path in beside})
 
 
 def names_at(model: ModelSpec, folder: Path) -> Mapping[str, str]:
     """Stored name by parameter in a checkpoint. Raises ValueError where its index cannot be read."""
     placed = read_json_object(folder / INDEX, "take another checkpoint").get("weight_map")
     present = placed if isinstance(placed, dict) else {}
-    names = [model.unit_prefix(unit) + each.name for unit in range(model.units) for each in model.parameters(model.role(unit))]
-    return match(names, present, model.tied_embeddings).stored
+    return match(model.shapes, present, model.tied_embeddings).stored
 
 
 def with_dtype(config: Mapping[str, object], dtype: str) -> bytes:
@@ -74,6 +80,13 @@ def with_dtype(config: Mapping[str, object], dtype: str) -> bytes:
     # The older name of the field is read by every version of its readers.
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     return _json(dict(config) | dict.fromkeys(names, dtype))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _json(content: Mapping[str, object]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,12 +18,14 @@ from runtime.checkpoints.reading import read_shards, read_small_files
 from runtime.checkpoints.resuming import Candidate
 from runtime.checkpoints.staging import Staging
 from runtime.checkpoints.writing import FileWrites, ShardFile
+from runtime.folder import make_folders, new_folders
 from runtime.inputs.checkpoint import INDEX
 from runtime.inputs.weights import PIECE_ELEMENTS
 from runtime.lanes.backend import CpuBackend
 from runtime.optimizer.split_master import join
 from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
+from runtime.storage.locks import HeldError, exclusive
 from slideplan.codec import unwritable
 from slideplan.hf_config import model_from_config
 from slideplan.hf_fields import read_json_object
@@ -50,31 +54,63 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
     """Write the weights of the newest of these checkpoints that is whole into a new folder; which it was.
 
     bf16: the fp32 master, rounded to nearest even. fp32: the master itself. Raises ValueError where the folder exists or no
-    checkpoint is whole, OSError where the drive is full or fails: nothing is left then.
+    checkpoint is whole, OSError where the drive is full or fails: nothing is left then. Only within `folder.kept`: else the
+    run may remove what is read.
     """
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out}: exists already; name a new folder with -o")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(out, error) from None
+    if os.path.lexists(out):
+        raise ValueError(_there(out))
+    with new_folders() as made:
+        make_folders(out.parent, made)
+        with _unfinished(out, disk) as unfinished:
+            taken = _write_newest(found, unfinished, dtype, disk, show)
+            try:
+                disk.rename(unfinished, out)
+            except FileExistsError:  # it was made meanwhile
+                raise ValueError(_there(out)) from None
+        disk.sync_folder(out.parent)
+    return taken
+
+
+def _there(out: Path) -> str:
+    return f"{out}: exists already; name a new folder with -o"
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path, disk: Disk) -> Iterator[Path]:
+    """A hidden folder beside `out`, empty, for one export alone. It is removed if what is done within fails."""
+    folder = out.with_name(UNFINISHED + out.name)
+    with contextlib.ExitStack() as stack:
+        try:
+            with contextlib.suppress(FileExistsError):  # of an export that was killed, or still writes
+                disk.make_folder(folder)
+            stack.enter_context(exclusive(folder))
+        except HeldError:
+            raise ValueError(f"{out}: another export writes it; wait for it, or name another folder with -o") from None
+        except OSError as error:
+            raise unwritable(out, error) from None
+        try:
+            disk.empty_folder(folder)
+            yield folder
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):  # it had its name already
+                disk.remove_folder(folder)
+            raise
+
+
+def _write_newest(found: Sequence[Candidate], folder: Path, dtype: Dtype, disk: Disk, show: Show) -> Candidate:
+    """Fill an empty folder from the newest of these that is whole; which it was."""
     problems = []
     for number, candidate in enumerate(found, 1):
-        unfinished = out.with_name(UNFINISHED + out.name)
         try:
-            _write(candidate, unfinished, dtype, disk, show)
-            disk.rename(unfinished, out)
-            disk.sync_folder(out.parent)
+            _write(candidate, folder, dtype, disk, show)
             return candidate
         except DamagedError as damage:
             problems.append(str(damage))
+            disk.empty_folder(folder)
             if number < len(found):
                 run, before = candidate.folder.parent.parent, found[number].manifest.step
                 again = f"`runtime resume {run} --step {before}` makes the steps since again"
                 show(Progress(PHASE, note=f"warning: {damage}; the checkpoint before is taken; {again}"))
-        finally:
-            if unfinished.exists():
-                disk.remove_folder(unfinished)
     raise ValueError(f"no checkpoint is whole: {'; '.join(problems)}")
 
 
@@ -86,17 +122,12 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
     element_bytes = WEIGHT_BYTES if dtype == "bf16" else 4
     need = element_bytes * model.parameter_count + sum(map(len, files.values())) + SPARE_BYTES
     require_room(disk, folder.parent, need)
-    if folder.exists():  # of an export that was killed
-        disk.remove_folder(folder)
-    try:
-        disk.make_folder(folder)
-    except OSError as error:
-        raise unwritable(folder.parent, error) from None
     backend = CpuBackend()
     read, write = (Staging(backend, LEAST_STAGING_BYTES, page_locked=False) for _ in range(2))
     total = sum(file.size_bytes for file in manifest.files if file.name not in files)
     done = counted(PHASE, total, show)
     written: dict[str, Sequence[StoredTensor]] = {}
+    not_finite: list[str] = []
     for units in _groups(model):
         halves = [_unit(model, unit) for unit in units]
         shards = [shard for unit in halves for shard in _halves(model, names, unit)]
@@ -109,11 +140,20 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
             writes.abort()
             raise
         written |= {shard.name: shard.tensors for shard in exported}
+        not_finite += [tensor.name for shard in exported for tensor in shard.tensors if not _finite(tensor)]
     files[CONFIG] = with_dtype(read_json_object(source / CONFIG, "take another checkpoint"), _CONFIG_DTYPES[dtype])
     files[INDEX] = index(written)[1]
     for name, content in files.items():
         disk.write(folder / name, content)
     disk.sync_folder(folder)
+    if not_finite:
+        first = not_finite[0] + (f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else "")
+        show(Progress(PHASE, note=f"warning: {source}: weights are not finite: {first}; export an earlier one with --step"))
+
+
+def _finite(tensor: StoredTensor) -> bool:
+    # Smallest and largest are NaN where any is: one pass, and nothing as large as the tensor beside it.
+    return all(bool(end.isfinite()) for part in tensor.parts for end in torch.aminmax(part))
 
 
 def _groups(model: ModelSpec) -> Iterator[list[int]]:

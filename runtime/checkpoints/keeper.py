@@ -31,6 +31,7 @@ from runtime.lanes.clock import RunError
 from runtime.metrics import Metrics
 from runtime.state import StoredTensor, UnitState
 from runtime.storage.disk import Disk
+from runtime.storage.locks import HeldError, exclusive
 from slideplan.codec import encoded
 from slideplan.entry import in_words
 from slideplan.measurement import SaveRecord
@@ -86,19 +87,21 @@ def leftovers(run: Path) -> list[Path]:
     return sorted(folder for parent in parents for name in (UNFINISHED, REMOVED) for folder in parent.glob(f"{name}*"))
 
 
-def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, done: int, steps: int, kept: int) -> None:
+def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, contents: Contents, done: int, steps: int, kept: int) -> None:
     """Raise ValueError where the drive of a run folder has no room for what a run will save.
 
+    contents: of each save, beside the state
     done, steps: steps of earlier runs, and of all
     kept: checkpoints that are there; what an interrupted run has left beside them makes room
     """
     saves = -(-steps // saving.every) - done // saving.every if saving.every else 1
     # A new checkpoint is whole before an old one is removed.
     more = max(1, min(saving.keep + 1, kept + saves) - kept)
-    need = more * (checkpoint_bytes(plan.model, plan.policy) + SPARE_BYTES)
+    beside = contents.size_bytes + SPARE_BYTES
+    need = more * (checkpoint_bytes(plan.model, plan.policy) + beside)
     count = f"{more} checkpoints" if more > 1 else "a checkpoint"
     if saving.weights_every and (alone := steps // saving.weights_every - done // saving.weights_every):
-        need += alone * (weights_bytes(plan.model) + SPARE_BYTES)
+        need += alone * (weights_bytes(plan.model) + beside)
         count += f" and {alone} saves of weights"
     left = [path.lstat() for folder in leftovers(run) for path in folder.rglob("*")]
     free = disk.free_bytes(run) + sum(STAT_BLOCK_BYTES * each.st_blocks for each in left)
@@ -252,7 +255,9 @@ class Keeper:
             self._disk.sync_folder(self.folder)
         if unfinished.exists():
             self._disk.remove_folder(unfinished)
-        need = size_bytes + sum(map(len, self._stored.contents.files.values())) + SPARE_BYTES
+        # What an export has held back would take the new one's room. What is held back still is said after the save.
+        self._remove_old()
+        need = size_bytes + self._stored.contents.size_bytes + SPARE_BYTES
         require_room(self._disk, parent, need)
         self._disk.make_folder(unfinished)
 
@@ -288,11 +293,21 @@ class Keeper:
         )
         self._show(Progress(PHASE, record.size_bytes, record.size_bytes, note=note))
         if record.optimizer:
-            for _, old in checkpoints(target.parent)[: -self._keep]:
-                try:
+            for note in self._remove_old():
+                self._show(Progress(PHASE, 1, 1, note=note))
+
+    def _remove_old(self) -> list[str]:
+        """Remove checkpoints beyond those that stay, unless an export may read them; which are left, in words."""
+        left = []
+        for _, old in checkpoints(self.folder / CHECKPOINTS)[: -self._keep]:
+            try:
+                with exclusive(self.folder):  # `folder.kept` holds it otherwise
                     self._remove(old)
-                except OSError as error:  # the new one is safe
-                    self._show(Progress(PHASE, 1, 1, note=f"warning: {old} was not removed: {in_words(error)}"))
+            except HeldError:
+                left.append(f"{old} stays until the next save: this run is being exported")
+            except OSError as error:  # the new one is safe
+                left.append(f"warning: {old} was not removed: {in_words(error)}")
+        return left
 
     def _remove(self, folder: Path) -> None:
         """Remove a save so that no crash leaves a half of it under its name."""

@@ -12,8 +12,10 @@ import typer
 from runtime import report
 from runtime.bars import ProgressBars
 from runtime.checkpoints.export import export
+from runtime.checkpoints.layout import CHECKPOINTS, step_of
 from runtime.checkpoints.resuming import candidates
 from runtime.commands.output import Json, note, print_comparison
+from runtime.folder import kept
 from runtime.storage.disk import Disk
 from slideplan.command import path
 
@@ -49,7 +51,8 @@ def export_run(
 ) -> None:
     """Write the trained weights as a Hugging Face directory, with configuration, tokenizer and whatever else came with them.
 
-    Every file is checked before it is used. transformers, vLLM and llama.cpp's converter read the result.
+    Every file is checked before it is used. transformers, vLLM and llama.cpp's converter read the result. The run may go on
+    meanwhile: it keeps its checkpoints until the export has ended.
 
     \b
     Examples:
@@ -59,9 +62,10 @@ def export_run(
     \b
     Exit codes: 0 done, 1 the drive failed, 2 bad input, 130 interrupted, 143 terminated.
     """  # noqa: D301 - as above
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is not a folder; name the run folder that `runtime execute` wrote")
-    with ProgressBars(0) as bars:
+    if (found_step := step_of(folder.absolute().name)) is not None and folder.absolute().parent.name == CHECKPOINTS:
+        run = folder.absolute().parent.parent
+        raise ValueError(f"{folder}: is a checkpoint; name its run's folder: `runtime export {run} --step {found_step} -o DIR`")
+    with ProgressBars(0) as bars, kept(folder):
         found = candidates(folder, bars.show, step)
         taken = export(found, out, dtype.value, Disk(), bars.show)
     if as_json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,19 +20,11 @@ from runtime.commands.output import Json, compare_finished, note
 from runtime.folder import PLAN, claimed, reopened
 from runtime.optimizer.adamw import AdamW
 from slideplan.codec import load
-from slideplan.command import path
+from slideplan.command import Device, path
 from slideplan.measurement import Measurement
 from slideplan.plan import Plan
 
 DEFAULTS, SAVING = AdamW(), Saving()
-
-
-class Device(StrEnum):
-    """Choices of --device."""
-
-    AUTO = "auto"
-    CUDA = "cuda"
-    CPU = "cpu"
 
 
 DeviceName = Annotated[Device, typer.Option(help="auto: a GPU if there is one.")]

@@ -88,11 +88,7 @@ class SafetensorsWeights(WeightSource):
     def __init__(self, model: ModelSpec, folder: Path) -> None:
         self._model = model
         self._checkpoint = Checkpoint(folder)
-        self._expected = {
-            model.unit_prefix(unit) + parameter.name: parameter.shape
-            for unit in range(model.units)
-            for parameter in model.parameters(model.role(unit))
-        }
+        self._expected = model.shapes
         self._names = match(self._expected, self._checkpoint.tensors, model.tied_embeddings)
         problems = list(self._problems(self._names))
         if problems:

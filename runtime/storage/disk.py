@@ -52,12 +52,16 @@ class Disk:
 
     def remove_folder(self, path: Path) -> None:
         """Remove a folder with everything in it; links are removed, not followed. What fails leaves the rest there."""
+        self.empty_folder(path)
+        self._calls.remove_empty_folder(path)
+
+    def empty_folder(self, path: Path) -> None:
+        """Remove everything in a folder, as `remove_folder` does."""
         for entry in self._calls.entries(path):
             if entry.is_dir() and not entry.is_symlink():
                 self.remove_folder(entry)
             else:
                 self._calls.remove_file(entry)
-        self._calls.remove_empty_folder(path)
 
     def write(self, path: Path, content: bytes) -> None:
         """A small new file, whole and on the drive when this returns; its name is once the folder is synced.

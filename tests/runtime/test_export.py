@@ -326,7 +326,14 @@ def test_what_cannot_be_exported_is_refused_in_one_line(llama: Trained) -> None:
     )
     assert refused(llama, "run", "-o", "bf16") == "runtime: bf16: exists already; name a new folder with -o"
     assert refused(llama, "run", "-o", "text.txt") == "runtime: text.txt: exists already; name a new folder with -o"
-    assert "text.txt/out" in refused(llama, "run", "-o", "text.txt/out")
+    assert "text.txt: cannot be written (text.txt is no folder)" in refused(llama, "run", "-o", "text.txt/out")
+    for out in ("x" * 300, f"{'x' * 300}/out", "x" * 250):  # the last is too long as `.unfinished-`
+        assert f"{'x' * 250}: cannot be written: File name too long" in refused(llama, "run", "-o", out)
+    assert "is not a folder; name the run folder" in refused(llama, "x" * 300, "-o", "out")
+    assert refused(llama, CHECKPOINT, "-o", "out") == (
+        f"runtime: {CHECKPOINT}: is a checkpoint; name its run's folder: "
+        f"`runtime export {llama.folder / 'run'} --step {MORE_STEPS} -o DIR`"
+    )
     assert "nothing: is not a folder; name the run folder" in refused(llama, "nothing", "-o", "out")
     assert "source: holds no checkpoint; name a run folder" in refused(llama, "source", "-o", "out")
 
@@ -335,6 +342,7 @@ def test_where_there_is_no_room_nothing_is_written(llama: Trained, monkeypatch: 
     monkeypatch.setattr(exporting.Disk, "free_bytes", lambda *_: 1 << 20)
     said = refused(llama, "run", "-o", "out", code=1)
     assert said.startswith("runtime: .: ")
+    assert "a/b: " in refused(llama, "run", "-o", "a/b/out", code=1), "whose folders are gone again"
     assert "are needed, 1.0 MiB are free" in said
 
 

@@ -20,7 +20,7 @@ from runtime.folder import begin_part, claimed, reopened
 from runtime.lanes.backend import CpuBackend
 from runtime.optimizer.adamw import AdamW
 from runtime.storage.disk import Disk
-from slideplan.codec import load
+from slideplan.codec import load, save
 from slideplan.plan import Plan
 
 
@@ -44,7 +44,7 @@ def test_the_plan_is_in_the_folder_from_the_start(plan: Plan) -> None:
         assert folder == Path("a/b/run")
         assert load(folder / "plan.json", Plan) == plan
         train(folder)
-    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl", ".lock"}
+    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl"}
 
 
 def test_runs_of_one_second_get_folders_of_their_own(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +120,47 @@ def test_one_process_at_a_time_has_a_run_folder(plan: Plan) -> None:
         pass
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_who_is_refused_leaves_the_folder_to_the_process_that_has_it(plan: Plan, earlier: bool) -> None:
+    """Also where that one is only about to put its plan there."""
+    with claimed(Path("run"), plan) as folder:
+        if earlier:
+            train(folder)
+        else:
+            (folder / "plan.json").unlink()
+        before = {file: file.read_bytes() for file in folder.iterdir()}
+        with (
+            pytest.raises(ValueError, match="run: another process runs in it; name another folder with -o"),
+            claimed(folder, plan),
+        ):
+            pytest.fail("was taken")
+        assert {file: file.read_bytes() for file in folder.iterdir()} == before
+        assert folder / ".lock" in before
+        save(folder / "plan.json", plan)
+        with pytest.raises(ValueError, match="another process runs in it"), reopened(folder):
+            pytest.fail("was opened")
+
+
+def test_a_folder_in_which_nothing_goes_on_is_left_as_it_was(plan: Plan) -> None:
+    """A folder with a plan, say, that is no run's."""
+    Path("mine").mkdir()
+    save("mine/plan.json", plan)
+    with pytest.raises(ValueError, match="holds no checkpoint"), reopened(Path("mine")):
+        raise ValueError("holds no checkpoint")
+    with pytest.raises(ValueError, match=r"holds plan\.json of an earlier run"), claimed(Path("mine"), plan):
+        pytest.fail("was taken")
+    assert [file.name for file in Path("mine").iterdir()] == ["plan.json"]
+
+
+def test_a_run_that_was_killed_leaves_no_lock_that_holds(plan: Plan) -> None:
+    Path("run").mkdir()
+    save("run/plan.json", plan)
+    Path("run/.lock").touch()
+    with reopened(Path("run")):
+        pass
+    assert [file.name for file in Path("run").iterdir()] == ["plan.json"]
+
+
 def test_what_was_there_before_stays(plan: Plan) -> None:
     Path("runs").mkdir()
     Path("mine").mkdir()
@@ -136,17 +177,17 @@ def test_a_run_that_began_keeps_what_it_wrote_and_an_interrupt_says_where(plan: 
     with pytest.raises(type(error)) as raised, claimed(Path("run"), plan) as folder:
         train(folder)
         raise error
-    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl", ".lock"}
+    assert {file.name for file in folder.iterdir()} == {"plan.json", "metrics.jsonl"}
     notes = getattr(raised.value, "__notes__", [])
     assert notes == (["losses so far are in run/metrics.jsonl"] if isinstance(error, KeyboardInterrupt) else [])
 
 
-@pytest.mark.parametrize("out", ["file/run", "file"])
-def test_a_folder_that_cannot_be_made_is_refused(plan: Plan, out: str) -> None:
+@pytest.mark.parametrize("out", ["file/run", "file", "x" * 300, f"{'x' * 300}/run", f"a/b/{'x' * 300}"])
+def test_a_folder_that_cannot_be_made_is_refused(plan: Plan, out: str, empty: Path) -> None:
     Path("file").write_text("")
     with pytest.raises(ValueError, match=r"cannot be written.*name another with -o"), claimed(Path(out), plan):
         pytest.fail("was taken")
-    assert Path("file").read_text() == ""
+    assert [(file.name, file.read_text()) for file in empty.iterdir()] == [("file", "")]
 
 
 def test_a_full_disk_names_the_file_and_leaves_nothing(plan: Plan, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

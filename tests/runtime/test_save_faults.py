@@ -21,7 +21,8 @@ import torch
 
 from commands import runtime
 from runtime import rehearsal, run, training
-from runtime.checkpoints.keeper import SPARE_BYTES, checkpoints, leftovers
+from runtime.checkpoints.contents import Contents
+from runtime.checkpoints.keeper import SPARE_BYTES, check_room, checkpoints, leftovers
 from runtime.checkpoints.layout import MANIFEST
 from runtime.checkpoints.manifest import Saving
 from runtime.checkpoints.resuming import candidates, clear
@@ -32,7 +33,7 @@ from runtime.training import StepResult
 from saved_runs import PLACEMENTS, STEPS, UNTIED, Run, check_same, planned
 from slideplan.graph.tasks import Task
 from slideplan.progress import Progress, silent
-from slideplan.saving import checkpoint_bytes
+from slideplan.saving import checkpoint_bytes, weights_bytes
 from storage import Fault, FaultyDisk, WatchedCalls, path_of, small_drive
 
 PLAN = planned(UNTIED, **PLACEMENTS["passing"])
@@ -307,6 +308,15 @@ def test_room_is_looked_at_before_the_first_byte(cut: Run) -> None:
         cut.train(disk=disk)
     assert disk.counts["create"] == disk.counts["make_folder"] == disk.counts["open_or_create"] == 0
     assert {path.name for path in cut.folder.iterdir()} == {"plan.json"}
+
+
+@pytest.mark.parametrize(("saving", "saves", "weights"), [(Saving(), 1, 0), (Saving(every=2, keep=1, weights_every=2), 2, 2)])
+def test_room_is_asked_for_what_is_carried_with_each_save(tmp_path: Path, saving: Saving, saves: int, weights: int) -> None:
+    contents = Contents({}, {"tokenizer.json": bytes(5 << 20), "LICENSE": bytes(7)})
+    need = saves * SIZE_BYTES + weights * weights_bytes(UNTIED) + (saves + weights) * ((5 << 20) + 7 + SPARE_BYTES)
+    check_room(FaultyDisk(free_bytes=need), tmp_path, PLAN, saving, contents, 0, STEPS, 0)
+    with pytest.raises(ValueError, match="name a folder on another drive"):
+        check_room(FaultyDisk(free_bytes=need - 1), tmp_path, PLAN, saving, contents, 0, STEPS, 0)
 
 
 def test_what_an_interrupted_save_has_left_is_room(cut: Run, whole: Run) -> None:

@@ -1,0 +1,158 @@
+"""Exports beside the run that they read from, and beside each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import masters_of
+from commands import Done, runtime
+from runtime import rehearsal
+from runtime.checkpoints.keeper import checkpoints
+from runtime.checkpoints.manifest import Manifest, Saving, content_hash
+from runtime.storage.disk import Disk
+from runtime.storage.files import FileReader
+from runtime.storage.locks import HeldError, exclusive
+from saved_runs import CUT, STEPS, UNTIED, Run, planned
+from slideplan.codec import load, save
+from storage import WatchedCalls, path_of
+
+ONE = Saving(every=1, keep=1)
+
+
+@pytest.fixture
+def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
+    begun = Run(tmp_path / "run", planned(UNTIED), ONE)
+    begun.train(steps=CUT)
+    return begun
+
+
+def saved(cut: Run) -> list[int]:
+    return [step for step, _ in checkpoints(cut.folder / "checkpoints")]
+
+
+def exported(cut: Run, meanwhile: Callable[[], object] = lambda: None) -> Done:
+    """An export to `out`; something is done while it reads its first block."""
+    as_it_is, begun = FileReader.read, []
+
+    def read(file: FileReader, block: memoryview, offset: int) -> None:
+        if not begun:
+            begun.append(file)
+            meanwhile()
+        as_it_is(file, block, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileReader, "read", read)
+        return runtime("export", "run", "-o", "out", cwd=cut.folder.parent)
+
+
+def check_exported(cut: Run, masters: dict[str, torch.Tensor]) -> None:
+    out = cut.folder.parent / "out"
+    found = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert found.keys() == masters.keys()
+    assert all(torch.equal(value, masters[name].bfloat16()) for name, value in found.items())
+    assert {path.name for path in out.parent.iterdir()} == {"run", "out", "text.txt"}
+
+
+def masters(cut: Run, step: int = CUT) -> dict[str, torch.Tensor]:
+    return masters_of(cut.folder / "checkpoints" / f"step-{step:08}", UNTIED)
+
+
+class _Recorded(WatchedCalls):
+    def __init__(self) -> None:
+        self.changes: list[tuple[str, str]] = []
+
+    def around(self, operation: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        if operation in ("make_folder", "remove_empty_folder"):
+            self.changes.append((operation, path_of(arguments[0]).name))
+        return call(*arguments)
+
+
+def test_a_run_that_goes_on_removes_nothing_that_is_exported(cut: Run) -> None:
+    before = masters(cut)
+    done = exported(cut, cut.resume)
+    assert done.returncode == 0, done.stderr
+    check_exported(cut, before)
+    assert saved(cut) == list(range(CUT, STEPS + 1))
+    oldest = cut.folder / "checkpoints" / f"step-{CUT:08}"
+    stays = f"{oldest} stays until the next save: this run is being exported"
+    assert cut.notes.count(stays) == STEPS - CUT, "once a save"
+    assert "warning" not in cut.notes
+
+    calls = _Recorded()
+    cut.resume(steps=STEPS + 1, disk=Disk(calls))
+    assert saved(cut) == [STEPS + 1]
+    first = calls.changes.index(("make_folder", f".unfinished-step-{STEPS + 1:08}"))
+    removed = [name for operation, name in calls.changes[:first] if operation == "remove_empty_folder"]
+    assert removed == [f".removed-step-{step:08}" for step in range(CUT, STEPS)], "they would take the new one's room"
+
+
+HOLD = "import sys\nfrom pathlib import Path\nfrom runtime.folder import kept\nwith kept(Path(sys.argv[1])):\n"
+HOLD += "    print('held', flush=True)\n    sys.stdin.read()\n"
+
+
+def test_an_export_that_is_killed_holds_nothing_back(cut: Run) -> None:
+    """Its run folder may be one that can only be read."""
+    cut.folder.chmod(0o555)
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(cut.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(HeldError), exclusive(cut.folder):
+                pytest.fail("was locked")
+            other.kill()
+        with exclusive(cut.folder):
+            pass
+        assert exported(cut).returncode == 0
+    finally:
+        cut.folder.chmod(0o755)
+
+
+def test_of_two_exports_to_one_name_the_second_is_refused(cut: Run) -> None:
+    second = []
+    first = exported(cut, lambda: second.append(runtime("export", "run", "-o", "out", cwd=cut.folder.parent)))
+    assert first.returncode == 0, first.stderr
+    assert [done.returncode for done in second] == [2]
+    assert second[0].stderr == "runtime: out: another export writes it; wait for it, or name another folder with -o\n"
+    check_exported(cut, masters(cut))
+
+
+def test_what_gets_the_name_during_an_export_keeps_it(cut: Run) -> None:
+    out = cut.folder.parent / "out"
+    done = exported(cut, out.mkdir)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "runtime: out: exists already; name a new folder with -o"
+    assert not list(out.iterdir())
+    assert {path.name for path in out.parent.iterdir()} == {"run", "out", "text.txt"}
+
+
+def test_weights_that_are_not_finite_are_exported_with_a_warning(cut: Run) -> None:
+    assert "finite" not in exported(cut).stderr
+    folder = cut.folder / "checkpoints" / f"step-{CUT:08}"
+    manifest = load(folder / "manifest.json", Manifest)
+    files = {file.name: file for file in manifest.files}
+    for number in (2, 3):
+        name = f"model-{number:05}-of-00006.safetensors"
+        content = (folder / name).read_bytes()[:-2] + b"\xc0\x7f"
+        (folder / name).write_bytes(content)
+        files[name] = type(files[name])(name=name, size_bytes=len(content), xxh128=content_hash(content))
+    fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    save(folder / "manifest.json", Manifest(**fields | {"files": tuple(files.values())}).sealed())
+    (cut.folder.parent / "out").rename(cut.folder.parent / "before")
+    done = exported(cut)
+    assert done.returncode == 0, done.stderr
+    last = "model.layers.0.post_attention_layernorm.weight"
+    assert f"weights are not finite: {last} and 1 more; export an earlier one with --step" in done.stderr
+    index = json.loads((cut.folder.parent / "out/model.safetensors.index.json").read_text())["weight_map"]
+    assert load_file(cut.folder.parent / "out" / index[last])[last].isnan().sum() == 1

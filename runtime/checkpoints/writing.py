@@ -119,9 +119,10 @@ class FileWrites:
     def abort(self, by_ns: int) -> bool:
         """Let all threads end; what they have written is of no use. Whether they have by then: the drive may hold one up."""
         self._fail(Aborted())
-        over = ended(self._copiers, by_ns)
+        if not ended(self._copiers, by_ns):  # writers have to close the files that these have open
+            return False
         self._dismiss()
-        return ended(self._writers, by_ns) and over
+        return ended(self._writers, by_ns)
 
     def _dismiss(self) -> None:
         for _ in self._writers:

@@ -7,6 +7,7 @@ import sys
 import torch
 import typer
 
+from runtime.checkpoints.helpers import held_up
 from runtime.commands.results import compare_run, export_run
 from runtime.commands.training import execute, resume
 from runtime.lanes.clock import Hung, LaneError, RunError
@@ -59,6 +60,8 @@ def main() -> None:
         _say(error, f"{type(error).__name__}: {error}")
         sys.exit(EXIT_FAILED)
     except Interrupted as end:
+        if held_up():
+            end_interrupted("runtime", end.stop, leave)
         end_interrupted("runtime", end.stop)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from runtime.storage.files import Log
 
 
@@ -11,6 +13,10 @@ class Metrics:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._waiting = b""
+
+    @property
+    def path(self) -> Path:
+        return self._log.path
 
     def append(self, line: bytes) -> OSError | None:
         """Write a line, and those that wait. The drive's error where they have to wait from now on; it is told once."""

@@ -250,20 +250,30 @@ def execute(request: RunRequest, show: Show) -> Measurement:
 def _end(error: BaseException, keeper: Keeper | None, backend: Backend) -> None:
     """Give back what a failed or interrupted run holds. Its error says how to go on then.
 
-    Closing may fail too, after a fault of the device, or be interrupted; the error is what the user must see.
+    Closing may fail too, after a fault of the device, or be interrupted; the error is what the user must see. Raises Hung in
+    its place where the drive takes nothing of a save that is still being written.
     """
+    failure, hangs, over = error, isinstance(error, Hung), True
     if keeper is not None:
-        with contextlib.suppress(Exception, KeyboardInterrupt):
+        try:
             # What is copied already is worth its time on the drive. Whoever interrupts is not to wait for it.
             if not isinstance(error, KeyboardInterrupt):
                 keeper.wait()
+        except Hung as hung:
+            if not hangs:
+                failure, hangs = Hung(f"{hung}; what failed first: {error}"), True
+        except KeyboardInterrupt:
+            pass
+        over = False
         with contextlib.suppress(Exception, KeyboardInterrupt):
-            keeper.close()
-            for remedy in keeper.remedy():
-                error.add_note(remedy)
-    if not isinstance(error, Hung):  # what hangs is left alone
+            over = keeper.close()
+        for remedy in keeper.remedy():
+            failure.add_note(remedy)
+    if over and not hangs:  # what hangs is left alone
         with contextlib.suppress(Exception, KeyboardInterrupt):
             backend.close()
+    if failure is not error:
+        raise failure from error
 
 
 def _trained(

@@ -50,11 +50,11 @@ def enter(program: str, module: str, distribution: str) -> None:
         _handle(signals, signal.SIG_DFL)
 
 
-def end_interrupted(program: str, stop: KeyboardInterrupt) -> NoReturn:
-    """Say that a command was interrupted, and what the exception's notes add, and exit."""
+def end_interrupted(program: str, stop: KeyboardInterrupt, end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Say that a command was interrupted, and what the exception's notes add, and end with its exit code."""
     word, code = ("terminated", EXIT_TERMINATED) if isinstance(stop, Terminated) else ("interrupted", EXIT_INTERRUPTED)
     print(f"{program}: {'; '.join([word, *getattr(stop, '__notes__', [])])}", file=sys.stderr)
-    sys.exit(code)
+    end(code)
 
 
 def in_words(error: OSError) -> str:
@@ -142,10 +142,7 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 def _leave(program: str, number: int) -> None:
     """End at once. An exception would be raised in the middle of some import, and not every import lets it through."""
-    try:
-        end_interrupted(program, _stop(number))
-    except SystemExit as end:
-        leave(int(str(end.code)))
+    end_interrupted(program, _stop(number), leave)
 
 
 def _flush(program: str) -> None:

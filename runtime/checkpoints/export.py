@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from runtime.checkpoints.contents import names_at, with_dtype
+from runtime.checkpoints.helpers import grace_ends_ns
 from runtime.checkpoints.keeper import SPARE_BYTES, counted, require_room
 from runtime.checkpoints.layout import CONFIG, UNFINISHED, index, optimizer_file, weights_file
 from runtime.checkpoints.manifest import DamagedError
@@ -136,8 +137,8 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
         writes = FileWrites(disk, folder, exported, write, backend, lambda size: None)
         try:
             writes.start().finish()
-        except BaseException:  # nobody may write into a folder that is removed next
-            writes.abort()
+        except BaseException:  # nobody may write into a folder that is removed next, but for whom the drive holds up
+            writes.abort(grace_ends_ns())
             raise
         written |= {shard.name: shard.tensors for shard in exported}
         not_finite += [tensor.name for shard in exported for tensor in shard.tensors if not _finite(tensor)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoints.contents import Contents
+from runtime.checkpoints.helpers import Helper, ended, grace_ends_ns
 from runtime.checkpoints.layout import (
     CHECKPOINTS,
     MANIFEST,
@@ -24,8 +25,9 @@ from runtime.checkpoints.layout import (
     weights_file,
 )
 from runtime.checkpoints.manifest import Manifest, Saving, StoredFile, content_hash
+from runtime.checkpoints.patience import Patience
 from runtime.checkpoints.staging import Staging
-from runtime.checkpoints.writing import FileWrites, ShardFile
+from runtime.checkpoints.writing import FileWrites, NotFiniteError, ShardFile
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
 from runtime.metrics import Metrics
@@ -143,7 +145,11 @@ def newest(run: Path) -> Path | None:
 
 
 class Keeper:
-    """Saves the state of one run into its folder, one save at a time. All calls come from the thread that trains."""
+    """Saves the state of one run into its folder, one save at a time. All calls come from the thread that trains.
+
+    Another thread asks the drive for everything: the one that trains only waits for it, and heeds signals meanwhile. All waits
+    raise Hung where the drive takes nothing for too long.
+    """
 
     def __init__(
         self,
@@ -161,23 +167,24 @@ class Keeper:
         self.folder = folder
         self.records: list[SaveRecord] = []
         self.staging = staging
-        self._disk = disk
+        self._patience = Patience(folder)
+        self._disk = self._patience.watched(disk)
         self._stored = stored
         self._backend = backend
         self._describe = describe
         self._keep = keep
         self._cost = cost
         self._show = show
-        self._ending: threading.Thread | None = None
-        self._writes: FileWrites | None = None
+        self._saving: tuple[Helper, FileWrites] | None = None
+        self._newest = newest(folder)
         self._lost: OSError | None = None  # why the newest checkpoint was not saved
-        self._broken: BaseException | None = None
+        self._broken: RunError | None = None
 
     def save(self, step: int, optimizer: bool, metrics: Metrics, drained_ns: int = 0) -> None:
         """Save the state after this many steps, and return once it is copied: training may go on. No lane may be running.
 
         Waits for the save before. Where the drive is full or fails the user is told, and the run goes on; `finish` raises
-        if that was the last checkpoint. Raises RunError for other failures.
+        if that was the last checkpoint. Raises RunError for other failures, and where weights are not finite.
 
         metrics: of the steps before, on the drive before any checkpoint that counts them as done
         drained_ns: what emptying the lanes has cost before
@@ -188,34 +195,35 @@ class Keeper:
         size_bytes = sum(shard.size_bytes for shard in shards)
         target = self.folder / (CHECKPOINTS if optimizer else WEIGHTS) / step_name(step)
         unfinished = target.with_name(UNFINISHED + target.name)
-        try:
-            metrics.sync()
-            self._prepare(unfinished, size_bytes)
-            self._writes = FileWrites(
-                self._disk, unfinished, shards, self.staging, self._backend, counted(PHASE, size_bytes, self._show)
-            )  # fmt: skip
-            self._writes.start().copied()
-        except OSError as error:
-            self._fail(step, optimizer, unfinished, error)
-            return
-        except Exception as error:  # of the device whose memory is copied, say
-            raise _failure(error) from error
-        paused_ns = time.perf_counter_ns() - started_ns
+        progress = counted(PHASE, size_bytes, self._show)
+        writes = FileWrites(self._disk, unfinished, shards, self.staging, self._backend, progress)
+        copied = threading.Event()
 
-        def end() -> None:
+        def run() -> None:
             try:
                 try:
-                    self._end(step, optimizer, unfinished, target)
+                    with self._patience.asked(metrics.path):
+                        metrics.sync()
+                    self._prepare(unfinished, size_bytes)
+                    writes.start().copied()
+                    paused_ns = time.perf_counter_ns() - started_ns
+                    copied.set()
+                    self._end(step, optimizer, unfinished, target, writes)
                 except OSError as error:
                     self._fail(step, optimizer, unfinished, error)
                 else:
                     took_ns = time.perf_counter_ns() - started_ns
                     self._done(SaveRecord(step, optimizer, size_bytes, drained_ns, paused_ns, took_ns), target)
-            except BaseException as error:  # raised where somebody waits for this thread
-                self._broken = error
+            except BaseException as error:  # of the device whose memory is copied, say
+                self._broken = self._failure(step, error)
+            finally:
+                copied.set()  # training stands until then
 
-        self._ending = threading.Thread(target=end, name="checkpoint-end", daemon=True)
-        self._ending.start()
+        thread = Helper("checkpoint-save", run)
+        self._saving = thread, writes
+        thread.start()
+        self._patience.wait(copied.wait)
+        self._raise_broken()
 
     def finish(self) -> Path | None:
         """Wait for the last save; the newest checkpoint. Raises RunError where the last checkpoint was not saved."""
@@ -226,27 +234,37 @@ class Keeper:
 
     def wait(self) -> None:
         """Wait for the save that is being written, whatever comes of it. It is a copy: nothing else has to be in order."""
-        # A thread that was never started: an interrupt came first.
-        if self._ending is not None and self._ending.ident is not None:
-            self._ending.join()
+        if self._saving is not None:
+            self._patience.wait(self._saving[0].wait)
 
-    def close(self) -> None:
-        """End what is still being written, in the midst of it: the memory that it reads is given back next."""
-        if self._writes is not None:
-            self._writes.abort()
-        self.wait()
+    def close(self) -> bool:
+        """End what is still being written, in the midst of it: the memory that it reads is given back next.
+
+        Whether it has ended. It has not where the drive holds it up, which is waited for no more than a moment.
+        """
+        if self._saving is None:
+            return True
+        thread, writes = self._saving
+        by_ns = grace_ends_ns()
+        over = writes.abort(by_ns)
+        return ended([thread], by_ns) and over
 
     def remedy(self) -> list[str]:
-        """How to go on after a failure, in one line; none where nothing was saved. Not while a save may end."""
-        last = newest(self.folder)
-        return [] if last is None else [f"`runtime resume {self.folder}` goes on from {last.name}"]
+        """How to go on after a failure, in one line; none where nothing was saved. Not while a save may end.
+
+        The drive is not asked: it may be what has failed.
+        """
+        return [] if self._newest is None else [f"`runtime resume {self.folder}` goes on from {self._newest.name}"]
 
     def _settle(self) -> None:
         """Wait for the save that is being written. Raises RunError where something has failed that is not the drive."""
         self.wait()
-        self._ending = self._writes = None
+        self._saving = None
+        self._raise_broken()
+
+    def _raise_broken(self) -> None:
         if self._broken is not None:
-            raise _failure(self._broken) from self._broken
+            raise self._broken from self._broken.__cause__
 
     def _prepare(self, unfinished: Path, size_bytes: int) -> None:
         parent = unfinished.parent
@@ -261,10 +279,9 @@ class Keeper:
         require_room(self._disk, parent, need)
         self._disk.make_folder(unfinished)
 
-    def _end(self, step: int, optimizer: bool, unfinished: Path, target: Path) -> None:
+    def _end(self, step: int, optimizer: bool, unfinished: Path, target: Path, writes: FileWrites) -> None:
         """Wait for the state's files, write the others, the manifest last, and give the folder its name."""
-        assert self._writes is not None
-        files = self._writes.finish()
+        files = writes.finish()
         stored = self._stored
         weights = {weights_file(unit, stored.model.units): stored.weights_of(unit) for unit in range(stored.model.units)}
         for name, content in [*stored.contents.files.items(), index(weights)]:
@@ -283,7 +300,7 @@ class Keeper:
     def _done(self, record: SaveRecord, target: Path) -> None:
         self.records.append(record)
         if record.optimizer:
-            self._lost = None
+            self._lost, self._newest = None, target
         planned = None if self._cost is None else self._cost.pause_ns(record.size_bytes)
         rate = record.size_bytes * 1_000_000_000 // max(1, record.took_ns)
         note = (
@@ -329,9 +346,15 @@ class Keeper:
         note = "; ".join([f"warning: the {what.format(step)} not saved: {in_words(error)}", *self.remedy()])
         self._show(Progress(PHASE, 1, 1, note=note))
 
-
-def _failure(error: BaseException) -> RunError:
-    return RunError(f"the state could not be saved: {type(error).__name__}: {error}")
+    def _failure(self, step: int, error: BaseException) -> RunError:
+        """What is raised where somebody waits for a save that such an error has ended."""
+        if isinstance(error, NotFiniteError):
+            before = "" if self._newest is None else f", from an earlier step: `runtime resume {self.folder} --step S --lr X`"
+            failure = RunError(f"step {step}: {error}: the state is not saved; go on with a lower --lr{before}")
+        else:
+            failure = RunError(f"the state could not be saved: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
 
 
 def counted(phase: str, total: int, show: Show) -> Callable[[int], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 import xxhash
 
+from runtime.checkpoints.helpers import ended, grace_ends_ns, helpers
 from runtime.checkpoints.layout import Entry, entries, header_bytes
 from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, content_hash, read_error
 from runtime.checkpoints.staging import Aborted, Staging
@@ -52,14 +52,20 @@ def read_shards(
     DamagedError naming the file, or OSError where one cannot be read now; tensors may have been filled with anything then.
     """
     staging.restart()
-    reader = _Reader(disk, folder, {file.name: file for file in manifest.files}, staging, backend, done)
-    with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-reader") as pool:
-        try:
-            # The first error is the one that is raised; the others end at their next block.
-            return sum(pool.map(reader.read, shards))
-        except BaseException:  # of this thread too, which may be interrupted
-            reader.stop()
-            raise
+    reader = _Reader(disk, folder, {file.name: file for file in manifest.files}, shards, staging, backend, done)
+    threads = helpers("checkpoint-reader", READERS, reader.run)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.wait()
+    except BaseException:  # an interrupt
+        reader.stop()
+        ended(threads, grace_ends_ns())
+        raise
+    if reader.error is not None:
+        raise reader.error
+    return reader.changed
 
 
 def read_small_files(disk: Disk, folder: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -87,43 +93,57 @@ class _Reader:
         disk: Disk,
         folder: Path,
         stored: dict[str, StoredFile],
+        shards: Sequence[ShardFile],
         staging: Staging,
         backend: Backend,
         done: Callable[[int], None],
     ) -> None:
+        self.error: BaseException | None = None  # the first one
+        self.changed = 0  # units whose moments had another format
         self._disk = disk
         self._folder = folder
         self._stored = stored
         self._staging = staging
         self._backend = backend
         self._done = done
+        self._waiting = iter(shards)
+        self._lock = threading.Lock()
         self._failed = threading.Event()
 
     def stop(self) -> None:
         """All threads end at their next block."""
         self._failed.set()
 
-    def read(self, shard: ShardFile) -> bool:
+    def run(self) -> None:
+        """Fill the tensors of one file after the other, beside other threads that do so, until there is none left."""
+        try:
+            while (shard := self._next()) is not None:
+                changed = self._read(shard)
+                with self._lock:  # protects the count, which several threads raise
+                    self.changed += changed
+        except Aborted:  # what another thread has met says why
+            pass
+        except BaseException as error:
+            with self._lock:  # protects the first error from those that follow from it
+                self.error = self.error or error
+            self.stop()
+
+    def _next(self) -> ShardFile | None:
+        with self._lock:  # protects the iterator, which several threads share
+            return None if self._failed.is_set() else next(self._waiting, None)
+
+    def _read(self, shard: ShardFile) -> bool:
         """Fill the tensors of one file; whether its moments had another format. Raises DamagedError and OSError."""
         path = self._folder / shard.name
-        if self._failed.is_set():
-            return False
+        if shard.name not in self._stored:
+            raise DamagedError(f"{path}: is not in the manifest")
         try:
-            if shard.name not in self._stored:
-                raise DamagedError(f"{path}: is not in the manifest")
             with self._backend.lane(LaneKind.H2D), self._disk.open(path) as file:
                 return self._read_file(file, path, shard)
-        except Aborted:  # what another thread raises says why
-            return False
         except OSError as error:
-            self._failed.set()
             raise read_error(path, error) from None
         except ValueError as error:
-            self._failed.set()
             raise DamagedError(f"{path}: {error}") from None
-        except BaseException:
-            self._failed.set()
-            raise
 
     def _read_file(self, file: FileReader, path: Path, shard: ShardFile) -> bool:
         found = xxhash.xxh3_128()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
+from runtime.checkpoints.helpers import ended, helpers
 from runtime.checkpoints.layout import header
 from runtime.checkpoints.manifest import StoredFile
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.lanes.backend import Backend
+from runtime.lanes.clock import RunError
 from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileWriter
@@ -25,6 +29,13 @@ from slideplan.saving import BLOCK_BYTES, copiers
 
 # Several files at once: one thread copies and hashes slower than a good drive writes, and a drive wants several requests.
 WRITERS = 4
+# Bits of a bf16 number that is not finite: all of the exponent. With the sign's bit and without, such numbers are the
+# largest of all, read as integers: two passes that make nothing new find them, at the speed of memory.
+NOT_FINITE, NOT_FINITE_BELOW_ZERO = 0x7F80, 0xFF80
+
+
+class NotFiniteError(RunError):
+    """Weights that are to be written are infinite or NaN. Names the first tensor of them that was found."""
 
 
 class ShardFile(NamedTuple):
@@ -43,11 +54,27 @@ def largest_first(shards: Sequence[ShardFile]) -> list[ShardFile]:
     return sorted(shards, key=lambda shard: -shard.size_bytes)
 
 
+@dataclass(eq=False)
+class _Begun:
+    """A file that is being written.
+
+    left: how many of its blocks are to be written still, and one as long as more may follow
+    entry: what it is; None until all of it is copied
+    """
+
+    writer: FileWriter
+    left: int = 1
+    entry: StoredFile | None = None
+
+
 class FileWrites:
     """Writes shards into a folder: copied block by block into staging, hashed in order, written by other threads.
 
     It begins with `start`. `copied` returns as soon as no slot is read any more; the drive may be behind by what staging
-    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`.
+    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`: NotFiniteError where
+    weights in bf16 are not finite.
+
+    `copied` and `finish` wait as long as the drive takes.
     """
 
     def __init__(
@@ -69,40 +96,46 @@ class FileWrites:
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._files: list[StoredFile] = []
-        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint-writer")
-        self._copiers: list[threading.Thread] = []
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # for writers; None: there are no more
+        self._copiers = helpers("checkpoint-copier", copiers(usable_cores()), self._copy)
+        self._writers = helpers("checkpoint-writer", WRITERS, self._work)
 
     def start(self) -> FileWrites:
         """Begin. Whoever has kept this object before can end its threads, whenever an interrupt comes."""
         self._staging.restart()
-        for n in range(copiers(usable_cores())):
-            copier = threading.Thread(target=self._copy, name=f"checkpoint-copier-{n}", daemon=True)
-            copier.start()
-            self._copiers.append(copier)
+        for thread in (*self._writers, *self._copiers):
+            thread.start()
         return self
 
     def copied(self) -> None:
         """Wait until everything is copied out of the slots. Raises what has gone wrong so far."""
         for copier in self._copiers:
-            copier.join()
+            copier.wait()
         if self._error is not None:
             self.finish()
 
     def finish(self) -> list[StoredFile]:
         """Wait until all files are on the drive; their sizes and hashes, by name. Raises the first error."""
         for copier in self._copiers:
-            copier.join()
-        self._pool.shutdown()
+            copier.wait()
+        self._dismiss()
+        for writer in self._writers:
+            writer.wait()
         if self._error is not None:
             raise self._error
         return sorted(self._files, key=lambda file: file.name)
 
-    def abort(self) -> None:
-        """End all threads as soon as may be; what they have written is of no use."""
+    def abort(self, by_ns: int) -> bool:
+        """Let all threads end; what they have written is of no use. Whether they have by then: the drive may hold one up."""
         self._fail(Aborted())
-        for copier in self._copiers:
-            copier.join()
-        self._pool.shutdown()
+        if not ended(self._copiers, by_ns):  # writers have to close the files that these have open
+            return False
+        self._dismiss()
+        return ended(self._writers, by_ns)
+
+    def _dismiss(self) -> None:
+        for _ in self._writers:
+            self._jobs.put(None)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:  # protects the first error from those that follow from it
@@ -121,66 +154,81 @@ class FileWrites:
         except BaseException as error:
             self._fail(error)
 
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
     def _next(self) -> ShardFile | None:
         with self._lock:  # protects the iterator, which several threads share
             return next(self._waiting, None) if self._error is None else None
 
     def _copy_file(self, shard: ShardFile) -> None:
-        start = header(shard.tensors)
-        parts = [torch.from_numpy(np.frombuffer(start, np.uint8).copy())]
-        parts += [part.view(torch.uint8) for tensor in shard.tensors for part in tensor.parts]
-        file = self._disk.create(self._folder / shard.name, sum(map(len, parts)))
-        found, offset, writes = xxhash.xxh3_128(), 0, []
+        start = torch.from_numpy(np.frombuffer(header(shard.tensors), np.uint8).copy())
+        parts: list[tuple[StoredTensor | None, torch.Tensor]] = [(None, start)]
+        parts += [(tensor, part.view(torch.uint8)) for tensor in shard.tensors for part in tensor.parts]
+        file = _Begun(self._disk.create(self._folder / shard.name, sum(len(part) for _, part in parts)))
+        found, offset = xxhash.xxh3_128(), 0
         try:
             for block, size in self._filled(parts):
                 content = block.numpy().data[:size]
                 found.update(content)
-                writes.append(self._pool.submit(self._write, file, block, content, offset))
+                with self._lock:  # protects the count, which the writers lower
+                    file.left += 1
+                self._jobs.put(partial(self._write, file, block, content, offset))
                 offset += size
+            file.entry = StoredFile(name=shard.name, size_bytes=offset, xxh128=found.hexdigest())
         except BaseException as error:
-            # Before the file is closed: blocks of it that still wait to be written would fail by that.
             self._fail(error)
-            file.abandon()
             raise
-        self._pool.submit(self._close, file, writes, StoredFile(name=shard.name, size_bytes=offset, xxh128=found.hexdigest()))
+        finally:
+            self._jobs.put(partial(self._part_over, file))
 
-    def _filled(self, parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int]]:
-        """Blocks with the bytes of all parts one after the other, all of them full but the last, each with its size."""
+    def _filled(self, parts: Sequence[tuple[StoredTensor | None, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, int]]:
+        """Blocks with the bytes of all parts one after the other, all of them full but the last, each with its size.
+
+        A part goes with the tensor that it is of; None: it is no tensor's. Raises NotFiniteError.
+        """
         block, filled = self._staging.take(), 0
-        for part in parts:
+        for tensor, part in parts:
             done = 0
             while done < len(part):
                 if filled == BLOCK_BYTES:
                     yield block, filled
                     block, filled = self._staging.take(), 0
                 size = min(len(part) - done, BLOCK_BYTES - filled)
-                _copy(part[done : done + size], block[filled : filled + size])
+                piece = block[filled : filled + size]
+                _copy(part[done : done + size], piece)
+                if tensor is not None and tensor.dtype == "BF16" and not _finite(piece):
+                    raise NotFiniteError(f"weights of {tensor.name} are not finite")
                 done, filled = done + size, filled + size
         yield block, filled
 
-    def _write(self, file: FileWriter, block: torch.Tensor, content: memoryview, offset: int) -> None:
+    def _write(self, file: _Begun, block: torch.Tensor, content: memoryview, offset: int) -> None:
         try:
             if self._error is None:
-                file.write(content, offset)
+                file.writer.write(content, offset)
                 self._written(len(content))
         except BaseException as error:
             self._fail(error)
         finally:
             self._staging.give(block)
+            self._part_over(file)
 
-    def _close(self, file: FileWriter, writes: Sequence[Future[None]], entry: StoredFile) -> None:
-        """Make a file safe after its last block. Its writes were submitted before, so this waits for no thread of its own."""
+    def _part_over(self, file: _Begun) -> None:
+        """Nothing is to be done any more for one of those that `left` counts. After the last one the file is made safe."""
+        with self._lock:  # protects the count, so that one thread alone finds it at zero
+            file.left -= 1
+            if file.left:
+                return
         try:
-            for each in writes:
-                each.result()
-            if self._error is None:
-                file.finish()
+            if self._error is None and file.entry is not None:
+                file.writer.finish()
                 with self._lock:  # protects the list, which several threads share
-                    self._files.append(entry)
+                    self._files.append(file.entry)
         except BaseException as error:
             self._fail(error)
         finally:
-            file.abandon()
+            file.writer.abandon()
 
 
 def _copy(part: torch.Tensor, into: torch.Tensor) -> None:
@@ -189,3 +237,9 @@ def _copy(part: torch.Tensor, into: torch.Tensor) -> None:
         np.copyto(into.numpy(), part.numpy())
     else:
         into.copy_(part)
+
+
+def _finite(weights: torch.Tensor) -> bool:
+    """Whether bf16 numbers, given as bytes on the host, are all finite."""
+    bits = weights.numpy()
+    return bool(bits.view(np.int16).max() < NOT_FINITE and bits.view(np.uint16).max() < NOT_FINITE_BELOW_ZERO)

@@ -19,7 +19,8 @@ class LaneError(RunError):
 
 
 class Hung(LaneError):  # noqa: N818 - its base says that it is an error
-    """No lane has moved for too long. Names what is stuck; the failure that stopped the other lanes, if any, is chained.
+    """No lane has moved for too long, or the drive has taken nothing of a save. Names what is stuck; what failed before, if
+    anything did, is chained.
 
     What is stuck may still use its memory, so none may be given back, nor the device be waited for:
     after its message the command ends by `slideplan.entry.leave`.

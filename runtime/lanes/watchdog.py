@@ -24,6 +24,22 @@ def patience_ns(step_ns: int) -> int:
     return max(LEAST_PATIENCE_NS, PATIENCE_STEPS * step_ns)
 
 
+class Looks:
+    """Time as far as somebody looks: this process may have been stopped meanwhile, and what it waits for with it."""
+
+    def __init__(self) -> None:
+        self._looked_ns = time.perf_counter_ns()
+
+    def since_ns(self) -> int:
+        """What counts of the time since the last look. 0: that was less than LOOK_NS ago, and this is none."""
+        now_ns = time.perf_counter_ns()
+        since_ns = now_ns - self._looked_ns
+        if since_ns < LOOK_NS:
+            return 0
+        self._looked_ns = now_ns
+        return min(since_ns, 2 * LOOK_NS)
+
+
 class Watchdog:
     """Looks at the lanes' clocks, by one thread at a time: a lane moves when a task is issued or over.
 
@@ -45,20 +61,16 @@ class Watchdog:
         self._threads = threads
         self._patience_ns = patience_ns
         self._planned_ns = planned_ns
-        self._looked_ns = time.perf_counter_ns()
+        self._looks = Looks()
         self._issued = dict.fromkeys(clocks, 0)
         self._over = dict.fromkeys(clocks, 0)
         self._still_ns = dict.fromkeys(clocks, 0)
 
     def look(self) -> None:
         """Raise Hung where no lane has moved for too long. To be called often; looks once in LOOK_NS."""
-        now_ns = time.perf_counter_ns()
-        since_ns = now_ns - self._looked_ns
-        if since_ns < LOOK_NS:
+        since_ns = self._looks.since_ns()
+        if since_ns == 0:
             return
-        self._looked_ns = now_ns
-        # What counts is time in which somebody looks: this process may have been stopped meanwhile, its lanes with it.
-        since_ns = min(since_ns, 2 * LOOK_NS)
         for lane, clock in self._clocks.items():
             before = self._issued[lane], self._over[lane]
             self._issued[lane], self._over[lane] = clock.issued, clock.over(self._backend)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime.storage.calls import Calls, OpenFile
@@ -23,6 +24,10 @@ class Disk:
 
     def __init__(self, calls: Calls | None = None) -> None:
         self._calls = calls or Calls()
+
+    def through(self, wrapped: Callable[[Calls], Calls]) -> Disk:
+        """The same disk, whose calls pass by something else first."""
+        return Disk(wrapped(self._calls))
 
     def free_bytes(self, folder: Path) -> int:
         """What this user may still write below a folder that is there, in bytes."""

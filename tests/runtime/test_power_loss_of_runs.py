@@ -65,6 +65,9 @@ class Saver:
         draw = torch.Generator().manual_seed(step)
         for part in self.parts():
             part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=draw))
+        for each in (each for state in self.session.states for each in state.weights()):
+            for part in each.parts:
+                part.view(torch.uint8)[1::2] &= 0xBF  # the exponent's highest bit: weights that are not finite are not saved
 
     def holds(self, step: int) -> bool:
         found = [part.clone() for part in self.parts()]

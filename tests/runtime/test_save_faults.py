@@ -21,13 +21,16 @@ import torch
 
 from commands import runtime
 from runtime import rehearsal, run, training
+from runtime.checkpoints import patience
 from runtime.checkpoints.contents import Contents
-from runtime.checkpoints.keeper import SPARE_BYTES, check_room, checkpoints, leftovers
+from runtime.checkpoints.keeper import SPARE_BYTES, Keeper, check_room, checkpoints, leftovers
 from runtime.checkpoints.layout import MANIFEST
 from runtime.checkpoints.manifest import Saving
 from runtime.checkpoints.resuming import candidates, clear
+from runtime.checkpoints.writing import _finite
 from runtime.handlers import Handlers
-from runtime.lanes.clock import LaneError, RunError
+from runtime.lanes import watchdog
+from runtime.lanes.clock import Hung, LaneError, RunError
 from runtime.storage.disk import Disk
 from runtime.training import StepResult
 from saved_runs import PLACEMENTS, STEPS, UNTIED, Run, check_same, planned
@@ -455,6 +458,134 @@ def test_a_loss_that_is_not_finite_leaves_what_was_saved(cut: Run, whole: Run, m
     assert notes_of(raised.value) == f"`runtime resume {cut.folder}` goes on from step-00000003"
     assert before == {path: path.read_bytes() for path in (cut.folder / "checkpoints").rglob("*") if path.is_file()}
     check_goes_on(cut, whole)
+
+
+# Drives that never answer.
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "LOOK_NS", 100_000_000)
+    monkeypatch.setattr(patience, "PATIENCE_NS", 1_000_000_000)
+
+
+def hung(cut: Run, held: HeldCalls) -> Hung:
+    """What a run ends by whose drive does not answer; afterwards the drive does."""
+    before = set(threading.enumerate())
+    with pytest.raises(Hung) as raised:
+        cut.train(disk=Disk(held))
+    held.let_go.set()
+    end = time.monotonic() + LIMIT_S
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [
+        ("make_folder", "checkpoints/.unfinished-step-00000003"),
+        ("create", "checkpoints/.unfinished-step-00000003/optimizer-00004-of-00006.safetensors"),
+        ("write", "checkpoints/.unfinished-step-00000003/model-00002-of-00006.safetensors"),
+        ("sync", "checkpoints/.unfinished-step-00000003/model-00006-of-00006.safetensors"),
+        ("write", f"checkpoints/.unfinished-step-00000003/{MANIFEST}"),
+        ("rename", "checkpoints/.unfinished-step-00000003"),
+    ],
+)
+@pytest.mark.usefixtures("impatient")
+def test_a_drive_that_never_answers_ends_the_run(cut: Run, whole: Run, operation: str, path: str) -> None:
+    error = hung(cut, HeldCalls(operation, path))
+    assert str(error).startswith(f"the drive has not taken {cut.folder / path} for 1,")
+    assert notes_of(error) == f"`runtime resume {cut.folder}` goes on from step-00000002"
+    check_goes_on(cut, whole)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_metrics_that_the_drive_does_not_take_end_the_run(cut: Run) -> None:
+    error = hung(cut, HeldCalls("sync", "metrics.jsonl"))
+    assert str(error).startswith(f"the drive has not taken {cut.folder / 'metrics.jsonl'} for 1,")
+    assert not notes_of(error), "nothing was saved"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lane_fails_while_the_drive_does_not_answer(cut: Run, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldCalls("sync", "checkpoints/.unfinished-step-00000003/model-00001-*")
+    failing = Failing(RuntimeError("device is on fire"), 3)
+    with monkeypatch.context() as patch:
+        fail(patch, failing)
+        error = hung(cut, held)
+    assert "model-00001-of-00006.safetensors for 1," in str(error)
+    assert "; what failed first: lane compute, step 3, task " in str(error)
+    assert notes_of(error) == f"`runtime resume {cut.folder}` goes on from step-00000002"
+    check_goes_on(cut, whole)
+
+
+class SlowCalls(WatchedCalls):
+    """Every flush takes its time."""
+
+    def around(self, operation: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        if operation == "sync":
+            time.sleep(0.5)
+        return call(*arguments)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_drive_that_is_slow_but_answers_is_waited_for(cut: Run) -> None:
+    began_ns = time.perf_counter_ns()
+    cut.train(steps=1, disk=Disk(SlowCalls()))
+    assert time.perf_counter_ns() - began_ns > 2 * patience.PATIENCE_NS
+    assert saved(cut) == [1]
+
+
+# Weights that are not finite.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("saving", [EVERY, Saving(every=2, weights_every=3)], ids=["a checkpoint", "weights alone"])
+def test_weights_that_are_not_finite_are_not_saved(
+    cut: Run, whole: Run, monkeypatch: pytest.MonkeyPatch, value: float, saving: Saving
+) -> None:
+    save = Keeper.save
+
+    def poisoned(keeper: Keeper, step: int, *arguments: Any) -> None:
+        if step == 3:
+            keeper._stored.states[2].weights()[-1].parts[0][-1] = value
+        save(keeper, step, *arguments)
+
+    name = PLAN.model.unit_prefix(2) + PLAN.model.parameters(PLAN.model.role(2))[-1].name
+    said = f"step 3: weights of {name} are not finite: the state is not saved; go on with a lower --lr, from an earlier step: "
+    with monkeypatch.context() as patch, pytest.raises(RunError) as raised:
+        patch.setattr(Keeper, "save", poisoned)
+        cut.train(saving=saving)
+    assert str(raised.value) == said + f"`runtime resume {cut.folder} --step S --lr X`"
+    assert notes_of(raised.value) == f"`runtime resume {cut.folder}` goes on from step-00000002"
+    assert saved(cut)[-1] == 2
+    assert not checkpoints(cut.folder / "weights")
+    cut.resume()
+    check_same(whole, cut)
+
+
+def test_a_first_save_of_weights_that_are_not_finite_names_no_earlier_one(cut: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Keeper.save
+
+    def poisoned(keeper: Keeper, *arguments: Any) -> None:
+        keeper._stored.states[0].weights()[0].parts[0][0] = float("nan")
+        save(keeper, *arguments)
+
+    monkeypatch.setattr(Keeper, "save", poisoned)
+    with pytest.raises(RunError, match=r"are not finite: the state is not saved; go on with a lower --lr$") as raised:
+        cut.train()
+    assert not notes_of(raised.value)
+    assert not saved(cut)
+
+
+def test_every_number_of_bf16_is_known_as_finite_or_not() -> None:
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    assert [_finite(number.view(1).view(torch.uint8)) for number in numbers] == numbers.isfinite().tolist()
+
+
+# Users.
 
 
 def interrupting(times: int, held: list[HeldCalls]) -> Callable[[], None]:

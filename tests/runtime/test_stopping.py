@@ -44,6 +44,25 @@ def slow(self, file, block, offset):
     return write(self, file, block, offset)
 Calls.write = slow
 """
+# A drive that does not answer any more once a file `stuck` is there: what it is asked first, and all that it is asked then.
+STUCK = """
+import os, threading
+from runtime.storage.calls import Calls
+def stuck(operation):
+    call = getattr(Calls, operation)
+    def asked(self, *arguments):
+        if os.path.exists("stuck") and threading.current_thread() is not threading.main_thread():
+            open("reached", "w").close()
+            threading.Event().wait()
+        return call(self, *arguments)
+    setattr(Calls, operation, asked)
+for operation in OPERATIONS:
+    stuck(operation)
+"""
+IMPATIENT = """
+from runtime.checkpoints import patience
+patience.PATIENCE_NS = 2_000_000_000
+"""
 HUNG = """
 import threading
 from runtime.handlers import Handlers
@@ -158,6 +177,68 @@ def test_a_second_signal_ends_it_at_once(folder: Path, number: signal.Signals, c
     assert said.startswith(f"runtime: {word}; `runtime resume run` goes on from step-{newest(folder):08}")
     assert leftovers(folder / "run"), "it has not waited for the save"
     check_goes_on(folder)
+
+
+def stuck(*operations: str) -> str:
+    return f"OPERATIONS = {operations}{STUCK}"
+
+
+@pytest.mark.parametrize("operation", ["create", "write", "sync", "rename", "make_folder"])
+def test_a_second_signal_ends_a_run_whose_drive_never_answers(folder: Path, operation: str) -> None:
+    """The first one asks for a save, which never ends."""
+    with started(folder, *TRAIN, before=stuck(operation)) as process:
+        until(process, "run/checkpoints/step-00000003", folder)
+        (folder / "stuck").touch()
+        until(process, "reached", folder)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while "a second signal stops at once" not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(0.5)
+        assert process.poll() is None, "it waits for the save"
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        result, said = ended(process)
+        took_s = time.monotonic() - began
+    assert result == 130
+    assert said.startswith(f"runtime: interrupted; `runtime resume run` goes on from step-{newest(folder):08}")
+    assert took_s < 6, "a second for threads to end, and some for the interpreter on a busy machine"
+    check_goes_on(folder)
+
+
+def test_a_drive_that_never_answers_ends_the_run_and_leaves_its_checkpoint(folder: Path) -> None:
+    with started(folder, *TRAIN, before=stuck("write") + IMPATIENT) as process:
+        until(process, "run/checkpoints/step-00000003", folder)
+        (folder / "stuck").touch()
+        result, said = ended(process)
+    assert result == 1
+    assert "runtime: the drive has not taken run/checkpoints/.unfinished-step-" in said
+    assert f" s; `runtime resume run` goes on from step-{newest(folder):08}" in said
+    check_goes_on(folder)
+
+
+@pytest.mark.parametrize(
+    ("command", "operation"),
+    [
+        (("export", "run", "-o", "out"), "read"),
+        (("export", "run", "-o", "out"), "write"),
+        (("export", "run", "-o", "out"), "sync"),
+        (("resume", "run", "--steps", 9, "--device", "cpu"), "read"),
+    ],
+)
+def test_a_signal_ends_a_command_whose_drive_never_answers(trained: Path, command: tuple[object, ...], operation: str) -> None:
+    for name in ("stuck", "reached"):
+        (trained / name).unlink(missing_ok=True)
+    (trained / "stuck").touch()
+    with started(trained, *command, before=stuck(operation)) as process:
+        until(process, "reached", trained)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        result, said = ended(process)
+        took_s = time.monotonic() - began
+    assert (result, said.startswith("runtime: interrupted")) == (130, True)
+    assert took_s < 6
+    assert not (trained / "out").exists()
 
 
 def test_a_lane_that_hangs_ends_the_run_and_leaves_its_checkpoint(folder: Path) -> None:

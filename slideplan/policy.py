@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from slideplan.codec import Spec
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.placement import STATE, Placement, Tier
+from slideplan.placement import Placement, Tier
 
 # How compute tasks run: as Hugging Face modules by autograd; by our own products and kernels; or the latter
 # captured once and replayed, so that the host issues one launch a task.
@@ -17,6 +17,9 @@ GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
 
 MOMENT_BLOCK = 256  # elements that share scales where moments have 8 bits
+PAGE_BLOCK = 2048  # elements that have a whole number of pages of 4 KiB in every class of exact state
+# Chunks of passing state are made of whole blocks, by the tier that updates it: what comes from a drive, of whole pages.
+BLOCKS = {Tier.GPU: MOMENT_BLOCK, Tier.HOST: PAGE_BLOCK}
 MOST_CHUNKS = 64  # of a layer's state
 MOST_SLOTS = 4  # of a kind, per unit and micro-batch
 
@@ -124,8 +127,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     host_gradient_slots: host gradient slots shared by the layers that the host updates
     boundary_slots:      GPU slots shared by the boundary activations that pass through
     inner_slots:         GPU slots shared by the inner activations that pass through
-    state_slots:         slots shared by the chunks of state that pass through, on the tier that updates them
-    state_chunks:        chunks of a layer's passing state, each of which comes, is updated and leaves by itself
+    state_slots:         GPU slots shared by the chunks of state that pass through the GPU
+    state_chunks:        chunks of a layer's state that passes there, each of which comes, is updated and leaves by itself
     gradient_dtype:      how gradients are summed over micro-batches and handed to the optimizer
     kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
                          kernels, which keep less and write weight gradients where they belong. "graphed": the
@@ -136,6 +139,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     update_order:        units that the host updates, in the order of their updates on its lane
     units:               placement of each unit
     other:               how another system works, where the policy describes one
+    ssd_slots, ssd_chunks: the same of state that lies on the SSD and passes through the host. Embedding and head have
+                         chunks of the size of a layer's
     """
 
     micro_batch: int
@@ -155,6 +160,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     update_order: tuple[int, ...]
     units: tuple[Placement, ...]
     other: OtherSystem | None = None
+    ssd_slots: int = 0
+    ssd_chunks: int = 0
 
     @property
     def system(self) -> OtherSystem:
@@ -181,6 +188,12 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     def passing_units(self, tier: Tier) -> list[int]:
         """Units whose state passes through slots of this tier, where it is updated."""
         return [unit for unit, placement in enumerate(self.units) if placement.update is tier and placement.passing]
+
+    def chunks(self, model: ModelSpec, unit: int) -> int:
+        """Into how many chunks the unit's passing state is cut."""
+        update = self.units[unit].update
+        chunk = passage(self, update).chunk_elements(model)
+        return -(-model.flat_elements(model.role(unit)) // chunk)
 
     def check(self, model: ModelSpec, workload: Workload) -> None:
         """Raise ValueError, naming the knob, where the policy makes no sense for model and workload."""
@@ -231,16 +244,10 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             if getattr(placement, field) not in _PLACES[field]:
                 allowed = " or ".join("none" if tier is None else tier for tier in _PLACES[field])
                 raise ValueError(f"{where}.{field} is {getattr(placement, field)}; the runtime can have it on {allowed}")
-        state = {tensor: placement.tiers(tensor)[0] for tensor in STATE}
-        if len(set(state.values())) > 1:
-            raise ValueError(f"{where}: remainder and moments must lie on one tier")
-        if placement.update is Tier.HOST and placement.passing:
-            raise ValueError(f"{where}: state on the gpu is updated there; set update to gpu")
-        if placement.update is Tier.GPU and placement.weights is not Tier.GPU:
-            raise ValueError(f"{where}: an update on the gpu needs weights on the gpu")
+        _check_state(where, placement)
         if model.role(unit) is not UnitRole.LAYER:
-            if placement.passing:
-                raise ValueError(f"{where}: only layers' state can pass through another tier")
+            if placement.passing and placement.update is Tier.GPU:
+                raise ValueError(f"{where}: only layers' state can pass through the gpu")
             if placement.weights is not placement.update and self.system.unit_slots == "sized":
                 raise ValueError(f"{where}: weights must lie where they are updated")
             if placement.keeps:
@@ -298,48 +305,93 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         if not offloaded and not computed_again and self.boundary_slots:
             raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on another tier")
         inner = any(placement.feed_forward not in (None, Tier.GPU) for placement in self.units)
-        state = any(placement.passing for placement in self.units)
+        state, drive = (bool(self.passing_units(tier)) for tier in (Tier.GPU, Tier.HOST))
         for knob, wanted, what in (
             ("inner_slots", inner, "inner activations of a unit wait on another tier"),
-            ("state_slots", state, "state of a unit passes through another tier"),
-            ("state_chunks", state, "state of a unit passes through another tier"),
+            ("state_slots", state, "state of a unit passes through the gpu"),
+            ("state_chunks", state, "state of a unit passes through the gpu"),
+            ("ssd_slots", drive, "state of a unit lies on the ssd"),
+            ("ssd_chunks", drive, "state of a unit lies on the ssd"),
         ):
             count = getattr(self, knob)
             if wanted != (count > 0) or count < 0:
                 raise ValueError(f"policy.{knob} is {count}; it must be 1 or more where {what}, and 0 otherwise")
-        if self.state_chunks > MOST_CHUNKS:
-            raise ValueError(
-                f"policy.state_chunks is {self.state_chunks}, every chunk is three tasks; take at most {MOST_CHUNKS}"
-            )
         elements = model.flat_elements(UnitRole.LAYER)
-        if state and -(-elements // chunk_elements(elements, self.state_chunks)) != self.state_chunks:
-            raise ValueError(
-                f"policy.state_chunks is {self.state_chunks}: {-(-elements // MOMENT_BLOCK)} blocks of a layer cannot be cut "
-                "into as many"
-            )
+        for tier, knob, wanted in ((Tier.GPU, "state_chunks", state), (Tier.HOST, "ssd_chunks", drive)):
+            chunks = getattr(self, knob)
+            if chunks > MOST_CHUNKS:
+                raise ValueError(f"policy.{knob} is {chunks}, every chunk is three tasks; take at most {MOST_CHUNKS}")
+            if wanted and -(-elements // passage(self, tier).chunk_elements(model)) != chunks:
+                blocks = -(-elements // BLOCKS[tier])
+                raise ValueError(f"policy.{knob} is {chunks}: {blocks} blocks of a layer cannot be cut into as many")
+
+
+def _check_state(where: str, placement: Placement) -> None:
+    if placement.remainder is not placement.moments and (placement.remainder, placement.moments) != (Tier.HOST, Tier.SSD):
+        raise ValueError(f"{where}: remainder and moments must lie on one tier, or moments alone on the ssd")
+    if placement.update is Tier.HOST and placement.moments is Tier.GPU:
+        raise ValueError(f"{where}: state on the gpu is updated there; set update to gpu")
+    if placement.update is Tier.GPU and placement.moments is Tier.SSD:
+        raise ValueError(f"{where}: state on the ssd is updated by the host; set update to host")
+    if placement.update is Tier.GPU and placement.weights is not Tier.GPU:
+        raise ValueError(f"{where}: an update on the gpu needs weights on the gpu")
 
 
 # Where a unit's tensors may lie so far, and where it may be updated.
 _PLACES: dict[str, tuple[Tier | None, ...]] = {
     "weights": (Tier.GPU, Tier.HOST),
-    "remainder": (Tier.GPU, Tier.HOST),
-    "moments": (Tier.GPU, Tier.HOST),
+    "remainder": (Tier.GPU, Tier.HOST, Tier.SSD),
+    "moments": (Tier.GPU, Tier.HOST, Tier.SSD),
     "boundary": (Tier.GPU, Tier.HOST),
     "inner": (Tier.GPU, None),
     "feed_forward": (Tier.GPU, Tier.HOST, None),
     "update": (Tier.GPU, Tier.HOST),
 }
 # Knobs that count the slots of a pool that several units share.
-SHARED_SLOTS = ("window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots")
+SHARED_SLOTS = (
+    "window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots", "ssd_slots",
+)  # fmt: skip
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (
     ("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update"),
 )  # fmt: skip
 
 
-def chunk_elements(elements: int, chunks: int) -> int:
+class PassageKnobs(Protocol):
+    """The knobs of a policy that say how state passes through the tier that updates it."""
+
+    @property
+    def state_slots(self) -> int: ...
+    @property
+    def state_chunks(self) -> int: ...
+    @property
+    def ssd_slots(self) -> int: ...
+    @property
+    def ssd_chunks(self) -> int: ...
+
+
+class Passage(NamedTuple):
+    """How state passes through the tier that updates it: in how many slots, and in how many chunks that of a layer."""
+
+    slots: int
+    chunks: int
+    block: int
+
+    def chunk_elements(self, model: ModelSpec) -> int:
+        """Elements of each chunk but a unit's last, which may have fewer: whole blocks. 0 where nothing passes."""
+        return chunk_elements(model.flat_elements(UnitRole.LAYER), self.chunks, self.block) if self.chunks else 0
+
+
+def passage(knobs: PassageKnobs, update: Tier) -> Passage:
+    """Of state that this tier updates."""
+    if update is Tier.GPU:
+        return Passage(knobs.state_slots, knobs.state_chunks, BLOCKS[update])
+    return Passage(knobs.ssd_slots, knobs.ssd_chunks, BLOCKS[update])
+
+
+def chunk_elements(elements: int, chunks: int, block: int = MOMENT_BLOCK) -> int:
     """Elements of each chunk of a unit but the last, which may have fewer: of whole blocks, so that none is cut."""
-    return -(-elements // (chunks * MOMENT_BLOCK)) * MOMENT_BLOCK
+    return -(-elements // (chunks * block)) * block
 
 
 def check_seq_len(model: ModelSpec, seq_len: int) -> None:

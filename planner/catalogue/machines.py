@@ -167,14 +167,22 @@ def _of_several(newest: str, matching: list[str], machine: MachineProfile) -> li
     return [f"{len(matching)} profiles of this machine: taking the newest, {newest} of {date}; --machine names another"]
 
 
-def with_budget(machine: MachineProfile, gpu_memory_bytes: int | None, host_memory_bytes: int | None) -> MachineProfile:
-    """The machine with other capacities in bytes; None keeps what the profile says.
+def with_budget(
+    machine: MachineProfile, gpu_memory_bytes: int | None, host_memory_bytes: int | None, ssd_bytes: int | None = None
+) -> MachineProfile:
+    """The machine with other capacities in bytes; None keeps what the profile says. Of the drive, 0 leaves it alone.
 
-    Raises ValueError for a capacity below 1.
+    Raises ValueError for other capacities below 1, and for a drive that the profile does not have.
     """
-    gpu, host = machine.gpu, machine.host
+    gpu, host, ssd = machine.gpu, machine.host, machine.ssd
     if gpu_memory_bytes is not None:
         gpu = msgspec.structs.replace(gpu, memory_bytes=gpu_memory_bytes)
     if host_memory_bytes is not None:
         host = msgspec.structs.replace(host, memory_bytes=host_memory_bytes)
-    return msgspec.structs.replace(machine, gpu=gpu, host=host)
+    if ssd is not None and ssd_bytes is not None:
+        ssd = msgspec.structs.replace(ssd, capacity_bytes=ssd_bytes)
+    elif ssd_bytes:
+        raise ValueError(
+            f"--ssd-memory: machine {machine.name} has no drive; measure one with `planner profile`, or take a machine with one"
+        )
+    return msgspec.structs.replace(machine, gpu=gpu, host=host, ssd=ssd)

@@ -17,8 +17,9 @@ from planner.commands.options import (
     MachineName,
     ModelName,
     SeqLen,
+    SsdMemory,
+    budget_of,
     print_json,
-    size_of,
 )
 from planner.commands.searching import machine_named, search_shown, seq_len_of
 from planner.peers.compare import compare_peers
@@ -36,6 +37,7 @@ def compare(
     global_batch: Annotated[int, typer.Option(help="Sequences per optimizer step.")] = DEFAULT_BATCH,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
+    ssd_memory: SsdMemory = None,
     as_json: Json = False,
 ) -> None:
     """Compare our plan with other systems on a machine.
@@ -55,7 +57,7 @@ def compare(
     seq_len = seq_len_of(spec, seq_len)
     workload = Workload(seq_len=seq_len, global_batch=global_batch)
     check_seq_len(spec, seq_len)
-    budget = size_of("--gpu-memory", gpu_memory), size_of("--host-memory", host_memory)
+    budget = budget_of(gpu_memory, host_memory, ssd_memory)
     profiled = with_budget(machine_named(machine), *budget)
     answer = search_shown(spec, workload, profiled, SearchOptions())
     comparison = compare_peers(answer, profiled)

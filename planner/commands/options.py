@@ -75,6 +75,18 @@ SeqLen = Annotated[
 GpuMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for this much GPU memory, like 24GiB.")]
 HostMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for this much RAM, like 128GiB.")]
 
+SsdMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Plan for this much of the drive, like 200GiB; 0: nothing lies there.")
+]
+
+
+def budget_of(
+    gpu_memory: str | None, host_memory: str | None, ssd_memory: str | None
+) -> tuple[int | None, int | None, int | None]:
+    """Bytes that the three options say. Raises ValueError."""
+    ssd_bytes = 0 if ssd_memory == "0" else size_of("--ssd-memory", ssd_memory)
+    return size_of("--gpu-memory", gpu_memory), size_of("--host-memory", host_memory), ssd_bytes
+
 
 def size_of(option: str, text: str | None) -> int | None:
     """Bytes of an option like 24GiB. Raises ValueError."""

@@ -23,11 +23,12 @@ from planner.commands.options import (
     Objective,
     Placement,
     SeqLen,
+    SsdMemory,
+    budget_of,
     check_writable,
     note,
     percent_of,
     print_json,
-    size_of,
 )
 from planner.commands.searching import machine_named, search_shown, seq_len_of
 from planner.reports import answer as report
@@ -51,6 +52,7 @@ def simulate(
     micro_batch: Annotated[int | None, typer.Option(help="Sequences that pass a unit at once; default: searched.")] = None,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
+    ssd_memory: SsdMemory = None,
     placement: Annotated[
         Placement, typer.Option(help="host: offload all weights and state, even where they fit.")
     ] = Placement.AUTO,
@@ -128,7 +130,7 @@ def simulate(
     check_seq_len(spec, seq_len)
     if not batches_within(seq_len, options):
         micro_batch_sizes(workload, options.micro_batch)
-    budget = size_of("--gpu-memory", gpu_memory), size_of("--host-memory", host_memory)
+    budget = budget_of(gpu_memory, host_memory, ssd_memory)
     if output is not None:
         check_writable(output)
     profiled = with_budget(machine_named(machine), *budget)

@@ -34,8 +34,12 @@ from slideplan.graph.operations import (
     OFFLOAD_FEED_FORWARD,
     OFFLOAD_GRADIENT,
     OFFLOAD_STATE,
+    READ_MOMENTS,
+    READ_STATE,
     UPDATE_GPU,
     UPDATE_HOST,
+    WRITE_MOMENTS,
+    WRITE_STATE,
     Operation,
 )
 from slideplan.lowering.lower import lower
@@ -99,10 +103,14 @@ def durations(
     passing = msgspec.structs.replace(
         resident, state_layers=0, streamed_state=LAYERS_PRICED, state_slots=1, state_chunks=state_chunks(model)
     )
+    on_drive = msgspec.structs.replace(
+        streamed, ssd_layers=LAYERS_PRICED, ssd_ends=True, ssd_slots=1, ssd_chunks=state_chunks(model, Tier.HOST)
+    )
+    drives = (on_drive, msgspec.structs.replace(on_drive, ssd_whole=True)) if machine.ssd is not None else ()
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
     offered = capacities(machine)
     found = Durations({}, {}, offered)
-    for candidate in (streamed, resident, passing):
+    for candidate in (streamed, resident, passing, *drives):
         graph = lower(short, candidate.policy(short), workload, footprint)
         of_wholes: dict[tuple[Way, int | str], list[TaskCost]] = {}
         for task, cost in zip(graph.tasks, price(graph, short, knobs, seq_len, machine), strict=True):
@@ -135,7 +143,10 @@ class Bound(Spec, frozen=True):
         return self.step_ns + self.other_ns // 32
 
 
-_LANES = (LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE, LaneKind.GPU_UPDATE)
+_LANES = (
+    LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE, LaneKind.GPU_UPDATE, LaneKind.SSD_READ,
+    LaneKind.SSD_WRITE,
+)  # fmt: skip
 
 
 class _HostUnits:
@@ -227,6 +238,11 @@ class BoundModel:
         for role in UnitRole:
             hosted = held.get(Holding(TensorClass.WEIGHTS, Tier.HOST, role), 0)
             found |= {Way(operation, role): hosted for operation in (LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST)}
+            group = PASSING if role is UnitRole.LAYER else role
+            on_drive = held[Holding(TensorClass.MOMENTS, Tier.SSD, group, Tier.HOST)]
+            found[Way(UPDATE_HOST, role)] -= on_drive
+            moves = (READ_STATE, WRITE_STATE) if candidate.ssd_whole else (READ_MOMENTS, WRITE_MOMENTS)
+            found |= {Way(operation, role, in_chunks=True): on_drive for operation in (UPDATE_HOST, *moves)}
             found[Way(UPDATE_GPU, role)] = held.get(Holding(TensorClass.MOMENTS, Tier.GPU, role, Tier.GPU), 0)
         # A streaming layer is loaded for forward and for backward, but for those still in the window at
         # the turn-around; any other unit that the host updates is loaded once.
@@ -250,12 +266,12 @@ class BoundModel:
         deferred, every = candidate.deferred_updates, hosted.count
         if every:
             assert 1 <= deferred <= every, "the first unit that the host updates is its last but for deferred ones"
-            late, all_updates = self._updates(hosted, deferred), self._updates(hosted, every)
+            late, all_updates = (self._updates(candidate, hosted, count) for count in (deferred, every))
             opening = every - 1 if deferred < every else 0  # which gradient starts the updates
             yield self._cycle(candidate, hosted[opening], all_updates, hosted[deferred - 1])
             yield self._cycle(candidate, hosted[0], late, hosted[deferred - 1])
             if deferred < every:
-                first = self._updates(hosted, 1)
+                first = self._updates(candidate, hosted, 1)
                 yield self._cycle(candidate, hosted[every - 1], all_updates - late, hosted[deferred])
                 yield self._cycle(candidate, hosted[every - 1], all_updates - late + first, hosted[0])
         yield from self._slot_cycles(candidate, compute_ns)
@@ -274,7 +290,7 @@ class BoundModel:
         has freed its host slot; until then the backward that needs the GPU slot cannot begin.
         """
         layers, hosted = self.model.layers, self.model.layers - candidate.gpu_updated
-        offload, update = (self._time(kind, UnitRole.LAYER) for kind in (OFFLOAD_GRADIENT, UPDATE_HOST))
+        offload, update = self._time(OFFLOAD_GRADIENT, UnitRole.LAYER), self._host_update(candidate, UnitRole.LAYER)
         if candidate.gradient_slots == 1:
             # The first layer's gradient is the last: none waits for its slot.
             on_gpu, resident = (max(0, count - 1) for count in (candidate.gpu_updated, candidate.state_layers))
@@ -313,9 +329,16 @@ class BoundModel:
         compute = self._loss(candidate) + self._backward(candidate, first)
         return offload + updates_ns + load + max(self._forward(candidate, last), loads) + compute
 
-    def _updates(self, hosted: _HostUnits, count: int) -> int:
+    def _updates(self, candidate: Candidate, hosted: _HostUnits, count: int) -> int:
         """Updates of the first `count` host-state units."""
-        return sum(number * self._time(UPDATE_HOST, role) for role, number in hosted.roles(count).items())
+        return sum(number * self._host_update(candidate, role) for role, number in hosted.roles(count).items())
+
+    def _host_update(self, candidate: Candidate, role: UnitRole) -> int:
+        """A unit's update by the host; where some are made chunk by chunk, which may be faster, no longer than those."""
+        whole = self._time(UPDATE_HOST, role)
+        if not candidate.ssd_chunks:
+            return whole
+        return min(whole, self._times.time_ns[Way(UPDATE_HOST, role, in_chunks=True)])
 
     # -- times of runs of tasks ------------------------------------------------------------------
 

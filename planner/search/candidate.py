@@ -27,6 +27,10 @@ class Candidate(Spec, frozen=True):
     state_layers:      first layers whose state, and with it weights, stay on the GPU
     streamed_state:    layers after those whose state lies on the host and is updated on the GPU: their gradients are
                        the last, so that the host has begun to update the others
+    ssd_layers:        layers whose moments lie on the SSD, of those that the host updates: spread among them, so that the
+                       drive works as evenly as updates come
+    ssd_ends:          whether those of embedding and head lie there too, where the host updates them
+    ssd_whole:         whether the remainders of all of these lie there with their moments
     weight_layers:     first layers whose weights stay on the GPU; all of the above at least
     embedding_on_gpu, head_on_gpu: whether their weights and state stay on the GPU
     offloaded_outputs: first units whose boundary activation waits on the host
@@ -61,6 +65,11 @@ class Candidate(Spec, frozen=True):
     kept_layers: int = 0
     offloaded_inner: int = 0
     deferred_updates: int = 0
+    ssd_slots: int = 0
+    ssd_chunks: int = 0
+    ssd_layers: int = 0
+    ssd_ends: bool = False
+    ssd_whole: bool = False
 
     def state_on_gpu(self, model: ModelSpec, unit: int) -> bool:
         if unit == 0:
@@ -71,6 +80,13 @@ class Candidate(Spec, frozen=True):
     def gpu_updated(self) -> int:
         """First layers that are updated on the GPU."""
         return self.state_layers + self.streamed_state
+
+    def on_ssd(self, model: ModelSpec) -> set[int]:
+        """Units whose moments, or state, lie on the SSD."""
+        first, hosted = self.gpu_updated + 1, model.layers - self.gpu_updated
+        layers = {first + number * hosted // self.ssd_layers for number in range(self.ssd_layers)}
+        ends = {unit for unit in (0, model.head_unit) if self.ssd_ends and not self.state_on_gpu(model, unit)}
+        return layers | ends
 
     def host_units(self, model: ModelSpec) -> int:
         """How many units the host updates."""
@@ -98,7 +114,7 @@ class Candidate(Spec, frozen=True):
     def policy(self, model: ModelSpec) -> Policy:
         """The policy spelt out unit by unit."""
         units = []
-        layers = self.inner(model)
+        layers, on_ssd = self.inner(model), self.on_ssd(model)
         for unit in range(model.units):
             state = Tier.GPU if self.state_on_gpu(model, unit) else Tier.HOST
             layer = model.role(unit) is UnitRole.LAYER
@@ -106,8 +122,8 @@ class Candidate(Spec, frozen=True):
             units.append(
                 Placement(
                     weights=Tier.GPU if layer and unit <= self.weight_layers else state,
-                    remainder=state,
-                    moments=state,
+                    remainder=Tier.SSD if unit in on_ssd and self.ssd_whole else state,
+                    moments=Tier.SSD if unit in on_ssd else state,
                     boundary=Tier.HOST if unit < self.offloaded_outputs else Tier.GPU,
                     inner=inner,
                     feed_forward=feed_forward,
@@ -121,18 +137,25 @@ class Candidate(Spec, frozen=True):
             state_slots=self.state_slots, state_chunks=self.state_chunks,
             gradient_dtype=self.gradient_dtype, kernels=self.kernels, gpu_moments=self.gpu_moments,
             gradient_norms=self.gradient_norms, update_order=self.update_order(model), units=tuple(units),
+            ssd_slots=self.ssd_slots, ssd_chunks=self.ssd_chunks,
         )  # fmt: skip
 
     def unit_counts(self, model: ModelSpec) -> tuple[int, ...]:
         """How many units hold each of HOLDINGS in slots of their own, counted without listing units."""
         layers, hosted = model.layers, model.layers - self.gpu_updated
-        on_gpu = int(self.embedding_on_gpu), int(self.head_on_gpu)
-        ends = [count for gpu in on_gpu for count in (1, 1 - gpu, 1, 1 - gpu, *(gpu, 1 - gpu) * 2)]
-        state = (self.state_layers, hosted, self.streamed_state)
+        ends: list[int] = []
+        for gpu in (int(self.embedding_on_gpu), int(self.head_on_gpu)):
+            host = 1 - gpu
+            ends += (1, host, 1, host)
+            for moved in (self.ssd_whole, True):  # remainder, moments
+                ssd = host * (self.ssd_ends and moved)
+                ends += (gpu, host - ssd, ssd)
+        state: list[int] = []
+        for moved in (self.ssd_whole, True):
+            ssd = self.ssd_layers * moved
+            state += (self.state_layers, hosted - ssd, self.streamed_state, ssd)
         away, outputs = self.offloaded_inner, self.offloaded_outputs
-        return (
-            *ends, self.weight_layers, hosted, *state, *state, layers + 1 - outputs, outputs, self.kept_layers, away, away,
-        )  # fmt: skip
+        return (*ends, self.weight_layers, hosted, *state, layers + 1 - outputs, outputs, self.kept_layers, away, away)
 
     def holdings(self, model: ModelSpec) -> dict[Holding, int]:
         """The same by what is held: `pools.holders` of the policy, counted."""
@@ -143,7 +166,11 @@ def _of_ends(role: UnitRole) -> tuple[Holding, ...]:
     pairs = [(tensor, tier) for tensor in (TensorClass.WEIGHTS, TensorClass.GRADIENT) for tier in (Tier.GPU, Tier.HOST)]
     return (
         *(Holding(tensor, tier, role) for tensor, tier in pairs),
-        *(Holding(tensor, tier, role, tier) for tensor in STATE for tier in (Tier.GPU, Tier.HOST)),
+        *(
+            Holding(tensor, tier, role, update)
+            for tensor in STATE
+            for tier, update in ((Tier.GPU, Tier.GPU), (Tier.HOST, Tier.HOST), (Tier.SSD, Tier.HOST))
+        ),
     )
 
 
@@ -160,6 +187,7 @@ HOLDINGS = (
             (Tier.GPU, UnitRole.LAYER, Tier.GPU),
             (Tier.HOST, UnitRole.LAYER, Tier.HOST),
             (Tier.HOST, PASSING, Tier.GPU),
+            (Tier.SSD, PASSING, Tier.HOST),
         )
     ),
     Holding(TensorClass.BOUNDARY, Tier.GPU, ""),
@@ -187,15 +215,17 @@ class SlotBytes:
         idle = footprint.workspace_beside([0] * model.layers)
 
         def total(knobs: Candidate, *holding: Holding) -> dict[Tier, int]:
-            found = {Tier.GPU: -idle, Tier.HOST: 0}
+            found = {Tier.GPU: -idle, Tier.HOST: 0, Tier.SSD: 0}
             for row in pool_rows(sizes, dict.fromkeys(holding, 1), knobs, [0] * model.layers):
                 found[row.tier] += row.slot_bytes * row.slots
             return found
 
         self._base = total(nothing)
         per_unit = [total(nothing, holding) for holding in HOLDINGS]
-        per_slot = [total(msgspec.structs.replace(nothing, **{knob: 1}), *_PASSING) for knob in SHARED_SLOTS]
-        passing = total(nothing, *_PASSING)
+        passes = [each for each in HOLDINGS if each.passes and (alike.ssd_whole or each.tensor is not TensorClass.REMAINDER)]
+        passes += [each for each in HOLDINGS if each.passes and each.update is Tier.GPU and each not in passes]
+        per_slot = [total(msgspec.structs.replace(nothing, **{knob: 1}), *passes) for knob in SHARED_SLOTS]
+        passing = total(nothing, *passes)
         self._of_units = {tier: [each[tier] - self._base[tier] for each in per_unit] for tier in self._base}
         self._of_slots = {tier: [each[tier] - passing[tier] for each in per_slot] for tier in self._base}
 
@@ -209,6 +239,3 @@ class SlotBytes:
         }
         found[Tier.GPU] += self._footprint.workspace_beside([held[inner] for inner in candidate.inner(self._model)])
         return found
-
-
-_PASSING = tuple(holding for holding in HOLDINGS if holding.group == PASSING)

@@ -6,18 +6,19 @@ from math import isqrt
 
 from slideplan.lowering.sizes import state_bytes
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import Workload, chunk_elements
+from slideplan.placement import Tier
+from slideplan.policy import BLOCKS, Workload, chunk_elements
 
 # Links are at their best rate from a sixteenth of this on, and every chunk in flight takes as much of the GPU. Layers
 # of which that would be small parts are cut into a few larger ones: every chunk is three tasks.
 STATE_CHUNK_BYTES, STATE_CHUNKS = 256 << 20, 16
 
 
-def state_chunks(model: ModelSpec) -> int:
-    """Into how many chunks a layer's state is cut where it passes through the GPU."""
+def state_chunks(model: ModelSpec, update: Tier = Tier.GPU) -> int:
+    """Into how many chunks a layer's state is cut where it passes through the tier that updates it."""
     elements = model.flat_elements(UnitRole.LAYER)
     wanted = min(STATE_CHUNKS, -(-state_bytes(elements, "fp32") // STATE_CHUNK_BYTES))
-    return -(-elements // chunk_elements(elements, wanted))  # fewer where blocks cannot be shared out
+    return -(-elements // chunk_elements(elements, wanted, BLOCKS[update]))  # fewer where blocks cannot be shared out
 
 
 def divisors(number: int) -> list[int]:

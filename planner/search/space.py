@@ -8,6 +8,7 @@ moves a unit in one piece.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -91,12 +92,12 @@ class SpaceBuilder:
         self._sizes = sorted(sizes)
         self._machine = machine
         self._footprints: dict[ComputeKnobs, Footprint] = {}
-        self._slot_bytes: dict[tuple[ComputeKnobs, int], SlotBytes] = {}
+        self._slot_bytes: dict[tuple[ComputeKnobs, int, int, bool], SlotBytes] = {}
         self.capacity = capacity
         self.options = options
         self._too_large = 0
         self._layer = model.flat_elements(UnitRole.LAYER)
-        self._state_chunks = state_chunks(model)
+        self._chunks = {tier: state_chunks(model, tier) for tier in (Tier.GPU, Tier.HOST)}
 
     @classmethod
     def on(cls, model: ModelSpec, workload: Workload, machine: MachineProfile, options: SearchOptions) -> SpaceBuilder:
@@ -125,7 +126,7 @@ class SpaceBuilder:
 
     def slot_bytes(self, candidate: Candidate) -> dict[Tier, int]:
         """What the candidate's slots take in each tier."""
-        key = ComputeKnobs.of(candidate), candidate.state_chunks
+        key = ComputeKnobs.of(candidate), candidate.state_chunks, candidate.ssd_chunks, candidate.ssd_whole
         if key not in self._slot_bytes:
             self._slot_bytes[key] = SlotBytes(self.model, candidate, self.workload.seq_len, self.footprint(candidate))
         return self._slot_bytes[key].of(candidate)
@@ -340,9 +341,36 @@ class SpaceBuilder:
         slots = {knob: count + spare_slots[knob] if count else 0 for knob, count in least.items()}
         slots["host_gradient_slots"] = min(host_layers, slots["host_gradient_slots"])
         slots["gradient_slots"] = min(self.model.layers, slots["gradient_slots"])
-        slots["state_chunks"] = self._state_chunks if base.streamed_state else 0
+        slots["state_chunks"] = self._chunks[Tier.GPU] if base.streamed_state else 0
         slots["state_slots"] = min(slots["state_chunks"] * base.streamed_state, slots["state_slots"])
-        return msgspec.structs.replace(base, **slots)
+        slots["ssd_slots"] = 0
+        on_host = msgspec.structs.replace(base, **slots, ssd_layers=0, ssd_ends=False, ssd_whole=False, ssd_chunks=0)
+        return self._with_ssd(on_host, 1 + spare_slots["ssd_slots"]) if self.capacity[Tier.SSD] > 0 else on_host
+
+    def _with_ssd(self, base: Candidate, slots: int) -> Candidate:
+        """With as much state on the SSD as the host lacks room for, and no more: every byte there is read and written in
+        each step. Moments first; a byte of remainder costs as much, and takes the rest.
+        """
+        if self.spare(base)[Tier.HOST] >= 0:
+            return base
+        layers = self.model.layers - base.gpu_updated
+        found = base
+        for whole, ends in ((False, False), (False, True), (True, True)):
+            most = msgspec.structs.replace(
+                base, ssd_slots=slots, ssd_chunks=self._chunks[Tier.HOST], ssd_whole=whole, ssd_ends=ends, ssd_layers=layers
+            )
+            if not most.on_ssd(self.model):
+                continue
+            found = most
+            if self.spare(found)[Tier.HOST] >= 0:
+                break
+        fits = range(found.ssd_layers + 1)
+        fewest = bisect_left(fits, True, key=lambda n: self._host_holds(msgspec.structs.replace(found, ssd_layers=n)))
+        fewer = msgspec.structs.replace(found, ssd_layers=min(fewest, found.ssd_layers))
+        return fewer if fewer.on_ssd(self.model) else base
+
+    def _host_holds(self, candidate: Candidate) -> bool:
+        return self.spare(candidate)[Tier.HOST] >= 0
 
     def _least_slots(self, base: Candidate) -> dict[str, int]:
         host_layers = self.model.layers - base.gpu_updated
@@ -352,6 +380,7 @@ class SpaceBuilder:
         return {
             "gradient_slots": 1, "host_gradient_slots": waiting, "boundary_slots": boundaries,
             "inner_slots": min(1, base.offloaded_inner), "state_slots": min(1, base.streamed_state),
+            "ssd_slots": int(bool(base.ssd_layers or base.ssd_ends)),
         }  # fmt: skip
 
     def _spare_slots(self, candidate: Candidate) -> dict[str, int]:
@@ -363,11 +392,13 @@ class SpaceBuilder:
 
 
 # Shared slots beyond the fewest: one more lets work overlap, and is where the search begins.
-NO_SPARE_SLOTS = {"gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0, "state_slots": 0}
+NO_SPARE_SLOTS = {
+    "gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0, "state_slots": 0, "ssd_slots": 0,
+}  # fmt: skip
 SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
 # With one slot beside the one in use, a copy and the compute that waits for it take turns: inner activations take
 # as long to copy as several layers to compute; of state, one chunk comes, one is updated and one leaves at a time.
-FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3}
+FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3, "ssd_slots": 3}
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))

@@ -20,17 +20,15 @@ from slideplan.graph.operations import (
     FETCH_FEED_FORWARD,
     FORWARD,
     FORWARD_KEEP,
-    LOAD_STATE,
     LOAD_WEIGHTS,
     LOSS,
     OFFLOAD_BOUNDARY,
     OFFLOAD_FEED_FORWARD,
     OFFLOAD_GRADIENT,
-    OFFLOAD_STATE,
     REFRESH_WEIGHTS,
-    UPDATE_GPU,
-    UPDATE_HOST,
     Operation,
+    copy,
+    update,
 )
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
@@ -139,7 +137,9 @@ def with_transfers(
     Loads stand `prefetch_depth` visits ahead of the visit that needs them, each behind its cast where
     there is one; fetches of activations as far ahead as their GPU slots allow.
     Gradients leave after a unit's last backward. State that passes through the GPU comes as many chunks ahead as
-    there are slots for it, from the first loss on, and leaves after its update. A host update stands after
+    there are slots for it, from the first loss on, and leaves after its update. So does state on the SSD, in the order of
+    updates and from the step's begin on: its first chunks are read as soon as those of the step before have left their
+    slots. A host update stands after
     its gradient's arrival and after the updates before it in `update_order`; with clipping, after all
     gradients' clipping.
     """
@@ -151,8 +151,10 @@ def with_transfers(
     for issue, fetch in _fetches(model, policy, actions, first_loss):
         before[issue].append(fetch)
     passing = policy.passing_units(Tier.GPU)[::-1]  # as gradients are made
-    states = iter([Action(LOAD_STATE, unit, chunk=chunk) for unit in passing for chunk in range(policy.state_chunks)])
+    states = iter(_arrivals(model, policy, passing))
     before[first_loss] += islice(states, policy.state_slots)
+    reads = iter(_arrivals(model, policy, [unit for unit in policy.update_order if policy.units[unit].passing]))
+    before[0] += islice(reads, policy.ssd_slots)
 
     issued: list[Action] = []
     waiting_updates = list(policy.update_order)
@@ -165,11 +167,11 @@ def with_transfers(
             issued += _offloads(policy, action)
         elif place == last_action[action.unit]:  # its gradient is complete
             if policy.units[action.unit].update is Tier.GPU:
-                issued += _gpu_update(policy, action.unit, states)
+                issued += _update(model, policy, action.unit, states)
             else:
                 issued.append(Action(OFFLOAD_GRADIENT, action.unit))
                 arrived.add(action.unit)
-                issued += _host_updates(policy, arrived, waiting_updates)
+                issued += _host_updates(model, policy, arrived, waiting_updates, reads)
     assert not waiting_updates, "every unit's gradient arrives within the step"
     return issued
 
@@ -201,15 +203,26 @@ def _offloads(policy: Policy, action: Action) -> Iterator[Action]:
         yield Action(OFFLOAD_FEED_FORWARD, action.unit, action.micro)
 
 
-def _gpu_update(policy: Policy, unit: int, states: Iterator[Action]) -> Iterator[Action]:
-    """An update by the GPU. Of state that passes through, each chunk that leaves makes room for one of those still to come."""
-    if not policy.units[unit].passing:
-        yield Action(UPDATE_GPU, unit)
+def _arrivals(model: ModelSpec, policy: Policy, units: Sequence[int]) -> Iterator[Action]:
+    """Chunks of passing state, on their way to where they are updated."""
+    for unit in units:
+        placement = policy.units[unit]
+        arrives = copy(placement.moments, placement.update, *placement.passing)
+        for chunk in range(policy.chunks(model, unit)):
+            yield Action(arrives, unit, chunk=chunk)
+
+
+def _update(model: ModelSpec, policy: Policy, unit: int, arrivals: Iterator[Action]) -> Iterator[Action]:
+    """An update. Of state that passes through, each chunk that leaves makes room for one of those still to come."""
+    placement = policy.units[unit]
+    if not placement.passing:
+        yield Action(update(placement.update), unit)
         return
-    for chunk in range(policy.state_chunks):
-        yield Action(UPDATE_GPU, unit, chunk=chunk)
-        yield Action(OFFLOAD_STATE, unit, chunk=chunk)
-        yield from islice(states, 1)
+    leaves = copy(placement.update, placement.moments, *placement.passing)
+    for chunk in range(policy.chunks(model, unit)):
+        yield Action(update(placement.update), unit, chunk=chunk)
+        yield Action(leaves, unit, chunk=chunk)
+        yield from islice(arrivals, 1)
 
 
 def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss: int) -> Iterator[tuple[int, Action]]:
@@ -228,7 +241,9 @@ def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss
         yield inner[ahead][0] if ahead >= 0 else first_loss, Action(FETCH_FEED_FORWARD, unit, micro)
 
 
-def _host_updates(policy: Policy, arrived: set[int], waiting: list[int]) -> list[Action]:
+def _host_updates(
+    model: ModelSpec, policy: Policy, arrived: set[int], waiting: list[int], reads: Iterator[Action]
+) -> list[Action]:
     """What the CPU can be told to do now that these gradients have arrived; units updated leave `waiting`."""
     issued: list[Action] = []
     if policy.system.clipping == "serial":
@@ -237,7 +252,7 @@ def _host_updates(policy: Policy, arrived: set[int], waiting: list[int]) -> list
         issued += [Action(CLIP_GRADIENT, unit) for unit in waiting]
     while waiting and waiting[0] in arrived:
         unit = waiting.pop(0)
-        issued.append(Action(UPDATE_HOST, unit))
+        issued += _update(model, policy, unit, reads)
         if policy.system.staging == "per_update":
             issued.append(Action(REFRESH_WEIGHTS, unit))
     return issued

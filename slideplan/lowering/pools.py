@@ -10,7 +10,7 @@ from slideplan.graph.tasks import SlotPool
 from slideplan.lowering.sizes import BARRIER_BYTES, MASTER_BYTES, NORM_BYTES, Sizes
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import STATE, TensorClass, Tier
-from slideplan.policy import OURS, OtherSystem, Policy, Workload, chunk_elements
+from slideplan.policy import OURS, OtherSystem, Policy, Workload, passage
 
 PASSING = "passing"  # group of units whose state passes through the tier that updates it
 _WORDS = {
@@ -36,6 +36,16 @@ class Holding(NamedTuple):
     @property
     def pool(self) -> str:
         return f"{self.tier}.{_WORDS[self.tensor]}" + (f".{self.group}" if self.group else "")
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is state that lies elsewhere than where it is updated."""
+        return self.tensor in STATE and self.tier is not self.update
+
+    @property
+    def role(self) -> UnitRole:
+        """Of its units, where the group says it."""
+        return UnitRole.LAYER if self.group == PASSING else UnitRole(self.group)
 
 
 class Row(NamedTuple):
@@ -68,6 +78,10 @@ class SlotKnobs(Protocol):
     @property
     def state_chunks(self) -> int: ...
     @property
+    def ssd_slots(self) -> int: ...
+    @property
+    def ssd_chunks(self) -> int: ...
+    @property
     def gradient_norms(self) -> bool: ...
 
 
@@ -87,7 +101,8 @@ def holders(model: ModelSpec, policy: Policy) -> dict[Holding, list[int]]:
             held.append(Holding(TensorClass.MASTER, Tier.HOST, role))
         for tensor in STATE if system.master == "split" else (TensorClass.MOMENTS,):
             (tier,) = placement.tiers(tensor)
-            held.append(Holding(tensor, tier, PASSING if tensor in placement.passing else role, placement.update))
+            passes = tensor in placement.passing and role is UnitRole.LAYER
+            held.append(Holding(tensor, tier, PASSING if passes else role, placement.update))
         if role is not UnitRole.LAYER and system.unit_slots == "sized":
             held.append(Holding(TensorClass.GRADIENT, Tier.GPU, role))
             if on_host:
@@ -103,11 +118,14 @@ def holders(model: ModelSpec, policy: Policy) -> dict[Holding, list[int]]:
     return found
 
 
-def own_slots(holding: Holding, knobs: SlotKnobs) -> int:
+def own_slots(holding: Holding, knobs: SlotKnobs, model: ModelSpec) -> int:
     """How many slots of a pool each of its units has: one per micro-batch of an activation, one per chunk of passing state."""
     if holding.tensor in (TensorClass.BOUNDARY, TensorClass.INNER, TensorClass.FEED_FORWARD):
         return knobs.micro_batches
-    return knobs.state_chunks if holding.group == PASSING else 1
+    if not holding.passes:
+        return 1
+    chunk = passage(knobs, holding.update).chunk_elements(model)
+    return -(-model.flat_elements(holding.role) // chunk) if chunk else 0
 
 
 def pool_rows(
@@ -115,7 +133,7 @@ def pool_rows(
 ) -> Iterator[Row]:
     """All pools. `counts`: how many units hold what; `kept_bytes`: of each layer, in all micro-batches together."""
     layer = sizes.elements[UnitRole.LAYER]
-    chunk = chunk_elements(layer, knobs.state_chunks) if knobs.state_chunks else 0
+    chunks = {tier: passage(knobs, tier).chunk_elements(sizes.model) for tier in (Tier.GPU, Tier.HOST)}
     for holding, units in counts.items():
         tensor, tier, group, update = holding
         tensor_class = _class_of(sizes, tensor, update)
@@ -124,11 +142,12 @@ def pool_rows(
         elif tensor is TensorClass.MASTER:
             slot_bytes = MASTER_BYTES[system.master] * sizes.elements[UnitRole(group)]
         else:
-            elements = chunk if group == PASSING else sizes.elements[UnitRole(group)] if group else 0
+            elements = chunks[update] if holding.passes else sizes.elements[UnitRole(group)] if group else 0
             slot_bytes = _padded(sizes.of(tensor, elements, update), tensor, tier, system)
-        yield Row(holding.pool, tier, tensor_class, slot_bytes, own_slots(holding, knobs) * units)
-        if group == PASSING:
-            yield Row(f"{update}.{_WORDS[tensor]}.{PASSING}", update, tensor_class, slot_bytes, knobs.state_slots)
+        yield Row(holding.pool, tier, tensor_class, slot_bytes, own_slots(holding, knobs, sizes.model) * units)
+    for tensor, update in sorted({(holding.tensor, holding.update) for holding in counts if holding.passes}):
+        slot_bytes, slots = sizes.of(tensor, chunks[update], update), passage(knobs, update).slots
+        yield Row(f"{update}.{_WORDS[tensor]}.{PASSING}", update, _class_of(sizes, tensor, update), slot_bytes, slots)
     shared = max(sizes.elements.values()) if system.unit_slots == "uniform" else layer
     gradient, gradients = sizes.of(TensorClass.GRADIENT, shared), gradient_pool(system)
     host_gradient = _padded(gradient, TensorClass.GRADIENT, Tier.HOST, system)
@@ -180,7 +199,7 @@ class PoolLayout:
         self._own: dict[tuple[TensorClass, Tier, int], tuple[str, int]] = {}
         held = holders(model, policy)
         for holding, units in held.items():
-            each = own_slots(holding, policy)
+            each = own_slots(holding, policy, model)
             for place, unit in enumerate(units):
                 self._own[holding.tensor, holding.tier, unit] = holding.pool, each * place
         counts = {holding: len(units) for holding, units in held.items()}

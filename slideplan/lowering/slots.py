@@ -19,16 +19,15 @@ from slideplan.lowering.pools import PoolLayout
 from slideplan.lowering.recipes import Use, uses
 from slideplan.lowering.sizes import CLIP_PASSES, MASTER_BYTES, WEIGHT_BYTES, update_bytes
 from slideplan.model import UnitRole
-from slideplan.placement import TensorClass, Tier
-from slideplan.policy import chunk_elements
+from slideplan.placement import STATE, TensorClass, Tier
+from slideplan.policy import passage
 
 # Which knob says how many slots of a pool there are.
 _KNOBS = {
     TensorClass.GRADIENT: {Tier.GPU: "gradient_slots", Tier.HOST: "host_gradient_slots"},
     TensorClass.BOUNDARY: {Tier.GPU: "boundary_slots"},
     TensorClass.FEED_FORWARD: {Tier.GPU: "inner_slots"},
-    TensorClass.REMAINDER: dict.fromkeys(Tier, "state_slots"),
-    TensorClass.MOMENTS: dict.fromkeys(Tier, "state_slots"),
+    **{tensor: {Tier.GPU: "state_slots", Tier.HOST: "ssd_slots"} for tensor in STATE},
 }
 # Pools that belong to no unit, with the slot that a micro-batch uses: its own, or the only one.
 _FIXED = {
@@ -171,7 +170,7 @@ def _bytes_moved(layout: PoolLayout, action: Action) -> int:
     policy, sizes = layout.policy, layout.sizes
     placement = policy.units[unit]
     elements = sizes.elements[layout.model.role(unit)]
-    part = elements if chunk is None else chunk_elements(elements, policy.state_chunks)
+    part = elements if chunk is None else passage(policy, placement.update).chunk_elements(layout.model)
     master = policy.system.master
     match operation.kind:
         case TaskKind.COPY:

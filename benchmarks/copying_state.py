@@ -24,6 +24,7 @@ from runtime.checkpoints.staging import Staging
 from runtime.checkpoints.writing import FileWrites, ShardFile
 from runtime.lanes.backend import CpuBackend
 from runtime.memory.host_memory import host_buffer
+from runtime.memory.parts import MemoryPart
 from runtime.state import StoredTensor
 from runtime.storage.calls import Calls, OpenFile
 from runtime.storage.disk import Disk
@@ -56,7 +57,7 @@ def state_of(model: ModelSpec) -> list[ShardFile]:
         sizes[f"optimizer-{unit}"] = REMAINDER_AND_MOMENTS_BYTES * model.flat_elements(model.role(unit))
     arena = host_buffer(sum(sizes.values()))
     parts = dict(zip(sizes, arena.split(list(sizes.values())), strict=True))
-    return [ShardFile(name, [StoredTensor("state", "U8", (len(part),), [part])]) for name, part in parts.items()]
+    return [ShardFile(name, [StoredTensor("state", "U8", (len(part),), [MemoryPart(part)])]) for name, part in parts.items()]
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     wanted = parser.parse_args()
     shards = state_of(find_model(wanted.model))
-    size_bytes = sum(len(part) for shard in shards for tensor in shard.tensors for part in tensor.parts)
+    size_bytes = sum(part.nbytes for shard in shards for tensor in shard.tensors for part in tensor.parts)
     backend = CpuBackend()
     staging = Staging(backend, size_bytes + len(shards) * BLOCK_BYTES, page_locked=False)
     found = []

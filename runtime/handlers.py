@@ -9,6 +9,7 @@ from msgspec import UNSET
 
 from runtime.compute.handlers import ComputeHandlers
 from runtime.memory.buffers import Buffers
+from runtime.memory.drive import Drive
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.optimizer.moments8 import update_8bit
 from slideplan.graph.operations import TaskKind
@@ -40,10 +41,20 @@ class Handlers:
                 self._compute(task, step)
 
     def _copy(self, task: Task) -> None:
-        operation = task.operation
+        operation, buffers = task.operation, self._buffers
         for role in (COPIED_AS[tensor] for tensor in operation.tensors):
-            source, target = (self._buffers[task.slot(role, tier)] for tier in (operation.source, operation.target))
-            target.copy_(source, non_blocking=True)
+            source, target = (task.slot(role, tier) for tier in (operation.source, operation.target))
+            if operation.source is Tier.SSD:
+                self._drive.read(source, buffers[target])
+            elif operation.target is Tier.SSD:
+                self._drive.write(target, buffers[source])
+            else:
+                buffers[target].copy_(buffers[source], non_blocking=True)
+
+    @property
+    def _drive(self) -> Drive:
+        assert self._buffers.drive is not None, "a graph with copies from and to the SSD has slots there"
+        return self._buffers.drive
 
     def update(self, task: Task, step: int, settings: AdamW) -> None:
         """Issue an update with these settings."""
@@ -59,13 +70,17 @@ class Handlers:
 def _chunk(
     number: int, weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A chunk of a unit's gradient and weights, and of its state what the chunk has: the last one fills less than its slot."""
-    first = number * remainder.numel()
-    gradient, weights = (whole[first : first + remainder.numel()] for whole in (gradient, weights))
-    n = weights.numel()
-    if moments.dtype is torch.uint8:
-        return weights, remainder[:n], moments[: moment_bytes(n, "8bit")], gradient
-    return weights, remainder[:n], moments.view(-1)[: 2 * n].view(2, n), gradient
+    """A chunk of a unit's weights and gradient, and of its moments what the chunk has: the last one fills less than its slot.
+
+    The remainder lies in the chunk's slot too, or stays where it is, whole.
+    """
+    eight_bit = moments.dtype is torch.uint8
+    each = moments.numel() // moment_bytes(MOMENT_BLOCK, "8bit") * MOMENT_BLOCK if eight_bit else moments.numel() // 2
+    here = slice(number * each, min((number + 1) * each, weights.numel()))
+    n = here.stop - here.start
+    remainder = remainder[here] if remainder.numel() == weights.numel() else remainder[:n]
+    moments = moments[: moment_bytes(n, "8bit")] if eight_bit else moments.view(-1)[: 2 * n].view(2, n)
+    return weights[here], remainder, moments, gradient[here]
 
 
 def gpu_update(device: torch.device, host_update: HostUpdate) -> Update:

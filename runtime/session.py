@@ -12,10 +12,12 @@ from runtime.lanes.backend import Backend
 from runtime.lanes.executor import Executor
 from runtime.lanes.watchdog import patience_ns
 from runtime.memory.buffers import DYNAMIC, Buffers
+from runtime.memory.drive import Drive
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.state import UnitState
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import SlotPool
+from slideplan.placement import Tier
 from slideplan.plan import Plan
 from slideplan.progress import Progress, Show, silent
 
@@ -41,11 +43,14 @@ class Session:
         settings: AdamW,
         host_update: HostUpdate,
         show: Show = silent,
+        drive: Drive | None = None,
     ) -> None:
+        """drive: with the plan's slots on the SSD, where there are any."""
         self.plan = plan
         self.backend = backend
         graph, policy = plan.graph, plan.policy
-        total = sum(pool.total_bytes for pool in graph.pools if pool.tensor_class not in DYNAMIC)
+        reserved_here = [pool for pool in graph.pools if pool.tensor_class not in DYNAMIC and pool.tier is not Tier.SSD]
+        total = sum(pool.total_bytes for pool in reserved_here)
         done = 0
 
         def reserved(pool: SlotPool) -> None:
@@ -53,7 +58,7 @@ class Session:
             done += pool.total_bytes
             show(Progress("reserving memory", done, total))
 
-        self.buffers = Buffers(graph, backend, policy.gradient_dtype, progress=reserved)
+        self.buffers = Buffers(graph, backend, policy.gradient_dtype, progress=reserved, drive=drive)
         self.states = [UnitState(graph, plan.model, self.buffers, unit) for unit in range(plan.model.units)]
         self.compute = ComputeHandlers(
             plan.model,

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from msgspec import UNSET
 
 from runtime.inputs.weights import Piece
-from runtime.memory.buffers import Buffers, parameter_views
+from runtime.memory.buffers import Buffers, Slot, parameter_views
+from runtime.memory.parts import MemoryPart, Part
 from runtime.optimizer.split_master import join, split
 from slideplan.graph.operations import TaskKind
-from slideplan.graph.tasks import COPIED_AS, Role, TaskGraph
+from slideplan.graph.tasks import COPIED_AS, Role, SlotPool, TaskGraph
+from slideplan.lowering.sizes import MOMENT_BYTES, REMAINDER_BYTES, moment_bytes
 from slideplan.model import ModelSpec
 from slideplan.placement import STATE, TensorClass
 from slideplan.policy import MOMENT_BLOCK
 
 # Stored names of both moments; where a moment is kept in 8 bits, what the names of its two tensors end with.
 MOMENTS, CODES, SCALES = ("exp_avg", "exp_avg_sq"), ".codes", ".scales"
-_DTYPES = {"": "F32", CODES: "U8", SCALES: "F32"}
+# By that ending: dtype, and bytes of an element.
+_DTYPES = {"": ("F32", 4), CODES: ("U8", 1), SCALES: ("F32", 4)}
 
 
 class StoredTensor(NamedTuple):
     """A tensor of a unit as checkpoints store it. dtype: in safetensors' words.
 
-    parts: flat views of the slots that hold it. One after the other they are its elements; what is written there is its new
-    value.
+    parts: of the slots that hold it. One after the other they are its elements; what is written there is its new value.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: list[torch.Tensor]
+    parts: Sequence[Part]
 
 
 class UnitState:
@@ -41,11 +45,12 @@ class UnitState:
     """
 
     def __init__(self, graph: TaskGraph, model: ModelSpec, buffers: Buffers, unit: int) -> None:
+        self._buffers = buffers
         self._layout = model.parameters(model.role(unit))
         update = next(task for task in graph.tasks if task.kind is TaskKind.UPDATE and task.unit == unit)
         tier = update.operation.target
         self._weights = buffers[update.slot(Role.WEIGHTS, tier)]
-        self._slots = {tensor: [buffers[update.slot(COPIED_AS[tensor], tier)]] for tensor in STATE}
+        self._slots = {tensor: [update.slot(COPIED_AS[tensor], tier)] for tensor in STATE}
         # State that passes through the tier that updates it lies where its copies come from, chunk by chunk.
         loads = [
             task for task in graph.tasks if task.kind is TaskKind.COPY and task.unit == unit and task.operation.target is tier
@@ -53,7 +58,7 @@ class UnitState:
         for tensor in STATE:
             chunks = [task for task in loads if tensor in task.operation.tensors and task.chunk is not UNSET]
             if chunks:
-                self._slots[tensor] = [buffers[task.slot(COPIED_AS[tensor], task.operation.source)] for task in chunks]
+                self._slots[tensor] = [task.slot(COPIED_AS[tensor], task.operation.source) for task in chunks]
 
     @property
     def elements(self) -> int:
@@ -63,7 +68,7 @@ class UnitState:
     def weights(self) -> list[StoredTensor]:
         """bf16 weights, one tensor a parameter."""
         views = parameter_views(self._weights, self._layout)
-        return [StoredTensor(each.name, "BF16", each.shape, [views[each.name].reshape(-1)]) for each in self._layout]
+        return [StoredTensor(each.name, "BF16", each.shape, [MemoryPart(views[each.name])]) for each in self._layout]
 
     def optimizer(self) -> list[StoredTensor]:
         """Remainder and moments, flat over the unit, alignment between parameters included.
@@ -71,45 +76,75 @@ class UnitState:
         remainder int16 [n]; of each moment, exp_avg and exp_avg_sq, fp32 [n]; or where it is kept in 8 bits its codes,
         uint8 [n], and scales, fp32 [blocks].
         """
-        remainder = [slot[:n] for slot, n in self._chunks(TensorClass.REMAINDER)]
-        found = [StoredTensor("remainder", "I16", (self.elements,), remainder)]
-        moments = [_moments(slot, n) for slot, n in self._chunks(TensorClass.MOMENTS)]
+        found = [StoredTensor("remainder", "I16", (self.elements,), self._remainder())]
+        moments = [self._moments(slot, n) for slot, n in self._chunks(TensorClass.MOMENTS)]
         for moment, name in enumerate(MOMENTS):
-            for kind, dtype in _DTYPES.items():
+            for kind, (dtype, element_bytes) in _DTYPES.items():
                 parts = [chunk[kind][moment] for chunk in moments if kind in chunk]
                 if parts:
-                    found.append(StoredTensor(name + kind, dtype, (sum(map(len, parts)),), parts))
+                    elements = sum(part.nbytes for part in parts) // element_bytes
+                    found.append(StoredTensor(name + kind, dtype, (elements,), parts))
         return found
 
     def place(self, piece: Piece) -> None:
         """Write some rows of a parameter, given in any floating dtype, as master weights."""
-        high, remainder = self._halves()
-        split(piece.values, high[piece.name][piece.rows], remainder[piece.name][piece.rows])
+        high = parameter_views(self._weights, self._layout)[piece.name][piece.rows]
+        remainder = torch.empty(high.shape, dtype=torch.int16, device=piece.values.device)
+        split(piece.values, high, remainder)
+        parameter = next(each for each in self._layout if each.name == piece.name)
+        first = REMAINDER_BYTES * (parameter.offset + piece.rows.start * prod(parameter.shape[1:]))
+        for part, start in _placed(self._remainder()):
+            _write(part, start, first, remainder.view(-1).view(torch.uint8))
 
     def master(self) -> dict[str, torch.Tensor]:
         """fp32 master weights by parameter name, as new tensors where the bf16 halves lie."""
-        high, remainder = self._halves()
+        low = torch.empty(self.elements, dtype=torch.int16)
+        for part, start in _placed(self._remainder()):
+            part.read(0, low.view(torch.uint8)[start : start + part.nbytes])
+        high, remainder = (parameter_views(flat, self._layout) for flat in (self._weights, low))
         return {name: join(high[name], remainder[name]).view(high[name].shape) for name in high}
 
-    def _halves(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """bf16 weights and remainders per parameter, as views."""
-        # Chunks lie one after the other, and only the last slot is not full.
-        first = self._slots[TensorClass.REMAINDER][0]
-        return parameter_views(self._weights, self._layout), parameter_views(
-            first.as_strided((self.elements,), (1,)), self._layout
-        )
+    def _remainder(self) -> list[Part]:
+        return [self._buffers.part(slot, 0, REMAINDER_BYTES * n) for slot, n in self._chunks(TensorClass.REMAINDER)]
 
-    def _chunks(self, tensor: TensorClass) -> list[tuple[torch.Tensor, int]]:
+    def _moments(self, slot: Slot, n: int) -> dict[str, list[Part]]:
+        """Both moments of `n` elements in a slot; of moments of 8 bits both moments' codes and both moments' scales."""
+        part, blocks = self._buffers.part, -(-n // MOMENT_BLOCK)
+        if self._buffers.pool(slot).tensor_class is TensorClass.MOMENTS:
+            return {"": [part(slot, 4 * n * moment, 4 * n) for moment in range(2)]}
+        return {
+            CODES: [part(slot, n * moment, n) for moment in range(2)],
+            SCALES: [part(slot, 2 * n + 4 * blocks * moment, 4 * blocks) for moment in range(2)],
+        }
+
+    def _chunks(self, tensor: TensorClass) -> list[tuple[Slot, int]]:
         """Slots of a class, each with the number of the unit's elements in it."""
         slots = self._slots[tensor]
-        each = self._slots[TensorClass.REMAINDER][0].numel()
+        pool = self._buffers.pool(slots[0])
+        each = self.elements if len(slots) == 1 else _elements(pool)
         return [(slot, min(each, self.elements - each * place)) for place, slot in enumerate(slots)]
 
 
-def _moments(slot: torch.Tensor, n: int) -> dict[str, torch.Tensor]:
-    """Views of both moments of `n` elements in a slot, [2, n]; of moments of 8 bits codes [2, n] and scales [2, blocks]."""
-    if slot.dtype is not torch.uint8:
-        return {"": slot.reshape(-1)[: 2 * n].view(2, n)}
-    blocks = -(-n // MOMENT_BLOCK)
-    scales = slot[2 * n : 2 * n + 8 * blocks].view(torch.float32).view(2, blocks)
-    return {CODES: slot[: 2 * n].view(2, n), SCALES: scales}
+def _elements(pool: SlotPool) -> int:
+    """How many elements' state a slot of a pool has room for."""
+    match pool.tensor_class:
+        case TensorClass.REMAINDER:
+            return pool.slot_bytes // REMAINDER_BYTES
+        case TensorClass.MOMENTS:
+            return pool.slot_bytes // MOMENT_BYTES
+    return pool.slot_bytes // moment_bytes(MOMENT_BLOCK, "8bit") * MOMENT_BLOCK
+
+
+def _placed(parts: Sequence[Part]) -> Iterator[tuple[Part, int]]:
+    """Parts, each with where it begins among all of them."""
+    start = 0
+    for part in parts:
+        yield part, start
+        start += part.nbytes
+
+
+def _write(part: Part, start: int, first: int, values: torch.Tensor) -> None:
+    """Write what a part that begins at `start` has of values that begin at `first`."""
+    low, high = max(start, first), min(start + part.nbytes, first + len(values))
+    if low < high:
+        part.write(low - start, values[low - first : high - first])

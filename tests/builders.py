@@ -55,6 +55,8 @@ def tiny_policy(
     keep: tuple[int, ...] = (),
     offload_inner: tuple[int, ...] = (),
     offload_boundaries: bool = False,
+    ssd_state: tuple[int, ...] = (),
+    ssd_moments: tuple[int, ...] = (),
     **changes: Any,
 ) -> Policy:
     """Everything on the host, weights streamed, updates in backward order; legal as it stands.
@@ -62,17 +64,19 @@ def tiny_policy(
     resident_weights, resident_state, keep: units with weights, with weights and state, and with inner
     activations on the GPU. stream_state: with weights there, through which their state passes.
     offload_inner: units with a part of those activations on the host, which eager kernels cannot.
+    ssd_state, ssd_moments: units with state, or with moments alone, on the SSD.
     offload_boundaries: outputs of all layers but the last wait on the host, where nothing that is kept
     forbids it. `changes` replaces fields of the policy.
     """
     on_gpu = {*resident_weights, *resident_state, *stream_state}
     updated_there = {*resident_state, *stream_state}
     kept = {*keep, *offload_inner}
+    on_ssd = {*ssd_state, *ssd_moments}
     units = tuple(
         Placement(
             weights=Tier.GPU if unit in on_gpu else Tier.HOST,
-            remainder=Tier.GPU if unit in resident_state else Tier.HOST,
-            moments=Tier.GPU if unit in resident_state else Tier.HOST,
+            remainder=Tier.GPU if unit in resident_state else Tier.SSD if unit in ssd_state else Tier.HOST,
+            moments=Tier.GPU if unit in resident_state else Tier.SSD if unit in on_ssd else Tier.HOST,
             boundary=Tier.HOST if offload_boundaries and unit < model.layers and unit + 1 not in kept else Tier.GPU,
             inner=Tier.GPU if unit in kept else None,
             feed_forward=Tier.HOST if unit in offload_inner else Tier.GPU if unit in keep else None,
@@ -96,6 +100,8 @@ def tiny_policy(
         "inner_slots": 2 if offload_inner else 0,
         "state_slots": 2 if stream_state else 0,
         "state_chunks": 3 if stream_state else 0,
+        "ssd_slots": 2 if on_ssd else 0,
+        "ssd_chunks": 3 if on_ssd else 0,
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
         "gpu_moments": "fp32",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from runtime.lanes.executor import Handler
 from runtime.memory.buffers import Buffers
-from slideplan.graph.tasks import Access, Role, Task, TaskGraph
+from slideplan.graph.tasks import TENSOR_OF, Access, Role, Task, TaskGraph
+from slideplan.lowering.pools import passage_pool
 from slideplan.placement import Tier
 
 POISON, POISON_INTEGER = float("nan"), 0x5555
@@ -36,7 +37,9 @@ class Poisoned:
 
 def _is_home_of_state(access: Access) -> bool:
     """Where state lies between steps, also if copies take it away and bring it back. It lives as long as the run."""
-    return access.role in (Role.REMAINDER, Role.MOMENTS) and access.tier is Tier.HOST
+    if access.role not in (Role.REMAINDER, Role.MOMENTS) or access.tier is Tier.GPU:
+        return False
+    return access.pool != passage_pool(TENSOR_OF[access.role], Tier.HOST)
 
 
 def _readers_of_writes(graph: TaskGraph) -> dict[tuple[str, tuple[str, int]], int]:

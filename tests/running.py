@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -14,8 +17,11 @@ from runtime.inputs.weights import RandomWeights, WeightSource
 from runtime.lanes.backend import Backend
 from runtime.lanes.threads import optimizer_share
 from runtime.machine import identity
+from runtime.memory.drive import Drive
+from runtime.memory.parts import Part
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.session import Session
+from runtime.storage.disk import Disk
 from slideplan import __version__
 from slideplan.codec import digest
 from slideplan.footprint import Footprint
@@ -42,6 +48,8 @@ EVERYTHING = {
     "window": 2,
     "update_order": (2, 3, 4, 5),
     "gradient_norms": True,
+    "ssd_state": (3,),
+    "ssd_moments": (4, 5),
 }
 
 
@@ -87,7 +95,8 @@ def token_windows(model: ModelSpec, workload: Workload, seed: int = 0) -> TokenW
 
 def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Session:
     windows = token_windows(plan.model, plan.workload)
-    session = Session(plan, backend, windows, settings, HostUpdate(plan.machine.optimizer_threads))
+    drive = Drive.for_graph(Disk(), Path(tempfile.gettempdir()), plan.graph)
+    session = Session(plan, backend, windows, settings, HostUpdate(plan.machine.optimizer_threads), drive=drive)
     session.begin(RandomWeights(plan.model, seed=1, device=backend.device))
     return session
 
@@ -117,6 +126,13 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
         for unit in range(model.units)
         for name, value in session.states[unit].master().items()
     }
+
+
+def bytes_of(part: Part) -> torch.Tensor:
+    """All bytes of a part, copied, on the host."""
+    found = torch.empty(part.nbytes, dtype=torch.uint8)
+    part.read(0, found)
+    return found
 
 
 def results_of(session: Session, step: int) -> list[float]:

@@ -22,7 +22,7 @@ from runtime.storage.disk import Disk
 # Operations, by the names of their methods: those that change what the drive holds, and all that can fail.
 CHANGES = ("make_folder", "rename", "remove_file", "remove_empty_folder", "sync_folder", "create", "open_or_create")
 CHANGES += ("allocate", "write", "truncate", "sync")
-OPERATIONS = (*CHANGES, "open", "open_to_append", "read", "entries", "size_bytes", "free_bytes", "close")
+OPERATIONS = (*CHANGES, "create_scratch", "open", "open_to_append", "read", "entries", "size_bytes", "free_bytes", "close")
 SECTOR_BYTES = 512
 
 

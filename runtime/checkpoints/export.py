@@ -23,6 +23,7 @@ from runtime.folder import make_folders, new_folders
 from runtime.inputs.checkpoint import INDEX
 from runtime.inputs.weights import PIECE_ELEMENTS
 from runtime.lanes.backend import CpuBackend
+from runtime.memory.parts import MemoryPart
 from runtime.optimizer.split_master import join
 from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
@@ -133,7 +134,7 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
         halves = [_unit(model, unit) for unit in units]
         shards = [shard for unit in halves for shard in _halves(model, names, unit)]
         read_shards(disk, source, manifest, shards, read, backend, done)
-        exported = [_exported(model, names, unit, dtype) for unit in halves]
+        exported = [_exported(model, names, unit, dtype, not_finite) for unit in halves]
         writes = FileWrites(disk, folder, exported, write, backend, lambda size: None)
         try:
             writes.start().finish()
@@ -141,7 +142,6 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
             writes.abort(grace_ends_ns())
             raise
         written |= {shard.name: shard.tensors for shard in exported}
-        not_finite += [tensor.name for shard in exported for tensor in shard.tensors if not _finite(tensor)]
     files[CONFIG] = with_dtype(read_json_object(source / CONFIG, "take another checkpoint"), _CONFIG_DTYPES[dtype])
     files[INDEX] = index(written)[1]
     for name, content in files.items():
@@ -150,11 +150,6 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
     if not_finite:
         first = not_finite[0] + (f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else "")
         show(Progress(PHASE, note=f"warning: {source}: weights are not finite: {first}; export an earlier one with --step"))
-
-
-def _finite(tensor: StoredTensor) -> bool:
-    # Smallest and largest are NaN where any is: one pass, and nothing as large as the tensor beside it.
-    return all(bool(end.isfinite()) for part in tensor.parts for end in torch.aminmax(part))
 
 
 def _groups(model: ModelSpec) -> Iterator[list[int]]:
@@ -180,15 +175,15 @@ def _unit(model: ModelSpec, number: int) -> _Unit:
 def _halves(model: ModelSpec, names: Mapping[str, str], unit: _Unit) -> list[ShardFile]:
     """What of a checkpoint fills a unit."""
     weights = [_stored(model, names, unit, each, "BF16", _part(unit.weights, each)) for each in unit.layout]
-    remainder = StoredTensor("remainder", "I16", (len(unit.remainder),), [unit.remainder])
+    remainder = StoredTensor("remainder", "I16", (len(unit.remainder),), [MemoryPart(unit.remainder)])
     return [
         ShardFile(weights_file(unit.number, model.units), weights),
         ShardFile(optimizer_file(unit.number, model.units), [remainder]),
     ]
 
 
-def _exported(model: ModelSpec, names: Mapping[str, str], unit: _Unit, dtype: Dtype) -> ShardFile:
-    """A unit's weights in their new dtype; those in bf16 lie where the halves were."""
+def _exported(model: ModelSpec, names: Mapping[str, str], unit: _Unit, dtype: Dtype, not_finite: list[str]) -> ShardFile:
+    """A unit's weights in their new dtype; those in bf16 lie where the halves were. Names of what is not finite are added."""
     tensors = []
     for each in unit.layout:
         high, low = _part(unit.weights, each), _part(unit.remainder, each)
@@ -196,6 +191,9 @@ def _exported(model: ModelSpec, names: Mapping[str, str], unit: _Unit, dtype: Dt
         for place in zip(into.split(PIECE_ELEMENTS), high.split(PIECE_ELEMENTS), low.split(PIECE_ELEMENTS), strict=True):
             place[0].copy_(join(place[1], place[2]))  # torch rounds to nearest even
         tensors.append(_stored(model, names, unit, each, "BF16" if dtype == "bf16" else "F32", into))
+        # Smallest and largest are NaN where any is: one pass, and nothing as large as the tensor beside it.
+        if not all(bool(end.isfinite()) for end in torch.aminmax(into)):
+            not_finite.append(tensors[-1].name)
     return ShardFile(weights_file(unit.number, model.units), tensors)
 
 
@@ -207,4 +205,4 @@ def _stored(
     model: ModelSpec, names: Mapping[str, str], unit: _Unit, parameter: Parameter, dtype: str, part: torch.Tensor
 ) -> StoredTensor:
     name = model.unit_prefix(unit.number) + parameter.name
-    return StoredTensor(names.get(name, name), dtype, parameter.shape, [part])
+    return StoredTensor(names.get(name, name), dtype, parameter.shape, [MemoryPart(part)])

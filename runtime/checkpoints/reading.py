@@ -17,6 +17,7 @@ from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, con
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.checkpoints.writing import ShardFile
 from runtime.lanes.backend import Backend
+from runtime.memory.parts import Part
 from runtime.optimizer.moments8 import compress, expand
 from runtime.state import CODES, MOMENTS, SCALES, StoredTensor
 from runtime.storage.disk import Disk
@@ -34,7 +35,7 @@ class Target(NamedTuple):
 
     first_byte: int
     last_byte: int
-    into: torch.Tensor
+    into: Part
 
 
 def read_shards(
@@ -198,9 +199,8 @@ def _targets(described: dict[str, Entry], wanted: Sequence[StoredTensor]) -> tup
             raise ValueError(f"holds no tensor {tensor.name} of {tensor.dtype} {list(tensor.shape)}")
         first = entry.first_byte
         for part in tensor.parts:
-            into = part.view(torch.uint8)
-            targets.append(Target(first, first + len(into), into))
-            first += len(into)
+            targets.append(Target(first, first + part.nbytes, part))
+            first += part.nbytes
     return sorted(targets, key=lambda target: target.first_byte), other
 
 
@@ -215,7 +215,7 @@ def _spread(block: torch.Tensor, offset: int, targets: Sequence[Target]) -> None
     for target in targets:
         first, last = max(offset, target.first_byte), min(end, target.last_byte)
         if first < last:
-            target.into[first - target.first_byte : last - target.first_byte].copy_(block[first - offset : last - offset])
+            target.into.write(first - target.first_byte, block[first - offset : last - offset])
 
 
 def _mapped(path: Path, entry: Entry) -> torch.Tensor:
@@ -229,12 +229,13 @@ def _expand(path: Path, described: dict[str, Entry], name: str, moment: int, tar
     codes, scales = _mapped(path, described[name + CODES]), _mapped(path, described[name + SCALES])
     done = 0
     for part in target.parts:
-        for piece in part.split(PIECE_ELEMENTS):
+        start, last = done, done + part.nbytes // 4
+        while done < last:
             # From the block on in which the piece begins.
-            block, end = done // MOMENT_BLOCK, done + len(piece)
+            block, end = done // MOMENT_BLOCK, min(done + PIECE_ELEMENTS, last)
             first = block * MOMENT_BLOCK
             values = expand(codes[first:end], scales[block : -(-end // MOMENT_BLOCK)], moment)
-            piece.copy_(values[done - first :])
+            part.write(4 * (done - start), values[done - first :].view(torch.uint8))
             done = end
 
 
@@ -242,9 +243,8 @@ def _compress(path: Path, entry: Entry, moment: int, codes: StoredTensor, scales
     """fp32 moments in 8 bits, each rounded to the nearest."""
     values, done = _mapped(path, entry), 0
     for into, their in zip(codes.parts, scales.parts, strict=True):
-        pieces = zip(into.split(PIECE_ELEMENTS), their.split(PIECE_ELEMENTS // MOMENT_BLOCK), strict=True)
-        for piece, scale in pieces:
-            found = compress(values[done : done + len(piece)], moment)
-            piece.copy_(found[0])
-            scale.copy_(found[1])
-            done += len(piece)
+        for first in range(0, into.nbytes, PIECE_ELEMENTS):
+            found = compress(values[done : done + min(PIECE_ELEMENTS, into.nbytes - first)], moment)
+            into.write(first, found[0])
+            their.write(first // MOMENT_BLOCK * 4, found[1].view(torch.uint8))
+            done += len(found[0])

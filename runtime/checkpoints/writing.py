@@ -20,6 +20,7 @@ from runtime.checkpoints.manifest import StoredFile
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
+from runtime.memory.parts import MemoryPart, Part
 from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileWriter
@@ -163,10 +164,10 @@ class FileWrites:
             return next(self._waiting, None) if self._error is None else None
 
     def _copy_file(self, shard: ShardFile) -> None:
-        start = torch.from_numpy(np.frombuffer(header(shard.tensors), np.uint8).copy())
-        parts: list[tuple[StoredTensor | None, torch.Tensor]] = [(None, start)]
-        parts += [(tensor, part.view(torch.uint8)) for tensor in shard.tensors for part in tensor.parts]
-        file = _Begun(self._disk.create(self._folder / shard.name, sum(len(part) for _, part in parts)))
+        start = MemoryPart(torch.from_numpy(np.frombuffer(header(shard.tensors), np.uint8).copy()))
+        parts: list[tuple[StoredTensor | None, Part]] = [(None, start)]
+        parts += [(tensor, part) for tensor in shard.tensors for part in tensor.parts]
+        file = _Begun(self._disk.create(self._folder / shard.name, sum(part.nbytes for _, part in parts)))
         found, offset = xxhash.xxh3_128(), 0
         try:
             for block, size in self._filled(parts):
@@ -183,7 +184,7 @@ class FileWrites:
         finally:
             self._jobs.put(partial(self._part_over, file))
 
-    def _filled(self, parts: Sequence[tuple[StoredTensor | None, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, int]]:
+    def _filled(self, parts: Sequence[tuple[StoredTensor | None, Part]]) -> Iterator[tuple[torch.Tensor, int]]:
         """Blocks with the bytes of all parts one after the other, all of them full but the last, each with its size.
 
         A part goes with the tensor that it is of; None: it is no tensor's. Raises NotFiniteError.
@@ -191,13 +192,13 @@ class FileWrites:
         block, filled = self._staging.take(), 0
         for tensor, part in parts:
             done = 0
-            while done < len(part):
+            while done < part.nbytes:
                 if filled == BLOCK_BYTES:
                     yield block, filled
                     block, filled = self._staging.take(), 0
-                size = min(len(part) - done, BLOCK_BYTES - filled)
+                size = min(part.nbytes - done, BLOCK_BYTES - filled)
                 piece = block[filled : filled + size]
-                _copy(part[done : done + size], piece)
+                part.read(done, piece)
                 if tensor is not None and tensor.dtype == "BF16" and not _finite(piece):
                     raise NotFiniteError(f"weights of {tensor.name} are not finite")
                 done, filled = done + size, filled + size
@@ -229,14 +230,6 @@ class FileWrites:
             self._fail(error)
         finally:
             file.writer.abandon()
-
-
-def _copy(part: torch.Tensor, into: torch.Tensor) -> None:
-    if part.device.type == "cpu":
-        # By this thread alone: torch would start threads for each thread that copies.
-        np.copyto(into.numpy(), part.numpy())
-    else:
-        into.copy_(part)
 
 
 def _finite(weights: torch.Tensor) -> bool:

@@ -88,6 +88,10 @@ class Calls:
         """A new file, for writing. Raises FileExistsError where one is there."""
         return _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
+    def create_scratch(self, path: Path) -> OpenFile:
+        """A new file, for reading and writing. Raises FileExistsError where one is there."""
+        return _opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
     def open(self, path: Path) -> OpenFile:
         """A file that is there, for reading."""
         return _opened(path, os.O_RDONLY)

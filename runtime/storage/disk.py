@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from runtime.storage.calls import Calls, OpenFile
-from runtime.storage.files import FileReader, FileWriter, Log, too_short, write_all
+from runtime.storage.files import FileReader, FileWriter, Log, ScratchFile, too_short, write_all
 
 
 class Disk:
@@ -128,6 +129,20 @@ class Disk:
         file = self._calls.create(path)
         try:
             return FileWriter(self._calls, file, size_bytes)
+        except BaseException:
+            self._close_after_error(file)
+            raise
+
+    def scratch(self, folder: Path, size_bytes: int) -> ScratchFile:
+        """A file without a name on the drive of a folder, with room for all of it where the filesystem can promise that.
+
+        Raises OSError (ENOSPC) where there is no room.
+        """
+        path = folder / f".scratch-{uuid.uuid4().hex}"
+        file = self._calls.create_scratch(path)
+        try:
+            self._calls.remove_file(path)  # at once: nothing has to be cleaned up after a process that is killed
+            return ScratchFile(self._calls, file, size_bytes)
         except BaseException:
             self._close_after_error(file)
             raise

@@ -93,6 +93,40 @@ class _LargeFile:
             done += moved
 
 
+class ScratchFile(_LargeFile):
+    """A file without a name, for this process alone, read and written in blocks by several threads.
+
+    Nothing in it is safe from anything: it is gone when it is closed, and when the process ends, however it ends.
+    """
+
+    def __init__(self, calls: Calls, file: OpenFile, size_bytes: int) -> None:
+        if size_bytes % ALIGN_BYTES:
+            raise ValueError(f"{file.path}: has {size_bytes} bytes, no multiple of {ALIGN_BYTES}")
+        super().__init__(calls, file, size_bytes)
+        if size_bytes:
+            calls.truncate(file, size_bytes)  # so that it reads as zeros where room cannot be promised
+            calls.allocate(file, size_bytes)
+
+    def read(self, block: memoryview, offset: int) -> None:
+        """Fill a block, whole, from an offset in bytes; with zeros where nothing was written.
+
+        Raises OSError, which names the file.
+        """
+        self._check(block, offset)
+        self._move(self._calls.read, block, offset, block.nbytes)
+
+    def write(self, block: memoryview, offset: int) -> None:
+        """Write a block at an offset in bytes. On return its memory is free again. Raises OSError, which names the file."""
+        self._check(block, offset)
+        self._move(self._calls.write, block, offset, block.nbytes)
+
+    def close(self) -> None:
+        """Close, once no thread uses it any more, and never with an error; a second time does nothing."""
+        if (file := self._taken()) is not None:
+            with contextlib.suppress(OSError):
+                self._calls.close(file)
+
+
 class FileWriter(_LargeFile):
     """A new file of a size known before, written in blocks in any order, by several threads.
 

@@ -147,7 +147,7 @@ def pool_rows(
         yield Row(holding.pool, tier, tensor_class, slot_bytes, own_slots(holding, knobs, sizes.model) * units)
     for tensor, update in sorted({(holding.tensor, holding.update) for holding in counts if holding.passes}):
         slot_bytes, slots = sizes.of(tensor, chunks[update], update), passage(knobs, update).slots
-        yield Row(f"{update}.{_WORDS[tensor]}.{PASSING}", update, _class_of(sizes, tensor, update), slot_bytes, slots)
+        yield Row(passage_pool(tensor, update), update, _class_of(sizes, tensor, update), slot_bytes, slots)
     shared = max(sizes.elements.values()) if system.unit_slots == "uniform" else layer
     gradient, gradients = sizes.of(TensorClass.GRADIENT, shared), gradient_pool(system)
     host_gradient = _padded(gradient, TensorClass.GRADIENT, Tier.HOST, system)
@@ -167,6 +167,11 @@ def pool_rows(
         yield Row("host.staging", Tier.HOST, TensorClass.WEIGHTS, staged, 1)
     if system.step_barrier:
         yield Row("host.barrier", Tier.HOST, TensorClass.WORKSPACE, BARRIER_BYTES, 1)
+
+
+def passage_pool(tensor: TensorClass, update: Tier) -> str:
+    """Name of the pool through whose slots state passes on the tier that updates it."""
+    return f"{update}.{_WORDS[tensor]}.{PASSING if update is Tier.GPU else Tier.SSD}"
 
 
 def gradient_pool(system: OtherSystem) -> str:
@@ -224,5 +229,5 @@ _SHARED = {
     (TensorClass.WEIGHTS, Tier.HOST): "host.staging",
     (TensorClass.BOUNDARY, Tier.GPU): "gpu.boundary.cycle",
     (TensorClass.FEED_FORWARD, Tier.GPU): "gpu.feed_forward",
-    **{(tensor, tier): f"{tier}.{_WORDS[tensor]}.{PASSING}" for tensor in STATE for tier in (Tier.GPU, Tier.HOST)},
+    **{(tensor, tier): passage_pool(tensor, tier) for tensor in STATE for tier in (Tier.GPU, Tier.HOST)},
 }

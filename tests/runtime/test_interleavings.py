@@ -12,7 +12,7 @@ import torch
 from builders import tiny_model, tiny_policy, tiny_workload
 from contents import run_lanes
 from poison import Poisoned
-from running import EVERYTHING, loss_of, masters, plan_for, session_for, train
+from running import EVERYTHING, bytes_of, loss_of, masters, plan_for, session_for, train
 from runtime.lanes.backend import CpuBackend
 from runtime.lanes.executor import Executor
 from runtime.probes.handoffs import cycle_graph
@@ -135,7 +135,7 @@ def whole_state(session: Session) -> list[torch.Tensor]:
     units = range(session.plan.model.units)
     states = [session.states[unit] for unit in units]
     stored = [each for state in states for each in (*state.weights(), *state.optimizer())]
-    return [part.clone() for each in stored for part in each.parts]
+    return [bytes_of(part) for each in stored for part in each.parts]
 
 
 def identical(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from builders import tiny_model
-from running import session_for
+from running import bytes_of, session_for
 from runtime import rehearsal
 from runtime.checkpoints.contents import contents_of
 from runtime.checkpoints.keeper import Keeper, Stored, checkpoints, leftovers
@@ -22,6 +22,7 @@ from runtime.checkpoints.staging import Staging
 from runtime.folder import PLAN, begin_part, open_metrics
 from runtime.lanes.backend import CpuBackend
 from runtime.lanes.clock import RunError
+from runtime.memory.parts import Part
 from runtime.optimizer.adamw import AdamW
 from runtime.session import Session
 from runtime.storage.disk import Disk
@@ -56,23 +57,25 @@ class Saver:
         self.session: Session = session_for(PLAN_BEFORE, self.backend)
         self.staging = Staging(self.backend, LEAST_STAGING_BYTES, page_locked=False)
 
-    def parts(self) -> list[torch.Tensor]:
+    def parts(self) -> list[Part]:
         tensors = [each for state in self.session.states for each in (*state.weights(), *state.optimizer())]
-        return [part.view(torch.uint8) for each in tensors for part in each.parts]
+        return [part for each in tensors for part in each.parts]
 
     def set(self, step: int) -> None:
         """Bytes that stand for the state after this many steps."""
         draw = torch.Generator().manual_seed(step)
         for part in self.parts():
-            part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=draw))
+            part.write(0, torch.randint(0, 256, (part.nbytes,), dtype=torch.uint8, generator=draw))
         for each in (each for state in self.session.states for each in state.weights()):
             for part in each.parts:
-                part.view(torch.uint8)[1::2] &= 0xBF  # the exponent's highest bit: weights that are not finite are not saved
+                content = bytes_of(part)
+                content[1::2] &= 0xBF  # the exponent's highest bit: weights that are not finite are not saved
+                part.write(0, content)
 
     def holds(self, step: int) -> bool:
-        found = [part.clone() for part in self.parts()]
+        found = [bytes_of(part) for part in self.parts()]
         self.set(step)
-        return all(map(torch.equal, found, self.parts()))
+        return all(map(torch.equal, found, map(bytes_of, self.parts())))
 
     def keeper(self, folder: Path, disk: Disk) -> Keeper:
         stored = Stored(SMALL, self.session.states, contents_of(SMALL))

@@ -550,7 +550,8 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     def poisoned(keeper: Keeper, step: int, *arguments: Any) -> None:
         if step == 3:
-            keeper._stored.states[2].weights()[-1].parts[0][-1] = value
+            part = keeper._stored.states[2].weights()[-1].parts[0]
+            part.write(part.nbytes - 2, torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8))
         save(keeper, step, *arguments)
 
     name = PLAN.model.unit_prefix(2) + PLAN.model.parameters(PLAN.model.role(2))[-1].name
@@ -570,7 +571,8 @@ def test_a_first_save_of_weights_that_are_not_finite_names_no_earlier_one(cut: R
     save = Keeper.save
 
     def poisoned(keeper: Keeper, *arguments: Any) -> None:
-        keeper._stored.states[0].weights()[0].parts[0][0] = float("nan")
+        first = keeper._stored.states[0].weights()[0].parts[0]
+        first.write(0, torch.tensor([float("nan")], dtype=torch.bfloat16).view(torch.uint8))
         save(keeper, *arguments)
 
     monkeypatch.setattr(Keeper, "save", poisoned)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
 
 from builders import tiny_model, tiny_policy, tiny_workload
+from running import bytes_of
 from runtime.inputs.weights import RandomWeights
 from runtime.lanes.backend import CpuBackend
 from runtime.memory.buffers import Buffers, padding_views
+from runtime.memory.drive import Drive
 from runtime.state import StoredTensor, UnitState
+from runtime.storage.disk import Disk
 from slideplan.footprint import Footprint
 from slideplan.lowering.lower import lower
 from slideplan.placement import STATE, TensorClass
@@ -32,7 +37,15 @@ ON_GPU = {
     "passing in three chunks": {"stream_state": LAYERS, "resident_state": (0, 5), "state_chunks": 3},
     "passing in ten chunks": {"stream_state": LAYERS, "resident_state": (0, 5), "state_chunks": 10, "state_slots": 4},
 }
-PLACEMENTS = {"fp32": ON_HOST | ON_GPU, "8bit": ON_GPU}
+# Chunks of 2048 elements and more, in whole pages; the last ones are not full.
+ON_SSD = {
+    "on the SSD": {"ssd_state": UNITS},
+    "on the SSD in one chunk": {"ssd_state": UNITS, "ssd_chunks": 1},
+    "moments on the SSD": {"ssd_moments": UNITS},
+    "some of both": {"ssd_state": (0, 2, 5), "ssd_moments": (1, 3), "ssd_chunks": 10},
+}
+PLACEMENTS = {"fp32": ON_HOST | ON_GPU | ON_SSD, "8bit": ON_GPU}
+DTYPES = {"BF16": torch.bfloat16, "I16": torch.int16, "F32": torch.float32, "U8": torch.uint8}
 
 
 class Memory:
@@ -41,7 +54,8 @@ class Memory:
     def __init__(self, knobs: dict, moments: str) -> None:
         policy = tiny_policy(MODEL, **knobs, gpu_moments=moments)
         graph = lower(MODEL, policy, tiny_workload(), Footprint(inner_bytes=1, workspace_bytes=1))
-        self.buffers = Buffers(graph, CpuBackend(), policy.gradient_dtype)
+        drive = Drive.for_graph(Disk(), Path(tempfile.gettempdir()), graph)
+        self.buffers = Buffers(graph, CpuBackend(), policy.gradient_dtype, drive=drive)
         self.of = [UnitState(graph, MODEL, self.buffers, unit) for unit in UNITS]
 
     def copy(self) -> dict[str, list[torch.Tensor]]:
@@ -57,8 +71,10 @@ def stored(state: UnitState, tensor: TensorClass) -> list[StoredTensor]:
 
 def read(state: UnitState, tensor: TensorClass) -> torch.Tensor:
     """A copy of what is stored, flat: of moments one after the other, in 8 bits as bytes."""
-    parts = [part.cpu() for each in stored(state, tensor) for part in each.parts]
-    return torch.cat([part.view(torch.uint8) for part in parts] if len({part.dtype for part in parts}) > 1 else parts)
+    tensors = stored(state, tensor)
+    content = torch.cat([bytes_of(part) for each in tensors for part in each.parts])
+    (dtype, *others) = {DTYPES[each.dtype] for each in tensors}
+    return content if others else content.view(dtype)
 
 
 def write(state: UnitState, tensor: TensorClass, values: torch.Tensor) -> None:
@@ -66,7 +82,7 @@ def write(state: UnitState, tensor: TensorClass, values: torch.Tensor) -> None:
     for each in stored(state, tensor):
         for part in each.parts:
             size = part.nbytes
-            part.view(torch.uint8).copy_(content[done : done + size])
+            part.write(0, content[done : done + size])
             done += size
     assert done == len(content)
 

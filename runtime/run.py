@@ -15,7 +15,7 @@ from runtime.checkpoints.layout import CHECKPOINTS
 from runtime.checkpoints.manifest import Manifest, RunRecord, Saving, StoredFile
 from runtime.checkpoints.resuming import Candidate, Resume, clear, leave_newer
 from runtime.checkpoints.staging import Staging
-from runtime.checks import MARGIN_BYTES, check_machine, check_model, check_numbers, check_plan, staging_bytes
+from runtime.checks import MARGIN_BYTES, check_drive, check_machine, check_model, check_numbers, check_plan, staging_bytes
 from runtime.folder import begin_part, open_metrics
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.prepare import DataRequest, PreparedData, prepare
@@ -25,13 +25,14 @@ from runtime.lanes.clock import Hung, RunError
 from runtime.lanes.threads import set_compute_threads
 from runtime.machine import resident_bytes
 from runtime.measure import PeakMemory, measurement, versions
+from runtime.memory.drive import Drive
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.rehearsal import rehearse
 from runtime.session import Session, Start
 from runtime.storage.disk import Disk
 from runtime.training import Stop, train
 from slideplan import __version__
-from slideplan.codec import digest, save
+from slideplan.codec import digest, save, unwritable
 from slideplan.entry import first_stop
 from slideplan.graph.tasks import tier_bytes
 from slideplan.measurement import Measurement
@@ -52,7 +53,8 @@ class RunRequest:
     saving: None: nothing is kept
     found: checkpoints to go on from, the newest first; none: a new run
     data_changed: the data may be others than those of the checkpoint
-    disk: through which checkpoints and metrics are written
+    disk: through which everything is written
+    ssd: folder on the drive, for state that lies there
     """
 
     plan: Plan
@@ -73,6 +75,7 @@ class RunRequest:
     found: Sequence[Candidate] = ()
     data_changed: bool = False
     disk: Disk = field(default_factory=Disk)
+    ssd: Path | None = None
 
     def resumed(self) -> RunRequest:
         """The same with what its newest checkpoint says that no resume changes."""
@@ -90,13 +93,18 @@ class RunRequest:
         """What manifests and the run folder say of it."""
         return RunRecord(
             steps=self.steps,
-            data=None if self.data is None else os.path.abspath(self.data),  # noqa: PTH100 - links are kept
+            data=_absolute(self.data),
             byte_tokens=self.byte_tokens or self.weights is None,
             document_end=self.document_end,
             seed=self.seed,
             settings=self.settings,
             saving=self.saving or Saving(),
+            ssd=_absolute(self.ssd),
         )
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else os.path.abspath(path)  # noqa: PTH100 - links are kept
 
 
 def check_request(request: RunRequest) -> None:
@@ -195,10 +203,12 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     plan = request.plan
     backend = make_backend(request.device)
     check_machine(plan, backend, request.plan_path)
+    check_drive(plan, request.ssd, request.disk, request.plan_path)
     source, contents = _weights(request, backend, show)
     if request.saving is not None:
         kept = sum(step <= request.done for step, _ in checkpoints(request.out / CHECKPOINTS))
-        check_room(request.disk, request.out, plan, request.saving, contents, request.done, request.steps, kept)
+        taken_bytes = _taken_bytes(request)
+        check_room(request.disk, request.out, plan, request.saving, contents, request.done, request.steps, kept, taken_bytes)
     data = _prepared(request, show)
     windows = _windows(request, data)
     for line in (data.said(request.steps - request.done, plan.workload.global_batch, windows.windows), data.said_of_tokens()):
@@ -211,8 +221,9 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     keeper: Keeper | None = None
     stop = Stop()
+    drive = _drive(request, show)
     try:
-        session = Session(plan, backend, windows, request.settings, host_update, show)
+        session = Session(plan, backend, windows, request.settings, host_update, show, drive)
         rehearsed_ns = rehearse(session, show)
         staging = Staging(backend, staging_bytes(plan, request.saving), _updates_on_gpu(plan))
         start: Start = source or Resume(request.found, plan.model, request.disk, staging, backend)
@@ -230,24 +241,45 @@ def execute(request: RunRequest, show: Show) -> Measurement:
                 show(Progress(PHASE, note=said))
         found = _trained(request, session, keeper, rehearsed_ns, stop, show)
     except BaseException as error:
-        _end(error, keeper, backend)
+        _end(error, keeper, backend, drive)
         raise
     if stop.cause is not None:
-        last = newest(request.out)
-        if last is not None and keeper is not None:
-            left = session.steps_done < request.steps
-            remedy = (
-                f"`runtime resume {request.out}` goes on"
-                if left
-                else f"`runtime export {request.out} -o DIR` takes the weights"
-            )
-            stop.cause.add_note(f"{session.steps_done} steps are saved in {last}; {remedy}")
-        raise stop.cause
+        raise _with_remedy(stop.cause, request, session.steps_done, keeper is not None)
     assert found is not None
     return found
 
 
-def _end(error: BaseException, keeper: Keeper | None, backend: Backend) -> None:
+def _with_remedy(cause: KeyboardInterrupt, request: RunRequest, done: int, saves: bool) -> KeyboardInterrupt:
+    """The interrupt of a run that has ended in order, which says what is saved and how to go on."""
+    last = newest(request.out)
+    if last is not None and saves:
+        goes_on, is_over = f"`runtime resume {request.out}` goes on", f"`runtime export {request.out} -o DIR` takes the weights"
+        cause.add_note(f"{done} steps are saved in {last}; {goes_on if done < request.steps else is_over}")
+    return cause
+
+
+def _taken_bytes(request: RunRequest) -> int:
+    """What state on the SSD will take of the drive that the run folder is on."""
+    if request.ssd is None or request.ssd.stat().st_dev != request.out.stat().st_dev:
+        return 0
+    return tier_bytes(request.plan.graph.pools, Tier.SSD)
+
+
+def _drive(request: RunRequest, show: Show) -> Drive | None:
+    """Room on the drive for the state that lies there, where any does."""
+    if request.ssd is None:
+        return None
+    try:
+        drive = Drive.for_graph(request.disk, request.ssd, request.plan.graph)
+    except OSError as error:
+        raise unwritable(request.ssd, error) from None
+    if drive is not None and not drive.direct:
+        note = f"--ssd {request.ssd}: its filesystem refuses direct I/O; reads and writes go through the system's page cache"
+        show(Progress("reserving memory", note=note))
+    return drive
+
+
+def _end(error: BaseException, keeper: Keeper | None, backend: Backend, drive: Drive | None) -> None:
     """Give back what a failed or interrupted run holds. Its error says how to go on then.
 
     Closing may fail too, after a fault of the device, or be interrupted; the error is what the user must see. Raises Hung in
@@ -272,6 +304,9 @@ def _end(error: BaseException, keeper: Keeper | None, backend: Backend) -> None:
     if over and not hangs:  # what hangs is left alone
         with contextlib.suppress(Exception, KeyboardInterrupt):
             backend.close()
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            if drive is not None:
+                drive.close()
     if failure is not error:
         raise failure from error
 
@@ -295,7 +330,7 @@ def _trained(
     found = None
     if recorder.losses:
         found = measurement(session, recorder, memory, request.warmup_steps, request.command, rehearsed_ns, keeper)
-    session.backend.close()
+    session.close()
     if found is not None:
         try:
             save(request.out / "measurement.json", found)

@@ -86,6 +86,12 @@ class Session:
         self.windows.begin(self._begun)
         self.backend.release_unused()  # as above
 
+    def close(self) -> None:
+        """Give back page locks and room on the drive. No lane may be running."""
+        self.backend.close()
+        if self.buffers.drive is not None:
+            self.buffers.drive.close()
+
     @property
     def first_step(self) -> int:
         """Steps that earlier runs have done."""

@@ -134,10 +134,13 @@ def _copy_ns(model: ModelSpec, policy: Policy, machine: MachineProfile) -> int:
         sizes.append((placement.update, unit_weights_bytes(model, unit)))
         sizes.append((placement.moments, unit_optimizer_bytes(model, policy, unit)))
     on = {tier: sum(size for where, size in sizes if where is tier) for tier in Tier}
-    block_ns = rates(machine)[LaneKind.D2H].duration_ns(BLOCK_BYTES)
+    curves = rates(machine)
+    block_ns = curves[LaneKind.D2H].duration_ns(BLOCK_BYTES)
+    # What lies on the drive is read there first.
+    read_ns = curves[LaneKind.SSD_READ].duration_ns(on[Tier.SSD]) if on[Tier.SSD] else 0
     # The copy reads and writes each byte, the hash reads it again.
     passed_ns = HASHED_PASSES * on[Tier.HOST] * 1_000_000_000 // machine.optimizer.host_bytes_per_s.p50
     # One thread has a file to itself, so none of them is through before the largest is.
     by_one = max(*(size for _, size in sizes), sum(on.values()) // copiers(machine.host.cores))
     threads_ns = by_one * 1_000_000_000 // COPIER_BYTES_PER_S
-    return max(1, on[Tier.GPU] * block_ns // BLOCK_BYTES + passed_ns, threads_ns)
+    return max(1, on[Tier.GPU] * block_ns // BLOCK_BYTES + passed_ns, threads_ns, read_ns)

@@ -14,7 +14,7 @@ from slideplan.ledger import Ledger
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import TensorClass, Tier
 from slideplan.plan import MachineReference, Plan, SearchRecord
-from slideplan.policy import Kernels, Policy, Workload
+from slideplan.policy import Kernels, Policy, Workload, passage
 from slideplan.quantities import format_bytes, format_ns
 from slideplan.saving import SaveCost
 
@@ -135,16 +135,19 @@ _INNER = {
 
 def _state(model: ModelSpec, policy: Policy) -> list[str]:
     """Where remainder and moments lie, and who updates them: one phrase for every pair of tiers."""
-    groups: dict[tuple[Tier, Tier], list[int]] = {}
+    groups: dict[tuple[Tier, Tier, Tier], list[int]] = {}
     for unit, placement in enumerate(policy.units):
-        groups.setdefault((placement.moments, placement.update), []).append(unit)
+        groups.setdefault((placement.moments, placement.remainder, placement.update), []).append(unit)
     found = []
-    for (tier, update), units in sorted(groups.items(), key=lambda item: item[0], reverse=True):
-        where = "the GPU" if tier is Tier.GPU else f"the {tier}"
-        through = f" through {policy.state_slots} slots" if tier is not update else ""
+    for (moments, remainder, update), units in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        where = _TIERS[moments] if moments is remainder else f"{_TIERS[remainder]}, moments on {_TIERS[moments]}"
+        through = f" through {passage(policy, update).slots} slots" if moments is not update else ""
         lossy = ", moments in 8 bits (lossy)" if update is Tier.GPU and policy.gpu_moments == "8bit" else ""
         found.append(f"{_named(model, units)} on {where}, updated by the {_PROCESSORS[update]}{through}{lossy}")
     return found
+
+
+_TIERS = {Tier.GPU: "the GPU", Tier.HOST: "the host", Tier.SSD: "the SSD"}
 
 
 _KERNELS: dict[Kernels, str] = {

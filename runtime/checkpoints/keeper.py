@@ -89,12 +89,23 @@ def leftovers(run: Path) -> list[Path]:
     return sorted(folder for parent in parents for name in (UNFINISHED, REMOVED) for folder in parent.glob(f"{name}*"))
 
 
-def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, contents: Contents, done: int, steps: int, kept: int) -> None:
+def check_room(
+    disk: Disk,
+    run: Path,
+    plan: Plan,
+    saving: Saving,
+    contents: Contents,
+    done: int,
+    steps: int,
+    kept: int,
+    taken_bytes: int = 0,
+) -> None:
     """Raise ValueError where the drive of a run folder has no room for what a run will save.
 
     contents: of each save, beside the state
     done, steps: steps of earlier runs, and of all
     kept: checkpoints that are there; what an interrupted run has left beside them makes room
+    taken_bytes: of that drive, which the run takes for other things
     """
     saves = -(-steps // saving.every) - done // saving.every if saving.every else 1
     # A new checkpoint is whole before an old one is removed.
@@ -106,7 +117,7 @@ def check_room(disk: Disk, run: Path, plan: Plan, saving: Saving, contents: Cont
         need += alone * (weights_bytes(plan.model) + beside)
         count += f" and {alone} saves of weights"
     left = [path.lstat() for folder in leftovers(run) for path in folder.rglob("*")]
-    free = disk.free_bytes(run) + sum(STAT_BLOCK_BYTES * each.st_blocks for each in left)
+    free = max(0, disk.free_bytes(run) + sum(STAT_BLOCK_BYTES * each.st_blocks for each in left) - taken_bytes)
     if need > free:
         raise ValueError(
             f"{run}: {count} need {format_bytes(need)}, {format_bytes(free)} are free; name a folder on another drive with -o, "

@@ -31,6 +31,10 @@ DeviceName = Annotated[Device, typer.Option(help="auto: a GPU if there is one.")
 TokenCache = Annotated[
     Path | None, typer.Option(parser=path, help="Folder that keeps prepared tokens; default: ~/.cache/slideplan/tokens.")
 ]
+Ssd = Annotated[
+    Path | None,
+    typer.Option(parser=path, help="Folder on the drive, for state that the plan has there. Nothing stays in it."),
+]
 Warmup = Annotated[int, typer.Option(help="First steps that are not judged.")]
 
 
@@ -60,6 +64,7 @@ def execute(
             help="What ends each document: a token of the tokenizer; auto: its end-of-text token, else two line feeds; none.",
         ),
     ] = "auto",
+    ssd: Ssd = None,
     token_cache: TokenCache = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 10,
     save_every: Annotated[
@@ -114,6 +119,7 @@ def execute(
             device=device,
             data=data,
             weights=weights,
+            ssd=ssd,
             byte_tokens=byte_tokens,
             document_end=document_end,
             token_cache=token_cache,
@@ -140,6 +146,7 @@ def resume(
     ] = None,
     data: Annotated[Path | None, typer.Option(parser=path, help="Where the data are now; default: where they were.")] = None,
     data_changed: Annotated[bool, typer.Option("--data-changed", help="Go on though the data are not the same.")] = False,
+    ssd: Ssd = None,
     token_cache: TokenCache = None,
     save_every: Annotated[
         int | None, typer.Option(metavar="STEPS", help="As of `runtime execute`, 0: at the end alone; default: as it was.")
@@ -188,6 +195,7 @@ def resume(
                 steps=before.steps if steps is None else steps,
                 device=device,
                 data=data or (None if before.data is None else Path(before.data)),
+                ssd=ssd or (None if before.ssd is None else Path(before.ssd)),
                 token_cache=token_cache,
                 settings=_settings(before.settings, lr, weight_decay),
                 warmup_steps=warmup,

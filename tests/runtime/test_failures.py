@@ -14,8 +14,8 @@ from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, plan_for, session_for
 from runtime.checkpoints.manifest import Saving
 from runtime.folder import open_metrics
-from runtime.lanes.backend import CpuBackend, Marker
-from runtime.lanes.clock import LaneError, RunError
+from runtime.lanes.backend import CpuBackend, Fetched, Marker
+from runtime.lanes.clock import LaneError
 from runtime.lanes.executor import Executor
 from runtime.session import Session
 from runtime.storage.disk import Disk
@@ -224,18 +224,24 @@ def test_lanes_have_ended_when_measuring_fails(tmp_path: Path) -> None:
     assert no_lanes_left()
 
 
-def test_a_loss_that_cannot_be_read_names_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = everything(CpuBackend())
-    read = torch.Tensor.item
+class FailsToFetch(CpuBackend):
+    """A device whose fault shows where a step's numbers are to reach the host."""
 
-    def failing(value: torch.Tensor) -> object:
-        if threading.current_thread() is threading.main_thread():
+    def fetch(self, values: torch.Tensor, lane: LaneKind) -> Fetched:
+        return super().fetch(values, lane)._replace(marker=Marker(None, -1))
+
+    def passed(self, marker: Marker) -> bool:
+        if marker.host_ns < 0:
             raise RuntimeError("an illegal memory access was encountered")
-        return read(value)
+        return super().passed(marker)
 
-    monkeypatch.setattr(torch.Tensor, "item", failing)
-    with pytest.raises(RunError, match="step 0: its loss could not be read: an illegal memory access"):
-        trained(session, tmp_path, silent)
+
+def test_a_loss_that_cannot_be_read_names_its_step(tmp_path: Path) -> None:
+    where = (
+        r"^lane compute, step 0, task backward/embedding/mb\d+, unit 0, or before it: RuntimeError: an illegal memory"
+    )
+    with pytest.raises(LaneError, match=where):
+        trained(everything(FailsToFetch()), tmp_path, silent)
     assert no_lanes_left()
 
 

@@ -138,9 +138,9 @@ def test_a_smaller_rate_holds_from_the_checkpoint_on_and_for_later_resumes(done:
 def test_a_loss_that_is_not_finite_names_the_way_back(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     result_of = training.result_of
 
-    def broken(session: Any, step: int) -> StepResult:
-        found = result_of(session, step)
-        return found if step < 6 else found._replace(loss=float("nan"))
+    def broken(*where: Any) -> StepResult:
+        found = result_of(*where)
+        return found if found.step < 6 else found._replace(loss=float("nan"))
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "result_of", broken)
@@ -225,10 +225,11 @@ def compared(done: Run) -> Run:
 def fails_at(step: int, patch: pytest.MonkeyPatch) -> None:
     result_of = training.result_of
 
-    def broken(session: Any, at: int) -> StepResult:
-        if at == step:
+    def broken(*where: Any) -> StepResult:
+        found = result_of(*where)
+        if found.step == step:
             raise RunError("the power goes off")
-        return result_of(session, at)
+        return found
 
     patch.setattr(training, "result_of", broken)
 

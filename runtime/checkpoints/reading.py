@@ -155,7 +155,7 @@ class _Reader:
             found.update(content)
             if targets is None:  # the first block holds the header, whole
                 first = bytes(content[: header_bytes(bytes(content[:8]))])
-                described = entries(first)
+                described = entries(first, file.size_bytes)
                 targets, other = _targets(described, shard.tensors)
             _spread(block, offset, targets)
             self._done(len(block))

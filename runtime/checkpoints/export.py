@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from runtime.checkpoints.contents import names_at, with_dtype
-from runtime.checkpoints.helpers import grace_ends_ns
 from runtime.checkpoints.keeper import SPARE_BYTES, counted, require_room
 from runtime.checkpoints.layout import CONFIG, UNFINISHED, index, optimizer_file, weights_file
 from runtime.checkpoints.manifest import DamagedError
@@ -23,6 +22,7 @@ from runtime.folder import make_folders, new_folders
 from runtime.inputs.checkpoint import INDEX
 from runtime.inputs.weights import PIECE_ELEMENTS
 from runtime.lanes.backend import CpuBackend
+from runtime.lanes.helpers import grace_ends_ns
 from runtime.optimizer.split_master import join
 from runtime.state import StoredTensor
 from runtime.storage.disk import Disk

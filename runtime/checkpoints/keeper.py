@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoints.contents import Contents
-from runtime.checkpoints.helpers import Helper, ended, grace_ends_ns
 from runtime.checkpoints.layout import (
     CHECKPOINTS,
     MANIFEST,
@@ -30,6 +29,7 @@ from runtime.checkpoints.staging import Staging
 from runtime.checkpoints.writing import FileWrites, NotFiniteError, ShardFile
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
+from runtime.lanes.helpers import Helper, ended, grace_ends_ns
 from runtime.metrics import Metrics
 from runtime.state import StoredTensor, UnitState
 from runtime.storage.disk import Disk

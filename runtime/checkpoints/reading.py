@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import xxhash
 
-from runtime.checkpoints.helpers import ended, grace_ends_ns, helpers
 from runtime.checkpoints.layout import Entry, entries, header_bytes
 from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, content_hash, read_error
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.checkpoints.writing import ShardFile
 from runtime.lanes.backend import Backend
+from runtime.lanes.helpers import ended, grace_ends_ns, helpers
 from runtime.optimizer.moments8 import compress, expand
 from runtime.state import CODES, MOMENTS, SCALES, StoredTensor
 from runtime.storage.disk import Disk

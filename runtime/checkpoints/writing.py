@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import xxhash
 
-from runtime.checkpoints.helpers import ended, helpers
 from runtime.checkpoints.layout import header
 from runtime.checkpoints.manifest import StoredFile
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
+from runtime.lanes.helpers import ended, helpers
 from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileWriter

@@ -71,8 +71,7 @@ class FileWrites:
     """Writes shards into a folder: copied block by block into staging, hashed in order, written by other threads.
 
     It begins with `start`. `copied` returns as soon as no slot is read any more; the drive may be behind by what staging
-    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`: NotFiniteError where
-    weights in bf16 are not finite.
+    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`.
 
     `copied` and `finish` wait as long as the drive takes.
     """
@@ -85,13 +84,19 @@ class FileWrites:
         staging: Staging,
         backend: Backend,
         written: Callable[[int], None],
+        copied: Callable[[StoredTensor, torch.Tensor], None],
     ) -> None:
-        """written: told the bytes of each block that is on its way to the drive, by several threads."""
+        """By several threads are told, and may raise what ends all of them:
+
+        written: the bytes of each block that is on its way to the drive
+        copied: each piece of a tensor that lies in a block, as bytes on the host
+        """
         self._disk = disk
         self._folder = folder
         self._staging = staging
         self._backend = backend
         self._written = written
+        self._look = copied
         self._waiting = iter(largest_first(shards))
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -186,7 +191,7 @@ class FileWrites:
     def _filled(self, parts: Sequence[tuple[StoredTensor | None, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, int]]:
         """Blocks with the bytes of all parts one after the other, all of them full but the last, each with its size.
 
-        A part goes with the tensor that it is of; None: it is no tensor's. Raises NotFiniteError.
+        A part goes with the tensor that it is of; None: it is no tensor's.
         """
         block, filled = self._staging.take(), 0
         for tensor, part in parts:
@@ -198,8 +203,8 @@ class FileWrites:
                 size = min(len(part) - done, BLOCK_BYTES - filled)
                 piece = block[filled : filled + size]
                 _copy(part[done : done + size], piece)
-                if tensor is not None and tensor.dtype == "BF16" and not _finite(piece):
-                    raise NotFiniteError(f"weights of {tensor.name} are not finite")
+                if tensor is not None:
+                    self._look(tensor, piece)
                 done, filled = done + size, filled + size
         yield block, filled
 
@@ -237,6 +242,12 @@ def _copy(part: torch.Tensor, into: torch.Tensor) -> None:
         np.copyto(into.numpy(), part.numpy())
     else:
         into.copy_(part)
+
+
+def require_finite(tensor: StoredTensor, piece: torch.Tensor) -> None:
+    """Raise NotFiniteError where a piece of a tensor, as bytes on the host, holds weights in bf16 that are not finite."""
+    if tensor.dtype == "BF16" and not _finite(piece):
+        raise NotFiniteError(f"weights of {tensor.name} are not finite")
 
 
 def _finite(weights: torch.Tensor) -> bool:

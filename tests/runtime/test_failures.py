@@ -36,7 +36,7 @@ def everything(backend: CpuBackend) -> Session:
 
 
 def trained(session: Session, folder: Path, show: Show) -> None:
-    with open_metrics(folder, 0, Disk()) as log:
+    with open_metrics(folder, 0, Disk(), silent) as log:
         train(session, STEPS, log, None, Saving(), Stop(), show)
 
 

@@ -190,8 +190,10 @@ def test_an_export_that_begins_while_a_run_goes_back_loses_no_checkpoint(several
     with kept(several.folder), pytest.raises(ValueError, match="run: is being exported"):
         leave_newer(several.folder, 2, Disk(), silent)
     assert snapshot(several) == before
+    (several.folder / "weights" / f"step-{STEPS + 1:08}").mkdir()
     with kept(several.folder):
         leave_newer(several.folder, STEPS, Disk(), silent)
+    assert (several.folder / "weights" / f"left-step-{STEPS + 1:08}").is_dir(), "no export reads weights alone"
 
 
 def test_a_checkpoint_that_is_gone_while_it_is_exported_is_no_damage(several: Run) -> None:

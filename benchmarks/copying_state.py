@@ -76,7 +76,9 @@ def main() -> None:
         for threads in wanted.threads:
             writing.copiers = lambda _, threads=threads: threads
             with tempfile.TemporaryDirectory() as folder:
-                writes = FileWrites(Disk(NoDrive()), Path(folder), shards, staging, backend, lambda _: None)
+                writes = FileWrites(
+                    Disk(NoDrive()), Path(folder), shards, staging, backend, lambda _: None, writing.require_finite
+                )
                 started = time.perf_counter()
                 writes.start().copied()
                 seconds = time.perf_counter() - started

@@ -7,10 +7,10 @@ import sys
 import torch
 import typer
 
-from runtime.checkpoints.helpers import held_up
 from runtime.commands.results import compare_run, export_run
 from runtime.commands.training import execute, resume
 from runtime.lanes.clock import Hung, LaneError, RunError
+from runtime.lanes.helpers import held_up
 from runtime.report import WIDTH
 from slideplan.command import CommandGroup, Interrupted
 from slideplan.entry import EXIT_BAD_INPUT, EXIT_FAILED, end_interrupted, in_words, leave

@@ -12,19 +12,21 @@ from itertools import count
 from pathlib import Path
 from typing import NoReturn
 
+from runtime.checkpoints.layout import CHECKPOINTS, WEIGHTS
 from runtime.checkpoints.manifest import RunDocument, RunRecord
 from runtime.metrics import Metrics
 from runtime.storage.disk import Disk
 from runtime.storage.locks import HeldError, exclusive, shared
 from slideplan.codec import encoded, unwritable
 from slideplan.plan import Plan
+from slideplan.progress import Progress, Show
 
 RUNS = Path("runs")
 PLAN, RUN, METRICS, LOCK = "plan.json", "run.json", "metrics.jsonl", ".lock"
 # What is made of a run once all of its steps are done.
 RESULTS = ("measurement.json", "comparison.json", "comparison.txt", "trace.json", "lanes.png")
-# Of one run and no other.
-OUTPUTS = (PLAN, RUN, METRICS, "measurement.json", "comparison.json")
+# Of one run and no other, as patterns. Saves may be unfinished, damaged or left.
+OUTPUTS = (PLAN, RUN, METRICS, "measurement.json", "comparison.json", f"{CHECKPOINTS}/*step-*", f"{WEIGHTS}/*step-*")
 LONGEST_NAME = 100  # characters of a model's name that a folder's name takes over
 
 
@@ -67,9 +69,25 @@ def reopened(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """Within, no checkpoint of a run folder is removed, though the run goes on. It may be on a drive that can only be read."""
+    """Within, no checkpoint of a run folder is removed or gets another name, though the run goes on.
+
+    The folder may be on a drive that can only be read.
+    """
     _check_folder(folder)
     with shared(folder):
+        yield
+
+
+@contextlib.contextmanager
+def unread(folder: Path) -> Iterator[None]:
+    """Within, nobody exports a run folder: its checkpoints may get other names. Raises ValueError where somebody does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(folder))
+        except HeldError:
+            raise ValueError(
+                f"{folder}: is being exported, and checkpoints would get other names; wait for the export"
+            ) from None
         yield
 
 
@@ -152,17 +170,25 @@ def begin_part(folder: Path, plan: Plan, run: RunRecord | None, disk: Disk) -> N
         disk.replace(folder / RUN, encoded(RunDocument(run=run)))
 
 
-def open_metrics(folder: Path, first_step: int, disk: Disk) -> Metrics:
-    """The metrics of a run that goes on with this step. What stands behind the step before is cut off: it is made again."""
+def open_metrics(folder: Path, first_step: int, disk: Disk, show: Show) -> Metrics:
+    """The metrics of a run that goes on with this step. What stands behind the step before is cut off: it is made again.
+
+    Where lines of the steps before are missing, that is said.
+    """
     path = folder / METRICS
     end = read = 0
+    missing = set(range(first_step))
     if first_step:
         with contextlib.suppress(FileNotFoundError):
             for line in disk.read(path).splitlines(keepends=True):
                 read += len(line)
                 # A line among the others that somebody has spoiled is no reason to lose those behind it.
-                if line.endswith(b"\n") and _step(line) in range(first_step):
+                if line.endswith(b"\n") and (step := _step(line)) in range(first_step):
                     end = read
+                    missing.discard(step)
+    if missing:
+        gap = f"has no line of {len(missing)} of the {first_step} steps that are done, the first is step {min(missing)}"
+        show(Progress("metrics", note=f"warning: {path}: {gap}; their losses are lost, and the run goes on"))
     log = disk.open_log(path, end)
     try:
         disk.sync_folder(folder)
@@ -205,9 +231,9 @@ def _made(wanted: Path, made: list[Path]) -> Path:
 
 def _take(folder: Path, plan: Plan) -> None:
     """Put the plan into a folder that no run has taken. Only for who holds its lock."""
-    earlier = [name for name in OUTPUTS if (folder / name).exists()]
+    earlier = [path for pattern in OUTPUTS for path in folder.glob(pattern)]
     if earlier:
-        raise ValueError(f"{folder}: holds {earlier[0]} of an earlier run; name another folder with -o")
+        raise ValueError(f"{folder}: holds {earlier[0].relative_to(folder)} of an earlier run; name another folder with -o")
     try:
         (folder / PLAN).write_bytes(encoded(plan))
     except BaseException as error:

@@ -7,6 +7,7 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from runtime.checkpoints.contents import Contents, carried, contents_at, contents_of
@@ -163,13 +164,18 @@ def _prepared(request: RunRequest, show: Show) -> PreparedData:
         host_bytes=tier_bytes(plan.graph.pools, Tier.HOST) + MARGIN_BYTES - resident_bytes(),
     )
     found = prepare(wanted, show)
-    before = request.found[0].manifest.data_digest if request.found else found.record.digest
-    if before != found.record.digest and not request.data_changed:
+    if request.found:
+        _check_data(request, found.record.digest, request.found[0].manifest)
+    return found
+
+
+def _check_data(request: RunRequest, data_digest: str, manifest: Manifest) -> None:
+    """Raise ValueError where a checkpoint has learned from other data, and nobody has said that they have changed."""
+    if manifest.data_digest != data_digest and not request.data_changed:
         raise ValueError(
             f"{'the default text' if request.data is None else request.data}: its tokens are not those that the run has had "
             "until now; name the data with --data, or go on with others with --data-changed"
         )
-    return found
 
 
 def _windows(request: RunRequest, data: PreparedData) -> TokenWindows:
@@ -225,8 +231,9 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     try:
         session = Session(plan, backend, windows, request.settings, host_update, show, drive)
         rehearsed_ns = rehearse(session, show)
+        check = partial(_check_data, request, data.record.digest)
         staging = Staging(backend, staging_bytes(plan, request.saving), _updates_on_gpu(plan))
-        start: Start = source or Resume(request.found, plan.model, request.disk, staging, backend)
+        start: Start = source or Resume(request.found, check, plan.model, request.disk, staging, backend)
         session.begin(start, show)
         # Only now: what fails before, for want of memory say, leaves the run as it was. In this order: stopped in between, it
         # is the run that it was, at an earlier step.
@@ -323,7 +330,7 @@ def _trained(
         os.write(2, b"\nthe steps that have begun are finished" + word + b"; a second signal stops at once\n")
 
     memory = PeakMemory(session)
-    with open_metrics(request.out, session.first_step, request.disk) as log, first_stop(asked):
+    with open_metrics(request.out, session.first_step, request.disk, show) as log, first_stop(asked):
         recorder = train(session, request.steps, log, keeper, request.saving or Saving(), stop, show)
         if keeper is not None:
             keeper.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from runtime.checkpoints.contents import names_at, with_dtype
-from runtime.checkpoints.helpers import grace_ends_ns
 from runtime.checkpoints.keeper import SPARE_BYTES, counted, require_room
 from runtime.checkpoints.layout import CONFIG, UNFINISHED, index, optimizer_file, weights_file
 from runtime.checkpoints.manifest import DamagedError
@@ -23,6 +23,7 @@ from runtime.folder import make_folders, new_folders
 from runtime.inputs.checkpoint import INDEX
 from runtime.inputs.weights import PIECE_ELEMENTS
 from runtime.lanes.backend import CpuBackend
+from runtime.lanes.helpers import grace_ends_ns
 from runtime.memory.parts import MemoryPart
 from runtime.optimizer.split_master import join
 from runtime.state import StoredTensor
@@ -61,7 +62,7 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
     """
     if os.path.lexists(out):
         raise ValueError(_there(out))
-    with new_folders() as made:
+    with _full_drive_named(), new_folders() as made:
         make_folders(out.parent, made)
         with _unfinished(out, disk) as unfinished:
             taken = _write_newest(found, unfinished, dtype, disk, show)
@@ -75,6 +76,17 @@ def export(found: Sequence[Candidate], out: Path, dtype: Dtype, disk: Disk, show
 
 def _there(out: Path) -> str:
     return f"{out}: exists already; name a new folder with -o"
+
+
+@contextlib.contextmanager
+def _full_drive_named() -> Iterator[None]:
+    """Whoever exports to a drive that is full is told what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.add_note("name a folder on another drive with -o")
+        raise
 
 
 @contextlib.contextmanager
@@ -135,7 +147,7 @@ def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: S
         shards = [shard for unit in halves for shard in _halves(model, names, unit)]
         read_shards(disk, source, manifest, shards, read, backend, done)
         exported = [_exported(model, names, unit, dtype, not_finite) for unit in halves]
-        writes = FileWrites(disk, folder, exported, write, backend, lambda size: None)
+        writes = FileWrites(disk, folder, exported, write, backend, lambda size: None, lambda tensor, piece: None)
         try:
             writes.start().finish()
         except BaseException:  # nobody may write into a folder that is removed next, but for whom the drive holds up

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoints.contents import Contents
-from runtime.checkpoints.helpers import Helper, ended, grace_ends_ns
 from runtime.checkpoints.layout import (
     CHECKPOINTS,
     MANIFEST,
@@ -27,9 +26,10 @@ from runtime.checkpoints.layout import (
 from runtime.checkpoints.manifest import Manifest, Saving, StoredFile, content_hash
 from runtime.checkpoints.patience import Patience
 from runtime.checkpoints.staging import Staging
-from runtime.checkpoints.writing import FileWrites, NotFiniteError, ShardFile
+from runtime.checkpoints.writing import FileWrites, NotFiniteError, ShardFile, require_finite
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
+from runtime.lanes.helpers import Helper, ended, grace_ends_ns
 from runtime.metrics import Metrics
 from runtime.state import StoredTensor, UnitState
 from runtime.storage.disk import Disk
@@ -207,7 +207,7 @@ class Keeper:
         target = self.folder / (CHECKPOINTS if optimizer else WEIGHTS) / step_name(step)
         unfinished = target.with_name(UNFINISHED + target.name)
         progress = counted(PHASE, size_bytes, self._show)
-        writes = FileWrites(self._disk, unfinished, shards, self.staging, self._backend, progress)
+        writes = FileWrites(self._disk, unfinished, shards, self.staging, self._backend, progress, require_finite)
         copied = threading.Event()
 
         def run() -> None:
@@ -229,6 +229,8 @@ class Keeper:
                 self._broken = self._failure(step, error)
             finally:
                 copied.set()  # training stands until then
+            if self._diverged:
+                self._discard(unfinished)
 
         thread = Helper("checkpoint-save", run)
         self._saving = thread, writes
@@ -265,7 +267,16 @@ class Keeper:
 
         The drive is not asked: it may be what has failed.
         """
-        return [] if self._newest is None else [f"`runtime resume {self.folder}` goes on from {self._newest.name}"]
+        if self._newest is None:
+            return []
+        # The same again would end the same.
+        other = (" --lr X", ", with a smaller rate,") if self._diverged else ("", "")
+        return [f"`runtime resume {self.folder}{other[0]}`{other[1]} goes on from {self._newest.name}"]
+
+    @property
+    def _diverged(self) -> bool:
+        """Whether a save has failed for weights that are not finite."""
+        return self._broken is not None and isinstance(self._broken.__cause__, NotFiniteError)
 
     def _settle(self) -> None:
         """Wait for the save that is being written. Raises RunError where something has failed that is not the drive."""
@@ -303,8 +314,6 @@ class Keeper:
         self._disk.sync_folder(unfinished)
         self._disk.write(unfinished / MANIFEST, encoded(manifest))
         self._disk.sync_folder(unfinished)
-        if target.exists():  # of a run that went on from an earlier step
-            self._remove(target)
         self._disk.rename(unfinished, target)
         self._disk.sync_folder(target.parent)
 
@@ -350,18 +359,23 @@ class Keeper:
         """Tell the user that a save has failed, and remove what there is of it."""
         if optimizer:
             self._lost = error
-        with contextlib.suppress(OSError):  # `runtime resume` tries again
-            if unfinished.exists():
-                self._disk.remove_folder(unfinished)
+        self._discard(unfinished)
         what = "state after step {} was" if optimizer else "weights after step {} were"
         note = "; ".join([f"warning: the {what.format(step)} not saved: {in_words(error)}", *self.remedy()])
         self._show(Progress(PHASE, 1, 1, note=note))
 
+    def _discard(self, unfinished: Path) -> None:
+        """Remove what there is of a save that has failed."""
+        with contextlib.suppress(OSError):  # `runtime resume` tries again
+            if unfinished.exists():
+                self._disk.remove_folder(unfinished)
+
     def _failure(self, step: int, error: BaseException) -> RunError:
         """What is raised where somebody waits for a save that such an error has ended."""
         if isinstance(error, NotFiniteError):
-            before = "" if self._newest is None else f", from an earlier step: `runtime resume {self.folder} --step S --lr X`"
-            failure = RunError(f"step {step}: {error}: the state is not saved; go on with a lower --lr{before}")
+            # How a run goes on from the newest checkpoint is added where it ends.
+            again = "; begin again with a smaller --lr" if self._newest is None else ""
+            failure = RunError(f"step {step}: {error}: the state is not saved{again}")
         else:
             failure = RunError(f"the state could not be saved: {type(error).__name__}: {error}")
         failure.__cause__ = error

@@ -7,7 +7,9 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import msgspec
 
 from runtime.inputs.checkpoint import INDEX
 from runtime.state import StoredTensor
@@ -36,6 +38,14 @@ class Entry(NamedTuple):
     @property
     def size_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype] * prod(self.shape)
+
+
+class _Described(msgspec.Struct, forbid_unknown_fields=True):
+    """A tensor in the words of a header. Where it lies is counted from the header's end, first byte and last exclusive."""
+
+    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    data_offsets: tuple[int, int]
 
 
 def step_name(step: int) -> str:
@@ -78,17 +88,29 @@ def header_bytes(first: bytes) -> int:
     return 8 + int(length)
 
 
-def entries(content: bytes) -> dict[str, Entry]:
-    """Tensors by name of a file that starts with this header. Raises ValueError."""
+def entries(content: bytes, file_bytes: int) -> dict[str, Entry]:
+    """Tensors by name of a file of this size that starts with this header. They fill the file, one after the other.
+
+    Any bit of the header may be wrong: nobody has compared it with anything. Raises ValueError where it is not as `header`
+    writes it.
+    """
     try:
-        described = json.loads(content[8:])
-        return {
-            name: Entry(each["dtype"], tuple(each["shape"]), len(content) + each["data_offsets"][0])
-            for name, each in described.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, TypeError, KeyError, LookupError, AttributeError, RecursionError):
+        described = msgspec.json.decode(content[8:], type=dict[str, msgspec.Raw])
+        described.pop("__metadata__", None)
+        tensors = {name: msgspec.json.decode(each, type=_Described) for name, each in described.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("has a header that describes no tensors") from None
+    found, end = {}, 0
+    for name, each in tensors.items():
+        if each.dtype not in DTYPE_BYTES:
+            raise ValueError(f"has a header that describes a tensor of dtype {each.dtype!r}")
+        found[name] = Entry(each.dtype, each.shape, len(content) + end)
+        start, end = end, end + found[name].size_bytes
+        if each.data_offsets != (start, end):
+            raise ValueError("has a header whose offsets do not fit its tensors")
+    if len(content) + end != file_bytes:
+        raise ValueError(f"has a header of tensors of {end} bytes, {file_bytes - len(content)} follow")
+    return found
 
 
 def index(files: Mapping[str, Sequence[StoredTensor]]) -> tuple[str, bytes]:

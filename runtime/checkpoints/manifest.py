@@ -15,8 +15,8 @@ from runtime.storage.disk import Disk
 from slideplan import __version__
 from slideplan.codec import FORMAT_VERSION, Document, Spec, parsed
 
-# Of a file that is not there, and of one that has become shorter.
-_LOST = (errno.ENOENT, errno.ENODATA)
+# Of a file that is not there, of one that has become shorter, and of a folder in a file's place.
+_LOST = (errno.ENOENT, errno.ENODATA, errno.EISDIR)
 
 
 class Saving(Spec, frozen=True):
@@ -120,8 +120,11 @@ class DamagedError(Exception):
 def read_error(path: Path, error: OSError) -> Exception:
     """What to raise where a file of a checkpoint cannot be read.
 
-    DamagedError where a part of it is lost. Else the error itself: it may pass, and the file may be whole.
+    DamagedError where a part of it is lost. ValueError where nothing of it is there any more: somebody has renamed or removed
+    it since it was found. Else the error itself: it may pass, and the file may be whole.
     """
+    if error.errno == errno.ENOENT and not path.parent.exists():
+        return ValueError(f"{path.parent}: was renamed or removed while it was read; give the command again")
     return DamagedError(f"{path}: {error.strerror}") if error.errno in _LOST else error
 
 
@@ -134,8 +137,10 @@ def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest:
     path = folder / MANIFEST
     try:
         content = (disk or Disk()).read(path)
-    except FileNotFoundError:
-        raise DamagedError(f"{folder}: has no {MANIFEST}: it was not written to its end") from None
+    except OSError as error:
+        if error.errno == errno.ENOENT and folder.exists():
+            raise DamagedError(f"{folder}: has no {MANIFEST}: it was not written to its end") from None
+        raise read_error(path, error) from None
     found = _manifest(content, path)
     for file in found.files:
         try:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import xxhash
 
-from runtime.checkpoints.helpers import ended, grace_ends_ns, helpers
 from runtime.checkpoints.layout import Entry, entries, header_bytes
 from runtime.checkpoints.manifest import DamagedError, Manifest, StoredFile, content_hash, read_error
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.checkpoints.writing import ShardFile
 from runtime.lanes.backend import Backend
+from runtime.lanes.helpers import ended, grace_ends_ns, helpers
 from runtime.memory.parts import Part
 from runtime.optimizer.moments8 import compress, expand
 from runtime.state import CODES, MOMENTS, SCALES, StoredTensor
@@ -156,7 +156,7 @@ class _Reader:
             found.update(content)
             if targets is None:  # the first block holds the header, whole
                 first = bytes(content[: header_bytes(bytes(content[:8]))])
-                described = entries(first)
+                described = entries(first, file.size_bytes)
                 targets, other = _targets(described, shard.tensors)
             _spread(block, offset, targets)
             self._done(len(block))

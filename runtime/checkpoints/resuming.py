@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,12 @@ from runtime.checkpoints.layout import CHECKPOINTS, UNFINISHED, WEIGHTS
 from runtime.checkpoints.manifest import DamagedError, Manifest, RunDocument, RunRecord, read_manifest
 from runtime.checkpoints.reading import read_shards, read_small_files
 from runtime.checkpoints.staging import Staging
-from runtime.folder import METRICS, RUN
+from runtime.folder import METRICS, RUN, unread
 from runtime.inputs.data import Position
 from runtime.lanes.backend import Backend
 from runtime.state import UnitState
 from runtime.storage.disk import Disk
-from slideplan.codec import load
+from slideplan.codec import parsed
 from slideplan.entry import in_words
 from slideplan.model import ModelSpec
 from slideplan.progress import Progress, Show
@@ -102,17 +103,25 @@ def asked(run: Path, found: Sequence[Candidate]) -> RunRecord:
     Folders of older versions do not say that: there the newest checkpoint does.
     """
     path = run / RUN
-    if not path.exists():
-        return found[0].manifest.run
     try:
-        return load(path, RunDocument).run
+        return parsed(path.read_bytes(), path, RunDocument).run
+    except FileNotFoundError:
+        return found[0].manifest.run
+    except OSError as error:
+        problem = f"{path}: cannot be read: {error.strerror}"
     except ValueError as error:
-        raise ValueError(f"{error}; without this file the options of {found[0].folder} hold: remove it") from None
+        problem = str(error)
+    raise ValueError(f"{problem}; without it the options of {found[0].folder} hold: move it away")
 
 
 def _nothing(run: Path, problems: Sequence[str]) -> str:
     if problems:
         return f"holds no checkpoint that is whole: {'; '.join(problems)}"
+    if os.path.lexists(run / CHECKPOINTS) and not (run / CHECKPOINTS).is_dir():
+        return (
+            f"its {CHECKPOINTS} is no folder, and holds nothing; remove the run folder, and start the run again with "
+            "`runtime execute`"
+        )
     if any(run.glob(f"{CHECKPOINTS}/{UNFINISHED}*")):
         return (
             "its first checkpoint was not written to its end; remove the folder, and start the run again with `runtime execute`"
@@ -125,34 +134,51 @@ def _nothing(run: Path, problems: Sequence[str]) -> str:
 def clear(run: Path, found: Sequence[Candidate], disk: Disk, show: Show) -> None:
     """Remove what an interrupted run has left half-written or half-removed, and set aside what is damaged.
 
-    Else it would count among the checkpoints to be kept. Only for who holds the run's lock.
+    Else it would count among the checkpoints to be kept. Only for who holds the run's lock. Raises ValueError, and changes
+    nothing, where the run is exported and a checkpoint is damaged, or newer than the first that was found.
     """
-    for folder in leftovers(run):
-        disk.remove_folder(folder)
     usable = {candidate.folder for candidate in found}
-    for _, folder in checkpoints(run / CHECKPOINTS):
-        if folder in usable:
-            continue
-        try:
-            _candidate(folder, disk)
-        except DamagedError:
+    damaged = [folder for _, folder in checkpoints(run / CHECKPOINTS) if folder not in usable and _damaged(folder, disk)]
+    with _renaming(run, [*damaged, *_newer(run, CHECKPOINTS, found[0].manifest.step)]):
+        for folder in leftovers(run):
+            disk.remove_folder(folder)
+        for folder in damaged:
             show(Progress(PHASE, note=f"{folder} is damaged: it is called {set_aside(folder, DAMAGED, disk).name} now"))
-        except (OSError, ValueError):  # it may be whole
-            pass
+
+
+def _damaged(folder: Path, disk: Disk) -> bool:
+    try:
+        _candidate(folder, disk)
+    except DamagedError:
+        return True
+    except (OSError, ValueError):  # it may be whole
+        pass
+    return False
+
+
+def _newer(run: Path, parent: str, step: int) -> list[Path]:
+    """What a run has saved after a step, the newest first."""
+    return [folder for each, folder in reversed(checkpoints(run / parent)) if each > step]
+
+
+def _renaming(run: Path, folders: Sequence[Path]) -> AbstractContextManager[None]:
+    """Within, these checkpoints may get other names. Raises ValueError where there are some, and the run is exported."""
+    return unread(run) if folders else nullcontext()
 
 
 def leave_newer(run: Path, step: int, disk: Disk, show: Show) -> None:
     """Set aside what a run has saved after the step from which it goes on: its newest checkpoint is that of this step again.
 
-    Weights alone are set aside with checkpoints. Without any they are of steps that are made again just as they were.
+    Weights alone are set aside too, whether there are newer checkpoints or not: the steps that are made again may be others.
+    Raises ValueError, and changes nothing, where the run is exported and a checkpoint is newer.
     """
-    newer = [[folder for each, folder in checkpoints(run / parent) if each > step] for parent in (CHECKPOINTS, WEIGHTS)]
-    if not newer[0]:
-        return
-    # The newest first: stopped in between, the run is one that has not come as far.
-    for folder in (each for folders in newer for each in reversed(folders)):
-        aside = set_aside(folder, LEFT, disk)
-        show(Progress(PHASE, note=f"{folder} is called {aside.name} now: the run goes on from step {step}"))
+    newer = _newer(run, CHECKPOINTS, step)
+    with _renaming(run, newer):
+        # Weights first: as long as there is a newer checkpoint, a run that was stopped in between may go on from there. The
+        # newest first: stopped in between, the run is one that has not come as far.
+        for folder in (*_newer(run, WEIGHTS, step), *newer):
+            aside = set_aside(folder, LEFT, disk)
+            show(Progress(PHASE, note=f"{folder} is called {aside.name} now: the run goes on from step {step}"))
 
 
 def set_aside(folder: Path, why: str, disk: Disk) -> Path:
@@ -167,8 +193,18 @@ def set_aside(folder: Path, why: str, disk: Disk) -> Path:
 class Resume:
     """The start of a run that goes on from the newest of these checkpoints that is whole."""
 
-    def __init__(self, found: Sequence[Candidate], model: ModelSpec, disk: Disk, staging: Staging, backend: Backend) -> None:
+    def __init__(
+        self,
+        found: Sequence[Candidate],
+        check: Callable[[Manifest], None],
+        model: ModelSpec,
+        disk: Disk,
+        staging: Staging,
+        backend: Backend,
+    ) -> None:
+        """check: raises ValueError where the run must not go on from a checkpoint, whole as it may be."""
         self._found = found
+        self._check = check
         self._model = model
         self._disk = disk
         self._staging = staging
@@ -177,16 +213,18 @@ class Resume:
     def fill(self, states: Sequence[UnitState], show: Show) -> Position:
         """Write weights, remainders and moments of all units.
 
-        Raises ValueError where no checkpoint is whole, OSError where one that may be cannot be read now.
+        Raises ValueError where no checkpoint is whole, or the run must not go on from the one before; OSError where one that
+        may be whole cannot be read now.
         """
         problems = []
         for candidate in self._found:
+            self._check(candidate.manifest)
             try:
                 self._read(candidate, states, show)
             except DamagedError as damage:
                 problems.append(str(damage))
                 instead = "" if candidate is self._found[-1] else ", and the one before is taken"
-                aside = set_aside(candidate.folder, DAMAGED, self._disk)
+                aside = self._set_aside(candidate.folder, damage)
                 show(Progress(PHASE, note=f"warning: {damage}; it is called {aside.name} now{instead}"))
                 continue
             except OSError as error:
@@ -198,6 +236,13 @@ class Resume:
         nothing = ValueError(f"no checkpoint is whole: {'; '.join(problems)}{again}")
         _offer_others(nothing, last)
         raise nothing
+
+    def _set_aside(self, folder: Path, damage: DamagedError) -> Path:
+        try:
+            with unread(folder.parent.parent):
+                return set_aside(folder, DAMAGED, self._disk)
+        except ValueError as exported:
+            raise ValueError(f"{damage}; {exported}") from None
 
     def _read(self, candidate: Candidate, states: Sequence[UnitState], show: Show) -> None:
         folder, manifest = candidate

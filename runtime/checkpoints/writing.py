@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import xxhash
 
-from runtime.checkpoints.helpers import ended, helpers
 from runtime.checkpoints.layout import header
 from runtime.checkpoints.manifest import StoredFile
 from runtime.checkpoints.staging import Aborted, Staging
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
+from runtime.lanes.helpers import ended, helpers
 from runtime.memory.parts import MemoryPart, Part
 from runtime.state import StoredTensor
 from runtime.storage.disk import Disk
@@ -72,8 +72,7 @@ class FileWrites:
     """Writes shards into a folder: copied block by block into staging, hashed in order, written by other threads.
 
     It begins with `start`. `copied` returns as soon as no slot is read any more; the drive may be behind by what staging
-    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`: NotFiniteError where
-    weights in bf16 are not finite.
+    holds. The first error of any thread ends all of them, and is raised by `copied` and by `finish`.
 
     `copied` and `finish` wait as long as the drive takes.
     """
@@ -86,13 +85,19 @@ class FileWrites:
         staging: Staging,
         backend: Backend,
         written: Callable[[int], None],
+        copied: Callable[[StoredTensor, torch.Tensor], None],
     ) -> None:
-        """written: told the bytes of each block that is on its way to the drive, by several threads."""
+        """By several threads are told, and may raise what ends all of them:
+
+        written: the bytes of each block that is on its way to the drive
+        copied: each piece of a tensor that lies in a block, as bytes on the host
+        """
         self._disk = disk
         self._folder = folder
         self._staging = staging
         self._backend = backend
         self._written = written
+        self._look = copied
         self._waiting = iter(largest_first(shards))
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -187,7 +192,7 @@ class FileWrites:
     def _filled(self, parts: Sequence[tuple[StoredTensor | None, Part]]) -> Iterator[tuple[torch.Tensor, int]]:
         """Blocks with the bytes of all parts one after the other, all of them full but the last, each with its size.
 
-        A part goes with the tensor that it is of; None: it is no tensor's. Raises NotFiniteError.
+        A part goes with the tensor that it is of; None: it is no tensor's.
         """
         block, filled = self._staging.take(), 0
         for tensor, part in parts:
@@ -199,8 +204,8 @@ class FileWrites:
                 size = min(part.nbytes - done, BLOCK_BYTES - filled)
                 piece = block[filled : filled + size]
                 part.read(done, piece)
-                if tensor is not None and tensor.dtype == "BF16" and not _finite(piece):
-                    raise NotFiniteError(f"weights of {tensor.name} are not finite")
+                if tensor is not None:
+                    self._look(tensor, piece)
                 done, filled = done + size, filled + size
         yield block, filled
 
@@ -230,6 +235,12 @@ class FileWrites:
             self._fail(error)
         finally:
             file.writer.abandon()
+
+
+def require_finite(tensor: StoredTensor, piece: torch.Tensor) -> None:
+    """Raise NotFiniteError where a piece of a tensor, as bytes on the host, holds weights in bf16 that are not finite."""
+    if tensor.dtype == "BF16" and not _finite(piece):
+        raise NotFiniteError(f"weights of {tensor.name} are not finite")
 
 
 def _finite(weights: torch.Tensor) -> bool:

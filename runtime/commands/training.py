@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -184,8 +186,8 @@ def resume(
     """  # noqa: D301 - as above
     with reopened(folder):
         plan_path = plan or folder / PLAN
-        document = load(plan_path, Plan)
-        with ProgressBars(document.workload.tokens) as bars:
+        document = load(plan_path, Plan) if plan else _own_plan(folder)
+        with ProgressBars(document.workload.tokens) as bars, _way_on(folder):
             found = candidates(folder, bars.show, step)
             before = asked(folder, found)
             request = run.RunRequest(
@@ -207,6 +209,24 @@ def resume(
             measurement = run.execute(request, bars.show)
         compare_finished(folder, as_json)
     _say_where(folder, measurement, no_save)
+
+
+def _own_plan(folder: Path) -> Plan:
+    try:
+        return load(folder / PLAN, Plan)
+    except ValueError as error:
+        raise ValueError(f"{error}; name a plan of the same model with --plan") from None
+
+
+@contextlib.contextmanager
+def _way_on(folder: Path) -> Iterator[None]:
+    """Whoever interrupts a resume that saves nothing yet, or never does, is told how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not getattr(stop, "__notes__", []):
+            stop.add_note(f"nothing new is saved; `runtime resume {folder}` goes on")
+        raise
 
 
 def _saving(before: Saving, every: int | None, weights_every: int | None, keep: int | None, no_save: bool) -> Saving | None:

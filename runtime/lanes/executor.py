@@ -11,10 +11,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 
 from runtime.lanes import watchdog
 from runtime.lanes.backend import Backend, Fetched, Marker
 from runtime.lanes.clock import Hung, LaneClock, LaneError, Stopped, StopSignal, Walk
+from runtime.lanes.helpers import Helper
 from runtime.lanes.watchdog import Watchdog
 from slideplan.graph.lanes import Lane, LaneKind
 from slideplan.graph.tasks import Task, TaskGraph
@@ -64,10 +66,7 @@ class Executor:
         self._anchors: dict[int, Marker] = {}
         self._begun = 1  # steps that some lane has begun; the first one counts as begun
         self._deciding = threading.Lock()
-        self._threads = {
-            lane: threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
-            for lane in graph.lanes
-        }
+        self._threads = {lane: Helper(f"lane-{lane}", partial(self._run_lane, lane)) for lane in graph.lanes}
         self._watchdog = (
             None if patience_ns is None else Watchdog(self._walk, backend, self._clocks, self._threads, patience_ns, planned_ns)
         )
@@ -195,7 +194,7 @@ class Executor:
     def _wait_for_lanes(self) -> None:
         left_ns = time.perf_counter_ns() + GRACE_NS
         while any(
-            thread.is_alive() or self._clocks[lane].over(self.backend) < self._clocks[lane].issued
+            not thread.wait(0) or self._clocks[lane].over(self.backend) < self._clocks[lane].issued
             for lane, thread in self._threads.items()
         ):
             first = self._signal.error

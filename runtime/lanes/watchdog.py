@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import Hung, LaneClock, Walk
+from runtime.lanes.helpers import Helper
 from slideplan.graph.lanes import Lane
 from slideplan.graph.tasks import Dependency
 from slideplan.quantities import format_ns
@@ -51,7 +51,7 @@ class Watchdog:
         walk: Walk,
         backend: Backend,
         clocks: Mapping[Lane, LaneClock],
-        threads: Mapping[Lane, threading.Thread],
+        threads: Mapping[Lane, Helper],
         patience_ns: int,
         planned_ns: Sequence[int] | None,
     ) -> None:
@@ -84,7 +84,7 @@ class Watchdog:
         awaited = {
             lane: list(self._awaited(lane))
             for lane, thread in self._threads.items()
-            if thread.is_alive() or self._over[lane] < self._issued[lane]
+            if not thread.wait(0) or self._over[lane] < self._issued[lane]
         }
         stuck = [self._still(lane) for lane, dependencies in awaited.items() if not dependencies]
         return "; ".join(stuck or [self._waiting(lane, dependencies[0]) for lane, dependencies in awaited.items()])

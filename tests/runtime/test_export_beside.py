@@ -18,11 +18,14 @@ from commands import Done, runtime
 from runtime import rehearsal
 from runtime.checkpoints.keeper import checkpoints
 from runtime.checkpoints.manifest import Manifest, Saving, content_hash
+from runtime.checkpoints.resuming import leave_newer
+from runtime.folder import kept
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileReader
 from runtime.storage.locks import HeldError, exclusive
 from saved_runs import CUT, STEPS, UNTIED, Run, planned
 from slideplan.codec import load, save
+from slideplan.progress import silent
 from storage import WatchedCalls, path_of
 
 ONE = Saving(every=1, keep=1)
@@ -117,6 +120,92 @@ def test_an_export_that_is_killed_holds_nothing_back(cut: Run) -> None:
         assert exported(cut).returncode == 0
     finally:
         cut.folder.chmod(0o755)
+
+
+ALL = Saving(every=1, keep=STEPS)
+
+
+@pytest.fixture
+def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Each of its steps is saved."""
+    monkeypatch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
+    begun = Run(tmp_path / "run", planned(UNTIED), ALL)
+    begun.train(steps=CUT)
+    return begun
+
+
+def snapshot(run: Run) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def resumed_meanwhile(run: Run, *arguments: object) -> Done:
+    """A resume while the run is exported, which changes nothing and does the export no harm."""
+    found: list[Done] = []
+    before, state = snapshot(run), masters(run)
+
+    def resume() -> None:
+        found.append(runtime("resume", "run", "--device", "cpu", *arguments, cwd=run.folder.parent))
+
+    done = exported(run, resume)
+    assert done.returncode == 0, done.stderr
+    assert "is taken" not in done.stderr
+    check_exported(run, state)
+    assert snapshot(run) == before
+    return found[0]
+
+
+EXPORTED = "run: is being exported, and checkpoints would get other names; wait for the export"
+
+
+def test_going_back_while_the_run_is_exported_is_refused(several: Run) -> None:
+    refused = resumed_meanwhile(several, "--step", 1)
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, f"runtime: {EXPORTED}")
+    assert runtime("resume", "run", "--step", 1, "--device", "cpu", cwd=several.folder.parent).returncode == 0
+    assert saved(several) == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_keeps_its_name_while_the_run_is_exported(several: Run) -> None:
+    (several.folder / "checkpoints" / "step-00000001" / "config.json").unlink()
+    refused = resumed_meanwhile(several, "--steps", STEPS)
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, f"runtime: {EXPORTED}")
+
+
+def test_damage_that_is_found_while_the_run_is_exported_is_said(several: Run, tmp_path: Path) -> None:
+    path = several.folder / "checkpoints" / f"step-{CUT:08}" / "model-00002-of-00006.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    names = saved(several)
+    with kept(several.folder):
+        refused = runtime("resume", "run", "--steps", STEPS, "--device", "cpu", cwd=tmp_path)
+    assert refused.returncode == 2
+    damage = f"run/checkpoints/{path.parent.name}/{path.name}: its content is not what was written (XXH3 differs)"
+    assert refused.stderr.splitlines()[-1] == f"runtime: {damage}; {EXPORTED}"
+    assert saved(several) == names
+
+
+def test_an_export_that_begins_while_a_run_goes_back_loses_no_checkpoint(several: Run) -> None:
+    """The last look is that of who renames, and it comes before the first change."""
+    several.resume(saving=Saving(every=1, weights_every=2, keep=STEPS))
+    before = snapshot(several)
+    with kept(several.folder), pytest.raises(ValueError, match="run: is being exported"):
+        leave_newer(several.folder, 2, Disk(), silent)
+    assert snapshot(several) == before
+    (several.folder / "weights" / f"step-{STEPS + 1:08}").mkdir()
+    with kept(several.folder):
+        leave_newer(several.folder, STEPS, Disk(), silent)
+    assert (several.folder / "weights" / f"left-step-{STEPS + 1:08}").is_dir(), "no export reads weights alone"
+
+
+def test_a_checkpoint_that_is_gone_while_it_is_exported_is_no_damage(several: Run) -> None:
+    """No older one is taken in its place."""
+    newest = several.folder / "checkpoints" / f"step-{CUT:08}"
+    done = exported(several, lambda: newest.rename(newest.with_name(f"left-{newest.name}")))
+    assert done.returncode == 2
+    gone = f"run/checkpoints/{newest.name}: was renamed or removed while it was read; give the command again"
+    assert done.stderr.splitlines()[-1] == f"runtime: {gone}"
+    assert {path.name for path in several.folder.parent.iterdir()} == {"run", "text.txt"}
+    assert exported(several).returncode == 0
+    check_exported(several, masters(several, CUT - 1))
 
 
 def test_of_two_exports_to_one_name_the_second_is_refused(cut: Run) -> None:

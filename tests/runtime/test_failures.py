@@ -36,7 +36,7 @@ def everything(backend: CpuBackend) -> Session:
 
 
 def trained(session: Session, folder: Path, show: Show) -> None:
-    with open_metrics(folder, 0, Disk()) as log:
+    with open_metrics(folder, 0, Disk(), silent) as log:
         train(session, STEPS, log, None, Saving(), Stop(), show)
 
 
@@ -195,6 +195,25 @@ def test_no_lane_outlives_an_impatient_interrupt() -> None:
     assert no_lanes_left()
 
 
+def test_a_lane_runs_until_it_has_said_that_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Python says of its thread: an interrupt in the midst of `is_alive` or `join` has it take threads for ended."""
+    session = everything(CpuBackend())
+    ended = []
+
+    def slow(task, at) -> None:
+        if at == 1 and task.operation == OFFLOAD_STATE and not ended:
+            _thread.interrupt_main()
+            time.sleep(0.5)
+            ended.append(task)
+        session.handlers(task, at)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "is_alive", lambda thread: False)
+        list(Executor(session.plan.graph, session.backend, slow, STEPS))
+    assert ended
+    assert no_lanes_left()
+
+
 def test_an_interrupt_while_the_last_lanes_end_is_not_lost() -> None:
     class Interrupting(CpuBackend):
         @contextmanager
@@ -237,9 +256,7 @@ class FailsToFetch(CpuBackend):
 
 
 def test_a_loss_that_cannot_be_read_names_its_step(tmp_path: Path) -> None:
-    where = (
-        r"^lane compute, step 0, task backward/embedding/mb\d+, unit 0, or before it: RuntimeError: an illegal memory"
-    )
+    where = r"^lane compute, step 0, task backward/embedding/mb\d+, unit 0, or before it: RuntimeError: an illegal memory"
     with pytest.raises(LaneError, match=where):
         trained(everything(FailsToFetch()), tmp_path, silent)
     assert no_lanes_left()

@@ -167,7 +167,7 @@ def test_a_full_disk_names_the_metrics(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     session = session_for(plan, CpuBackend())
     with (
-        open_metrics(tmp_path, 0, Disk()) as log,
+        open_metrics(tmp_path, 0, Disk(), silent) as log,
         pytest.raises(OSError, match="No space left") as raised,
     ):
         train(session, 2, log, None, Saving(), Stop(), silent)

@@ -90,6 +90,20 @@ def test_a_folder_of_an_earlier_run_is_refused_and_kept(plan: Plan, name: str) -
     assert [(file.name, file.read_text()) for file in Path("run").iterdir()] == [(name, "dear")]
 
 
+@pytest.mark.parametrize("parent", ["checkpoints", "weights"])
+@pytest.mark.parametrize("before", ["", ".unfinished-", "damaged-", "left-"])
+def test_a_folder_with_saves_of_another_run_is_refused(plan: Plan, parent: str, before: str) -> None:
+    """What is called so and holds none is the user's own."""
+    save = Path("run", parent, f"{before}step-00000003")
+    save.mkdir(parents=True)
+    message = f"run: holds {parent}/{save.name} of an earlier run; name another folder with -o"
+    with pytest.raises(ValueError, match=message), claimed(Path("run"), plan):
+        pytest.fail("was taken")
+    save.rename(save.with_name("model.safetensors"))
+    with claimed(Path("run"), plan) as folder:
+        train(folder)
+
+
 @pytest.mark.parametrize("out", [None, Path("a/b/run")])
 @pytest.mark.parametrize("error", [ValueError("refused"), KeyboardInterrupt()])
 def test_a_run_that_never_began_leaves_nothing(plan: Plan, out: Path | None, error: BaseException, empty: Path) -> None:

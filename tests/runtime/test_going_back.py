@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -91,6 +92,32 @@ def test_steps_after_an_earlier_checkpoint_are_made_again_and_those_that_were_th
     assert all(torch.equal(value, before[name]) for name, value in done.state().items())
     done.resume(step=4)
     assert names(done) >= {"left-step-00000005", "left-step-00000005-2"}
+
+
+def test_weights_alone_that_are_newer_are_left_though_no_checkpoint_is(done: Run) -> None:
+    """With another rate their steps are others."""
+    done.resume(steps=7, saving=Saving(every=5, weights_every=2, keep=STEPS))
+    (done.folder / "checkpoints" / "step-00000007").rename(done.folder.parent / "gone")
+    done.resume(steps=6, saving=EVERY, settings=dataclasses.replace(SETTINGS, lr=1e-5))
+    assert names(done, "weights") == steps(2, 4, 6) | steps(6, before="left-")
+    folders = [done.folder / "weights" / f"{before}step-00000006" for before in ("", "left-")]
+    assert [read_manifest(folder).run.settings.lr for folder in folders] == [1e-5, SETTINGS.lr]
+
+
+def test_a_run_that_is_killed_as_it_goes_back_keeps_no_stale_weights(done: Run, tmp_path: Path) -> None:
+    """At any change: where the newer checkpoints are gone, the newer weights are."""
+
+    def act(disk: Disk, folder: Path) -> None:
+        leave_newer(folder, 2, disk, silent)
+
+    (tmp_path / "scratch").mkdir()
+    for disk in power_losses(tmp_path / "scratch", done.folder, act):
+        for seed in range(3):
+            left = tmp_path / "left"
+            disk.after_power_loss(seed, left)
+            if candidates(left, silent)[0].manifest.step == 2:
+                assert [step for step, _ in checkpoints(left / "weights")] == [2]
+            shutil.rmtree(left)
 
 
 def test_what_is_left_is_whole_and_counts_for_nothing(done: Run) -> None:

@@ -85,7 +85,7 @@ class Saver:
         """Steps, each of which is saved; also the weights alone."""
         keeper = self.keeper(folder, disk)
         try:
-            with open_metrics(folder, steps.start, disk) as metrics:
+            with open_metrics(folder, steps.start, disk, silent) as metrics:
                 for step in steps:
                     metrics.append(f"{json.dumps({'step': step, 'loss': 1 / (1 + step)})}\n".encode())
                     self.set(step + 1)
@@ -113,13 +113,13 @@ class Saver:
         """The newest checkpoint is whole; which it is. Metrics go on where it ends."""
         assert load(folder / PLAN, Plan) in (PLAN_BEFORE, PLAN_AFTER)
         found = candidates(folder, silent)
-        resume = Resume(found, SMALL, disk, self.staging, self.backend)
+        resume = Resume(found, lambda manifest: None, SMALL, disk, self.staging, self.backend)
         step = resume.fill(self.session.states, silent).step
         assert step in possible
         assert step == found[0].manifest.step, "the newest is never torn"
         assert self.holds(step)
         clear(folder, found, disk, silent)
-        open_metrics(folder, step, disk).close()
+        open_metrics(folder, step, disk, silent).close()
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert lines == [{"step": number, "loss": 1 / (1 + number)} for number in range(step)]
         return step

@@ -551,12 +551,13 @@ def test_weights_that_are_not_finite_are_not_saved(
         save(keeper, step, *arguments)
 
     name = PLAN.model.unit_prefix(2) + PLAN.model.parameters(PLAN.model.role(2))[-1].name
-    said = f"step 3: weights of {name} are not finite: the state is not saved; go on with a lower --lr, from an earlier step: "
     with monkeypatch.context() as patch, pytest.raises(RunError) as raised:
         patch.setattr(Keeper, "save", poisoned)
         cut.train(saving=saving)
-    assert str(raised.value) == said + f"`runtime resume {cut.folder} --step S --lr X`"
-    assert notes_of(raised.value) == f"`runtime resume {cut.folder}` goes on from step-00000002"
+    assert str(raised.value) == f"step 3: weights of {name} are not finite: the state is not saved"
+    way = f"`runtime resume {cut.folder} --lr X`, with a smaller rate, goes on from step-00000002"
+    assert notes_of(raised.value) == way, "one way, and no other"
+    assert not leftovers(cut.folder)
     assert saved(cut)[-1] == 2
     assert not checkpoints(cut.folder / "weights")
     cut.resume()
@@ -572,10 +573,11 @@ def test_a_first_save_of_weights_that_are_not_finite_names_no_earlier_one(cut: R
         save(keeper, *arguments)
 
     monkeypatch.setattr(Keeper, "save", poisoned)
-    with pytest.raises(RunError, match=r"are not finite: the state is not saved; go on with a lower --lr$") as raised:
+    with pytest.raises(RunError, match=r"not saved; begin again with a smaller --lr$") as raised:
         cut.train()
     assert not notes_of(raised.value)
     assert not saved(cut)
+    assert not leftovers(cut.folder)
 
 
 def test_every_number_of_bf16_is_known_as_finite_or_not() -> None:
@@ -586,12 +588,13 @@ def test_every_number_of_bf16_is_known_as_finite_or_not() -> None:
 # Users.
 
 
-def interrupting(times: int, held: list[HeldCalls]) -> Callable[[], None]:
-    """Interrupts the main thread so often, and lets go what waits."""
+def interrupting(times: int, held: list[HeldCalls], seen: threading.Event) -> Callable[[], None]:
+    """Interrupts the main thread so often, and lets go what waits. seen: set once the first interrupt is heeded."""
 
     def interrupt() -> None:
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)  # a real one: it wakes whoever waits
+            assert seen.wait(LIMIT_S)  # two that come together are one
             time.sleep(0.3)
         held[0].let_go.set()
 
@@ -603,8 +606,18 @@ def interrupting(times: int, held: list[HeldCalls]) -> Callable[[], None]:
 
 def interrupted(cut: Run, operation: str, path: str, times: int, **changes: object) -> KeyboardInterrupt:
     held: list[HeldCalls] = []
-    held.append(HeldCalls(operation, path, interrupting(times, held)))
-    with pytest.raises(KeyboardInterrupt) as raised:
+    seen, first_stop = threading.Event(), run.first_stop
+    held.append(HeldCalls(operation, path, interrupting(times, held, seen)))
+
+    def watched(notice: Callable[[KeyboardInterrupt], None]) -> AbstractContextManager[None]:
+        def heeded(cause: KeyboardInterrupt) -> None:
+            notice(cause)
+            seen.set()
+
+        return first_stop(heeded)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt) as raised:
+        patch.setattr(run, "first_stop", watched)
         cut.train(disk=Disk(held[0]), **changes)
     for thread in threading.enumerate():
         if thread.name == "user":

@@ -220,6 +220,7 @@ def test_metrics_go_on_without_a_gap_or_a_double_line(tmp_path: Path) -> None:
     with (cut.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss": 9.9}\n{"step": 3, "lo')
     cut.resume()
+    assert "has no line" not in cut.notes
     assert [each["step"] for each in cut.metrics] == list(range(STEPS))
     assert all(each["loss"] < 9 for each in cut.metrics)
 
@@ -261,6 +262,43 @@ def test_data_that_have_changed_are_refused_until_that_is_said(tmp_path: Path) -
     assert len(cut.metrics) == STEPS
 
 
+def test_the_data_must_be_those_of_the_checkpoint_that_is_taken_in_the_end(tmp_path: Path) -> None:
+    """The newest, which has learned from these, is found to be damaged while it is read."""
+    cut = Run(tmp_path / "cut", planned(UNTIED), Saving(every=1))
+    cut.train(steps=2)
+    data = text(tmp_path)
+    data.write_text(data.read_text() * 2)
+    cut.resume(steps=3, data_changed=True)
+    before = cut.metrics
+    flip(cut.folder / "checkpoints" / "step-00000003" / "model-00002-of-00006.safetensors", -1)
+    with pytest.raises(ValueError, match=r"text\.txt: its tokens are not those .*--data-changed"):
+        cut.resume()
+    assert cut.metrics == before
+    with pytest.raises(ValueError, match=r"text\.txt: its tokens are not those .*--data-changed"):
+        cut.resume()
+    cut.resume(data_changed=True)
+    assert "step-00000002: 2 steps done" in cut.notes
+    assert len(cut.metrics) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"), [([], "3 of the 3 steps that are done, the first is step 0"), ([0, 2], "1 of the 3")]
+)
+def test_metrics_that_begin_with_a_gap_are_said(tmp_path: Path, lines: list[int], said: str) -> None:
+    cut = Run(tmp_path / "cut", planned(UNTIED))
+    cut.train(steps=CUT)
+    path = cut.folder / "metrics.jsonl"
+    written = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(written[line] for line in lines))
+    if not lines:
+        path.unlink()
+    cut.resume()
+    assert f"warning: {path}: has no line of {said}" in cut.notes
+    assert [each["step"] for each in cut.metrics] == [*lines, 3, 4]
+    cut.resume(steps=STEPS + 1)
+    assert cut.notes.count("has no line of") == 2
+
+
 def test_a_line_of_metrics_that_somebody_has_spoiled_costs_none_of_the_others(tmp_path: Path) -> None:
     cut = Run(tmp_path / "cut", planned(UNTIED))
     cut.train(steps=CUT)
@@ -270,3 +308,4 @@ def test_a_line_of_metrics_that_somebody_has_spoiled_costs_none_of_the_others(tm
     after = (cut.folder / "metrics.jsonl").read_text().splitlines()
     assert after[:3] == [lines[0], "spoiled", lines[2]]
     assert [json.loads(line)["step"] for line in after[3:]] == [3, 4]
+    assert "has no line of 1 of the 3 steps that are done, the first is step 1" in cut.notes

@@ -16,6 +16,7 @@ from runtime.lanes import watchdog
 from runtime.lanes.backend import CpuBackend, Marker
 from runtime.lanes.clock import Hung, LaneClock, LaneError, StopSignal, Walk
 from runtime.lanes.executor import Executor
+from runtime.lanes.helpers import Helper
 from runtime.lanes.watchdog import Watchdog, patience_ns
 from runtime.probes.handoffs import cycle_graph
 from slideplan.graph.lanes import Lane, LaneKind
@@ -223,14 +224,18 @@ def test_without_patience_lanes_may_take_for_ever() -> None:
     assert list(Executor(GRAPH, CpuBackend(), stuck, STEPS, FIRST)) == list(range(STEPS))
 
 
-def test_time_counts_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_counts_while_somebody_looks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A process that was stopped for an hour, or that wrote something between two steps, finds its lanes where it left them."""
     monkeypatch.setattr(watchdog, "LOOK_NS", 1000 * MS)
     now_ns = 0
     monkeypatch.setattr(watchdog.time, "perf_counter_ns", lambda: now_ns)
     compute = Lane(LaneKind.COMPUTE)
     graph = TaskGraph(pools=(), tasks=(msgspec.structs.replace(GRAPH.tasks[1], dependencies=()),))
-    clocks, threads = {compute: LaneClock(StopSignal())}, {compute: threading.current_thread()}
+    free = threading.Event()
+    lane = Helper("lane", free.wait)
+    lane.start()
+    request.addfinalizer(free.set)
+    clocks, threads = {compute: LaneClock(StopSignal())}, {compute: lane}
     dog = Watchdog(Walk(graph, FIRST), CpuBackend(), clocks, threads, 10_000 * MS, None)
 
     def after(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Threads that ask the drive, beside the one that trains."""
+"""Threads beside the main one: lanes, and those that ask the drive."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ GRACE_NS = 1_000_000_000
 
 
 class Helper(threading.Thread):
-    """A thread that the process does not wait for at its end: the drive may hold it up for ever.
+    """A thread that the process does not wait for at its end: the drive or the device may hold it up for ever.
 
-    It is waited for by `wait`. `join` takes a thread for ended once a signal has interrupted it (as of Python 3.11).
+    It is waited for by `wait`. `join` and `is_alive` take a thread for ended once a signal has interrupted them (as of Python
+    3.11).
     """
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:

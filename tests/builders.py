@@ -18,6 +18,7 @@ from slideplan.machine.profile import (
     Provenance,
     RatePoint,
     Spread,
+    SsdProfile,
 )
 from slideplan.model import ModelSpec
 from slideplan.placement import Placement, Tier
@@ -151,3 +152,12 @@ def tiny_machine(**changes: Any) -> MachineProfile:
         provenance=Provenance(source="measured", date="2026-01-01", command="test", versions={}),
     )
     return msgspec.structs.replace(machine, **changes)
+
+
+SSD = SsdProfile(
+    path=".",
+    capacity_bytes=10**12,
+    read=flat_curve(2 * GB_PER_S),
+    write=flat_curve(2 * GB_PER_S),
+    duplex_bytes_per_s=2 * GB_PER_S,
+)

@@ -14,7 +14,7 @@ from slideplan.graph.lanes import Lane
 from slideplan.graph.operations import CAST_WEIGHTS, CLIP_GRADIENT, LOAD_WEIGHTS, REFRESH_WEIGHTS, TaskKind
 from slideplan.graph.tasks import COPIED_AS, TENSOR_OF, Role, Task, TaskGraph
 from slideplan.model import ModelSpec
-from slideplan.placement import STATE, TensorClass, Tier
+from slideplan.placement import STATE, TensorClass
 
 STATE_ROLES = (Role.REMAINDER, Role.MOMENTS)
 Choose = Callable[[list[Lane]], Lane]
@@ -27,9 +27,10 @@ class Contents:
         self.model = model
         self.micros = range(micro_batches)
         self.slots: dict[tuple[str, int], Any] = {}
-        self.chunks = 1 + max((task.chunk for task in graph.tasks if task.chunk is not UNSET), default=0)
+        self.last_chunk = {task.unit: task.chunk for task in graph.tasks if task.chunk is not UNSET}
+        self.updated_on = {task.unit: task.operation.target for task in graph.tasks if task.kind is TaskKind.UPDATE}
         self.clips = any(task.operation == CLIP_GRADIENT for task in graph.tasks)
-        copied = {}
+        self.copied = copied = {}
         for task in graph.tasks:
             if task.kind is TaskKind.COPY and set(task.operation.tensors) & set(STATE) and task.unit not in copied:
                 copied[task.unit] = task.operation.tensors
@@ -39,7 +40,7 @@ class Contents:
                     if TENSOR_OF[role] not in copied.get(task.unit, ()):
                         self.slots[self._at(task, role)] = (role, task.unit, None, 0)
                 self.slots[self._at(task, self._master(task))] = ("weights", task.unit, 0)
-            elif task.kind is TaskKind.COPY and task.operation.target is not Tier.HOST:
+            elif task.kind is TaskKind.COPY and task.operation.target is self.updated_on[task.unit]:
                 for tensor in set(task.operation.tensors) & set(STATE):  # where it lies, before it comes for the first time
                     role = COPIED_AS[tensor]
                     self.slots[task.slot(role, task.operation.source)] = (role, task.unit, task.chunk, 0)
@@ -103,7 +104,7 @@ class Contents:
         """What a class of the unit must be when it is copied; whatever it is, the copy is the same."""
         role, unit = COPIED_AS[tensor], task.unit
         source, target = (task.slot(role, tier) for tier in (task.operation.source, task.operation.target))
-        leaves = task.operation.target is not Tier.GPU
+        leaves = task.operation.target is not self.updated_on[unit]
         wanted = {
             TensorClass.WEIGHTS: ("weights", unit, step),
             TensorClass.BOUNDARY: ("boundary", unit, task.micro, step),
@@ -120,12 +121,18 @@ class Contents:
         chunk = None if task.chunk is UNSET else task.chunk
         self._find(task, Role.GRADIENT, ("clipped", whole) if self.clips else whole)
         for role in self._state(task):
-            self._find(task, role, (role, unit, chunk, step))
-            self._put(task, role, (role, unit, chunk, step + 1))
-        # Chunks of a unit are updated one after the other.
-        self._find(task, self._master(task), ("partly", unit, chunk, step) if chunk else ("weights", unit, step))
-        last = chunk is None or chunk == self.chunks - 1
-        self._put(task, self._master(task), ("weights", unit, step + 1) if last else ("partly", unit, chunk + 1, step))
+            if TENSOR_OF[role] in self.copied.get(unit, ()):
+                self._find(task, role, (role, unit, chunk, step))
+                self._put(task, role, (role, unit, chunk, step + 1))
+            else:
+                self._advance(task, role, chunk, (role, unit, None, step), (role, unit, None, step + 1))
+        self._advance(task, self._master(task), chunk, ("weights", unit, step), ("weights", unit, step + 1))
+
+    def _advance(self, task: Task, role: Role, chunk: int | None, before: Any, after: Any) -> None:
+        """What stays where it is: chunks of a unit are updated one after the other."""
+        self._find(task, role, ("partly", chunk, before) if chunk else before)
+        last = chunk is None or chunk == self.last_chunk[task.unit]
+        self._put(task, role, after if last else ("partly", chunk + 1, before))
 
     def _compute(self, task: Task, step: int) -> None:
         unit, micro = task.unit, task.micro

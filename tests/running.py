@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from builders import tiny_machine, tiny_save
+from builders import SSD, tiny_machine, tiny_save
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.weights import RandomWeights, WeightSource
 from runtime.lanes.backend import Backend
@@ -55,7 +55,7 @@ EVERYTHING = {
 
 def plan_for(model: ModelSpec, policy: Policy, workload: Workload, backend: Backend) -> Plan:
     """A plan of this policy for this machine; its prediction gives every task a microsecond."""
-    machine, here = tiny_machine(), identity(backend)
+    machine, here = tiny_machine(ssd=SSD), identity(backend)
     footprint = Footprint(inner_bytes=1 << 16, workspace_bytes=1 << 20)
     graph = lower(model, policy, workload, footprint)
     memory = ledger(graph, machine)

@@ -37,6 +37,8 @@ PLACEMENTS = {
     "passing": {"resident_state": (0, 1), "stream_state": (2, 3)},
     "8-bit moments": {"resident_state": (1, 2, 3), "gpu_moments": "8bit"},
     "8-bit moments that pass": {"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 3},
+    "state on the SSD": {"ssd_state": (0, 1, 2, 3, 4, 5)},
+    "moments on the SSD": {"ssd_moments": (1, 3, 5), "ssd_chunks": 2},
     "everything": EVERYTHING | {"kernels": "fused"},
 }
 
@@ -52,6 +54,10 @@ def text(folder: Path) -> Path:
 def planned(model: ModelSpec, backend: Backend | None = None, workload: Workload | None = None, **knobs: object) -> Plan:
     """A plan of these knobs; by default for the CPU, and for steps of few tokens."""
     return plan_for(model, tiny_policy(model, **knobs), workload or tiny_workload(), backend or CpuBackend())
+
+
+def notes_of(error: BaseException) -> str:
+    return "; ".join(getattr(error, "__notes__", []))
 
 
 class Run:
@@ -71,6 +77,7 @@ class Run:
             settings=SETTINGS,
             saving=saving or Saving(),
             data=text(folder.parent),
+            ssd=folder.parent,
         )
 
     def train(self, **changes: object) -> None:

@@ -18,6 +18,10 @@ INNER = {"recompute": (None, None), "keep": (Tier.GPU, Tier.GPU), "offload": (Ti
 FOOTPRINT = Footprint(inner_bytes=4096, workspace_bytes=8192)
 
 
+# Remainder and moments, of units with state on the SSD.
+SSD = ((Tier.SSD, Tier.SSD), (Tier.HOST, Tier.SSD))
+
+
 class Case(NamedTuple):
     model: ModelSpec
     policy: Policy
@@ -43,11 +47,13 @@ def cases(draw: st.DrawFn) -> Case:
         may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
         inner, feed_forward = INNER[draw(st.sampled_from(inners)) if may_keep else "recompute"]
         passes = is_layer and (weights, state) == (Tier.GPU, Tier.HOST) and draw(st.booleans())
+        may_leave = state is Tier.HOST and not passes
+        remainder, moments = draw(st.sampled_from(SSD)) if may_leave and draw(st.booleans()) else (state, state)
         units.append(
             Placement(
                 weights=weights,
-                remainder=state,
-                moments=state,
+                remainder=remainder,
+                moments=moments,
                 boundary=boundary,
                 inner=inner,
                 feed_forward=feed_forward,
@@ -61,6 +67,7 @@ def cases(draw: st.DrawFn) -> Case:
     host_layers = sum(0 < unit < model.head_unit for unit in arrival)
     in_order = list(order) == arrival and host_layers > 0
     offloads = any(unit.boundary is Tier.HOST for unit in units)
+    passes_on = {unit.update for unit in units if unit.passing}
     policy = Policy(
         micro_batch=micro_batch,
         micro_batches=micro_batches,
@@ -70,14 +77,16 @@ def cases(draw: st.DrawFn) -> Case:
         host_gradient_slots=draw(st.integers(1, host_layers)) if in_order else host_layers,
         boundary_slots=micro_batches + draw(st.integers(1, 4)) if offloads else 0,
         inner_slots=draw(st.integers(1, 3)) if any(unit.feed_forward is Tier.HOST for unit in units) else 0,
-        state_slots=draw(st.integers(1, 3)) if any(unit.passing for unit in units) else 0,
-        state_chunks=draw(st.integers(1, 4)) if any(unit.passing for unit in units) else 0,
+        state_slots=draw(st.integers(1, 3)) if Tier.GPU in passes_on else 0,
+        state_chunks=draw(st.integers(1, 4)) if Tier.GPU in passes_on else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=kernels,
         gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
         gradient_norms=draw(st.booleans()),
         update_order=tuple(order),
         units=tuple(units),
+        ssd_slots=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
+        ssd_chunks=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
     )
     return Case(model, policy, Workload(seq_len=32, global_batch=micro_batch * micro_batches))
 

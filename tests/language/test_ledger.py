@@ -10,7 +10,8 @@ from slideplan.graph.validate import validate
 from slideplan.ledger import ledger, slot_capacities, slot_capacity
 from slideplan.lowering.lower import lower
 from slideplan.machine.profile import MachineProfile, SsdProfile
-from slideplan.placement import TensorClass, Tier
+from slideplan.model import UnitRole
+from slideplan.placement import STATE, TensorClass, Tier
 from slideplan.quantities import GIB
 from strategies import FOOTPRINT, Case, cases
 
@@ -126,25 +127,36 @@ def test_ledger_adds_up_to_the_pools(case: Case):
 def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     """Remainder and moments 10, and 2 of bf16 weights on the tier that updates them; moments of 8 bits there 6 fewer.
 
-    State that passes through the GPU has slots there as well, and none of the host's weights.
+    State that passes through another tier is cut into chunks of whole blocks, and has slots there as well.
     """
     model, policy = case.model, case.policy
-    items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in (Tier.GPU, Tier.HOST)}
+    items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in Tier}
 
-    def size(unit: int, parts: int = 1) -> int:
-        """Of a unit's state, or of one of the chunks of it that passes through, which are of whole blocks."""
-        elements = model.flat_elements(model.role(unit))
-        if policy.units[unit].passing:
-            elements = -(-elements // (256 * parts)) * 256
-        lossy = policy.gpu_moments == "8bit" and policy.units[unit].update is not Tier.HOST
-        return 4 * elements + 8 * -(-elements // 256) if lossy else 10 * elements
+    def size(tensor: TensorClass, elements: int, update: Tier) -> int:
+        if tensor is TensorClass.REMAINDER:
+            return 2 * elements
+        lossy = policy.gpu_moments == "8bit" and update is Tier.GPU
+        return 2 * elements + 8 * -(-elements // 256) if lossy else 8 * elements
 
-    passing = [unit for unit in range(model.units) if policy.units[unit].passing]
+    layer = model.flat_elements(UnitRole.LAYER)
+    blocks = {Tier.GPU: (policy.state_chunks, 256), Tier.HOST: (policy.ssd_chunks, 2048)}
+    chunk = {update: -(-layer // (block * chunks)) * block for update, (chunks, block) in blocks.items() if chunks}
+    slots = {Tier.GPU: policy.state_slots, Tier.HOST: policy.ssd_slots}
+    expected = dict.fromkeys(Tier, 0)
+    shared = set()
+    for unit, placement in enumerate(policy.units):
+        elements, update = model.flat_elements(model.role(unit)), placement.update
+        for tensor in STATE:
+            (tier,) = placement.tiers(tensor)
+            if tensor in placement.passing:
+                shared.add((tensor, update))
+                expected[tier] += -(-elements // chunk[update]) * size(tensor, chunk[update], update)
+            else:
+                expected[tier] += size(tensor, elements, update)
+    for tensor, update in shared:
+        expected[update] += slots[update] * size(tensor, chunk[update], update)
     for tier, pools in items.items():
-        state = sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name)
-        there = sum(size(u) for u in range(model.units) if policy.units[u].moments is tier and u not in passing)
-        count = policy.state_slots if tier is Tier.GPU else len(passing) * policy.state_chunks
-        assert state == there + (count * size(passing[0], policy.state_chunks) if passing else 0)
+        assert sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name) == expected[tier]
     weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)
     updated_there = [model.role(unit) for unit in range(model.units) if policy.units[unit].update is Tier.HOST]
     assert weights == 2 * sum(map(model.flat_elements, updated_there))

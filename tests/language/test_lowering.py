@@ -17,8 +17,12 @@ from slideplan.graph.operations import (
     LOAD_WEIGHTS,
     OFFLOAD_GRADIENT,
     OFFLOAD_STATE,
+    READ_MOMENTS,
+    READ_STATE,
     UPDATE_GPU,
     UPDATE_HOST,
+    WRITE_MOMENTS,
+    WRITE_STATE,
     Operation,
     TaskKind,
 )
@@ -68,15 +72,18 @@ def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
     ]
     assert forward == [(unit, micro) for unit in range(model.units) for micro in micros]
     assert backward == [(unit, micro) for unit in reversed(range(model.units)) for micro in micros]
-    assert tuple(task.unit for task in by_kind(graph, UPDATE_HOST)) == policy.update_order
-    on_gpu = [(task.unit, task.chunk) for task in by_kind(graph, UPDATE_GPU)]
-    whole = {unit for unit, chunk in on_gpu if chunk is UNSET}
-    passing = [unit for unit in reversed(range(model.units)) if policy.units[unit].passing]
-    assert whole == {unit for unit in range(model.units) if policy.units[unit].update is Tier.GPU} - set(passing)
-    chunks = [(unit, chunk) for unit in passing for chunk in range(policy.state_chunks)]
-    assert [each for each in on_gpu if each[1] is not UNSET] == chunks
-    for operation in (LOAD_STATE, OFFLOAD_STATE):
-        assert [(task.unit, task.chunk) for task in by_kind(graph, operation)] == chunks
+    orders = {
+        UPDATE_HOST: (policy.update_order, (READ_STATE, READ_MOMENTS), (WRITE_STATE, WRITE_MOMENTS)),
+        UPDATE_GPU: (range(model.units)[::-1], (LOAD_STATE,), (OFFLOAD_STATE,)),
+    }
+    for operation, (order, arrivals, departures) in orders.items():
+        updated = [unit for unit in order if policy.units[unit].update is operation.target]
+        passing = {unit: range(policy.chunks(model, unit)) for unit in updated if policy.units[unit].passing}
+        found = [(task.unit, task.chunk) for task in by_kind(graph, operation)]
+        assert found == [(unit, chunk) for unit in updated for chunk in passing.get(unit, (UNSET,))]
+        chunks = [(unit, chunk) for unit, each in passing.items() for chunk in each]
+        for moves in (arrivals, departures):
+            assert [(task.unit, task.chunk) for task in graph.tasks if task.operation in moves] == chunks
 
 
 @given(cases())

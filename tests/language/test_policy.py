@@ -9,6 +9,7 @@ from slideplan.placement import Tier
 from slideplan.policy import Policy, Workload
 from wording import says
 
+ON_SSD = {"remainder": Tier.SSD, "moments": Tier.SSD}
 STATE_ON_GPU = {"remainder": Tier.GPU, "moments": Tier.GPU}
 UPDATED = {"update": Tier.GPU}
 KEPT = {"inner": Tier.GPU, "feed_forward": Tier.GPU}
@@ -68,11 +69,19 @@ def test_refusals_name_the_knob(knobs: dict, message: str):
         (2, UPDATED, "policy.units[2] (layer001): an update on the gpu needs weights on the gpu"),
         (2, {"moments": Tier.GPU}, "policy.units[2] (layer001): remainder and moments must lie on one tier"),
         (0, {"weights": Tier.GPU}, "policy.units[0] (embedding): weights must lie where they are updated"),
-        (0, {"weights": Tier.GPU} | UPDATED, "policy.units[0] (embedding): only layers' state can pass through another tier"),
+        (0, {"weights": Tier.GPU} | UPDATED, "policy.units[0] (embedding): only layers' state can pass through the gpu"),
         (5, KEPT, "policy.units[5] (head): has no inner activations to keep"),
         (2, {"inner": Tier.GPU}, "policy.units[2] (layer001): inner and feed_forward activations are kept together"),
         (2, {"feed_forward": Tier.GPU}, "policy.units[2] (layer001): inner and feed_forward activations are kept together"),
-        (3, {"moments": Tier.SSD}, "policy.units[3] (layer002).moments is ssd; the runtime can have it on gpu or host"),
+        (
+            3,
+            {"remainder": Tier.SSD},
+            "policy.units[3] (layer002): remainder and moments must lie on one tier, or moments alone",
+        ),
+        (3, {"weights": Tier.SSD}, "policy.units[3] (layer002).weights is ssd; the runtime can have it on gpu or host"),
+        (3, ON_SSD, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
+        (3, {"moments": Tier.SSD}, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
+        (3, ON_SSD | {"weights": Tier.GPU} | UPDATED, "policy.units[3] (layer002): state on the ssd is updated by the host"),
         (3, {"boundary": Tier.SSD}, "policy.units[3] (layer002).boundary is ssd; the runtime can have it on gpu or host"),
         (3, {"inner": Tier.HOST}, "policy.units[3] (layer002).inner is host; the runtime can have it on gpu or none"),
         (4, {"boundary": Tier.HOST}, "policy.units[4].boundary must be gpu: the head consumes it at once"),
@@ -89,6 +98,20 @@ def test_kept_activations_need_their_input_on_the_gpu():
     assert "set policy.units[1].boundary to gpu" in refusal(policy)
 
 
+def test_state_on_the_ssd_needs_slots_and_chunks_of_whole_pages():
+    model = tiny_model()
+    policy = tiny_policy(model, ssd_state=(0, 2), ssd_moments=(3, 5))
+    policy.check(model, tiny_workload())
+    assert "policy.ssd_slots is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, ssd_slots=0))
+    assert "policy.ssd_chunks is 0; it must be 1 or more" in refusal(msgspec.structs.replace(policy, ssd_chunks=0))
+    assert says(refusal(msgspec.structs.replace(policy, ssd_chunks=65)), "take at most 64")
+    blocks = -(-model.flat_elements(UnitRole.LAYER) // 2048)
+    assert f"{blocks} blocks of a layer cannot be cut into as many" in refusal(
+        msgspec.structs.replace(policy, ssd_chunks=blocks - 1)
+    )
+    assert "policy.ssd_slots is 1; it must be" in refusal(with_knobs(ssd_slots=1))
+
+
 def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
     model = tiny_model()
     policy = tiny_policy(model, stream_state=(2,))
@@ -102,7 +125,7 @@ def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
     assert "policy.state_slots is 1; it must be" in refusal(with_knobs(state_slots=1))
     for wrong, message in (
         ({"weights": Tier.HOST}, "policy.units[2] (layer001): an update on the gpu needs weights on the gpu"),
-        (STATE_ON_GPU, "policy.state_slots is 2; it must be 1 or more where state of a unit passes through another tier"),
+        (STATE_ON_GPU, "policy.state_slots is 2; it must be 1 or more where state of a unit passes through the gpu"),
     ):
         assert message in refusal(changed_unit(policy, 2, **wrong))
     assert "policy.update_order must name every unit that the host updates" in refusal(

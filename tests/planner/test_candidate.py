@@ -44,6 +44,8 @@ def candidates(draw: st.DrawFn) -> tuple[ModelSpec, Candidate]:
     window = draw(st.integers(2, layers + 2)) if weights < layers else 0
     micro_batches = draw(st.integers(1, 3))
     on_host = hosted + (not embedding) + (not head)
+    ssd_layers, ssd_ends = draw(st.integers(0, hosted)), not (embedding and head) and draw(st.booleans())
+    on_ssd = bool(ssd_layers or ssd_ends)
     return model, Candidate(
         micro_batch=draw(st.integers(1, 2)),
         micro_batches=micro_batches,
@@ -68,6 +70,11 @@ def candidates(draw: st.DrawFn) -> tuple[ModelSpec, Candidate]:
         kept_layers=kept,
         offloaded_inner=away,
         deferred_updates=draw(st.integers(min(1, on_host), on_host)),
+        ssd_slots=draw(st.integers(1, 4)) if on_ssd else 0,
+        ssd_chunks=draw(st.integers(1, 5)) if on_ssd else 0,
+        ssd_layers=ssd_layers,
+        ssd_ends=ssd_ends,
+        ssd_whole=on_ssd and draw(st.booleans()),
     )
 
 
@@ -91,11 +98,11 @@ def test_bytes_of_slots_are_those_of_the_lowered_graph(
     footprint = Footprint(inner_bytes=data.draw(st.integers(20_000, 40_000)), workspace_bytes=500, transient_bytes=transients)
     workload = Workload(seq_len=SEQ_LEN, global_batch=candidate.micro_batch * candidate.micro_batches)
     graph = lower(model, candidate.policy(model), workload, footprint)
-    expected = {tier: tier_bytes(graph.pools, tier) for tier in (Tier.GPU, Tier.HOST)}
-    assert tier_bytes(graph.pools, Tier.SSD) == 0
+    expected = {tier: tier_bytes(graph.pools, tier) for tier in Tier}
     alike = msgspec.structs.replace(
         candidate, window=7, gradient_slots=9, host_gradient_slots=3, boundary_slots=5, inner_slots=2, state_slots=11,
         state_layers=0, streamed_state=0, weight_layers=1, kept_layers=1, offloaded_inner=0, offloaded_outputs=0,
+        ssd_slots=5, ssd_layers=0, ssd_ends=False,
     )  # fmt: skip
     for asked in (candidate, alike):
         assert SlotBytes(model, asked, SEQ_LEN, footprint).of(candidate) == expected
@@ -108,7 +115,10 @@ def test_policies_of_candidates_are_legal_and_say_what_they_count(case: tuple[Mo
     policy.check(model, Workload(seq_len=SEQ_LEN, global_batch=candidate.micro_batch * candidate.micro_batches))
     layers = policy.units[1 : model.head_unit]
     assert sum(layer.moments is Tier.GPU for layer in layers) == candidate.state_layers
-    assert sum(bool(layer.passing) for layer in layers) == candidate.streamed_state
+    assert sum(bool(layer.passing) for layer in layers if layer.update is Tier.GPU) == candidate.streamed_state
+    assert sum(layer.moments is Tier.SSD for layer in layers) == candidate.ssd_layers
+    on_ssd = [unit for unit in policy.units if unit.moments is Tier.SSD]
+    assert {unit.remainder for unit in on_ssd} <= {Tier.SSD if candidate.ssd_whole else Tier.HOST}
     assert sum(layer.weights is Tier.GPU for layer in layers) == candidate.weight_layers
     assert sum(unit.boundary is Tier.HOST for unit in policy.units) == candidate.offloaded_outputs
     inner = [(layer.inner, layer.feed_forward) for layer in layers]

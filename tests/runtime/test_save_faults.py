@@ -33,7 +33,7 @@ from runtime.lanes import watchdog
 from runtime.lanes.clock import Hung, LaneError, RunError
 from runtime.storage.disk import Disk
 from runtime.training import StepResult
-from saved_runs import PLACEMENTS, STEPS, UNTIED, Run, check_same, planned
+from saved_runs import PLACEMENTS, STEPS, UNTIED, Run, check_same, notes_of, planned
 from slideplan.graph.tasks import Task
 from slideplan.progress import Progress, silent
 from slideplan.saving import checkpoint_bytes, weights_bytes
@@ -87,10 +87,6 @@ def check_goes_on(cut: Run, whole: Run) -> None:
     cut.resume()
     check_same(whole, cut)
     assert not leftovers(cut.folder)
-
-
-def notes_of(error: BaseException) -> str:
-    return "; ".join(getattr(error, "__notes__", []))
 
 
 # Drives.

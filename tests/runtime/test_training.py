@@ -54,6 +54,10 @@ POLICIES = {
     "updates in order of need": {"update_order": (0, 1, 2, 3, 4, 5)},
     "state passing through": {"resident_state": (0, 1), "stream_state": (2, 3)},
     "all of it through one slot": {"stream_state": (1, 2, 3, 4), "state_slots": 1, "gradient_slots": 1},
+    "state on the SSD": {"ssd_state": (0, 1, 2, 3, 4, 5), "ssd_slots": 3, "window": 3},
+    "moments on the SSD": {"ssd_moments": (0, 1, 2, 3, 4, 5), "ssd_slots": 4},
+    "state on the SSD through one slot": {"ssd_state": (1, 2, 4), "ssd_moments": (5,), "ssd_slots": 1, "ssd_chunks": 2},
+    "state on the SSD, in order of need": {"ssd_state": (0, 1, 3), "update_order": (0, 1, 2, 3, 4, 5), "ssd_chunks": 1},
     "mixed": {
         "resident_state": (5,),
         "resident_weights": (1,),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
+from builders import GB_PER_S, SSD, flat_curve, tiny_machine, tiny_model, tiny_policy, tiny_workload
 from handmade import cost, graph
 from random_graphs import CAPACITIES, handoffs, priced_graphs, tied
 from simulator import Resource, footprint, lower_bound, predict, simulate
@@ -20,7 +20,7 @@ from slideplan.graph.lanes import LaneKind
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
 from slideplan.machine.handoffs import Handoffs
-from slideplan.machine.profile import MachineProfile, OptimizerProfile, Spread, SsdProfile
+from slideplan.machine.profile import MachineProfile, OptimizerProfile, Spread
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.policy import Policy
@@ -38,14 +38,6 @@ from slideplan.saving import (
 
 COMPUTE, H2D, D2H, UPDATE = LaneKind.COMPUTE, LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE
 ENGINES = (FastEngine, SimPyEngine)
-
-SSD = SsdProfile(
-    path=".",
-    capacity_bytes=10**12,
-    read=flat_curve(2 * GB_PER_S),
-    write=flat_curve(2 * GB_PER_S),
-    duplex_bytes_per_s=2 * GB_PER_S,
-)
 
 
 def predicted(model: ModelSpec, policy: Policy, machine: MachineProfile) -> SaveCost:

@@ -242,7 +242,8 @@ class SlotBytes:
         return self._sum(Tier.HOST, candidate.unit_counts(self._model), _shared_slots(candidate))
 
     def _sum(self, tier: Tier, units: Sequence[int], slots: Sequence[int]) -> int:
-        return self._base[tier] + sum(map(mul, units, self._of_units[tier])) + sum(map(mul, slots, self._of_slots[tier]))
+        total: int = self._base[tier] + sum(map(mul, units, self._of_units[tier])) + sum(map(mul, slots, self._of_slots[tier]))
+        return total
 
 
 def _shared_slots(candidate: Candidate) -> list[int]:

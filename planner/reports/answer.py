@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.peers.compare import Contender, PeerComparison
-from planner.reports.drive import drive_wear
+from planner.reports.drive import drive_wear, format_drive_bytes
 from planner.reports.tables import facts, new_table, parameter_count, section
 from planner.search.shortfall import DoesNotFit
 from slideplan.graph.lanes import Lane, LaneKind
@@ -89,7 +89,7 @@ def _advice(answer: DoesNotFit) -> list[tuple[str, str]]:
     if host is not None:
         found.append(("host", f"at least {format_bytes(host)} of RAM beside this GPU"))
     if ssd is not None:
-        found.append(("SSD", f"at least {format_bytes(ssd)} of a drive beside this GPU and this host"))
+        found.append(("SSD", f"at least {format_drive_bytes(ssd)} of a drive beside this GPU and this host"))
     # Where host memory alone would do, a GPU many times as large is no advice.
     if gpu is not None and (tiers[Tier.GPU].headroom_bytes < 0 or gpu <= 2 * tiers[Tier.GPU].capacity_bytes):
         found.append(("GPU", f"at least {format_bytes(gpu)} of memory beside this host"))

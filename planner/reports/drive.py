@@ -23,5 +23,7 @@ def _lasts(wear: DriveWear) -> str:
 
 
 def format_drive_bytes(count: int) -> str:
-    """``4.00 TB``, or ``235.0 GB`` of less than one."""
-    return f"{count / 1e12:,.2f} TB" if count >= 10**12 else f"{count / 1e9:,.1f} GB"
+    """``4.00 TB``, ``235.0 GB``, or ``1.5 MB``."""
+    if count >= 10**12:
+        return f"{count / 1e12:,.2f} TB"
+    return f"{count / 1e9:,.1f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"

@@ -17,6 +17,7 @@ from slideplan.model import ModelSpec
 from slideplan.plan import Prediction
 from slideplan.policy import Policy, Workload
 from slideplan.timeline import step_record
+from slideplan.wear import DriveWear
 
 _WORSE: tuple[Source, ...] = ("measured", "interpolated", "derived", "datasheet")
 
@@ -48,6 +49,7 @@ def predict(
         step_uncertainty_percent=round(_step_uncertainty(graph, costs, critical_ns), 1),
         handoffs=machine.handoffs,
         save=None if policy.other else save_cost(graph, costs, model, policy, machine, ledger, step_ns),
+        drive=DriveWear.of(graph, machine.ssd, step_ns),
     )
 
 

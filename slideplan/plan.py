@@ -17,6 +17,7 @@ from slideplan.placement import Tier
 from slideplan.policy import Policy, Workload
 from slideplan.saving import SaveCost, checkpoint_bytes, staging_bytes, weights_bytes
 from slideplan.timeline import StepRecord
+from slideplan.wear import DriveWear
 
 # No task of a step runs as many steps before or after it: each waits for some task of the step before.
 MOST_STEPS_APART = 64
@@ -33,6 +34,7 @@ class Prediction(Spec, frozen=True):
     step_uncertainty_percent: by which the costs' uncertainties may move the step time; None if not stated
     handoffs:       from lane to lane, as simulated
     save:           what saves cost the run; None for the policy of another system, which nothing runs
+    drive:          what training does to the drive; None where nothing lies there
     """
 
     record: StepRecord
@@ -43,6 +45,7 @@ class Prediction(Spec, frozen=True):
     step_uncertainty_percent: float | None = None
     handoffs: Handoffs = IMMEDIATE
     save: SaveCost | None = None
+    drive: DriveWear | None = None
 
 
 class FrontPoint(Spec, frozen=True):

@@ -19,7 +19,7 @@ from fuzzing import readings
 from planner import cli
 from planner.catalogue import machines as catalogue
 from planner.catalogue.here import ThisMachine
-from planner.catalogue.machines import default_machine, find_machine
+from planner.catalogue.machines import DEFAULT_MACHINE, default_machine, find_machine
 from running import plan_for
 from runtime.lanes.backend import CpuBackend
 from slideplan import codec
@@ -139,7 +139,7 @@ def test_a_profile_is_whole_or_refused_and_never_in_the_way(raw: bytes) -> None:
     except ValueError as error:
         is_one_line(error, "profiles/some.json")
         choice = default_machine()
-        assert choice.machine.name == "rtx4090-2tib"
+        assert choice.machine.name == DEFAULT_MACHINE
         assert choice.notes[0].startswith("left out: profiles/some.json: ")
         assert not any("\n" in note for note in choice.notes)
     else:

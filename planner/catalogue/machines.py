@@ -17,7 +17,7 @@ from slideplan.machine.profile import MachineProfile
 from slideplan.quantities import format_bytes
 
 LOCAL_PROFILES = Path("profiles")  # of the working directory: where `planner profile` writes
-DEFAULT_MACHINE = "rtx4090-2tib"
+DEFAULT_MACHINE = "rtx4090-256gib"
 MOST_REASONS = 3  # why files were left out, in one line
 
 

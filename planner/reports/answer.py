@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.peers.compare import Contender, PeerComparison
+from planner.reports.drive import drive_wear, format_drive_bytes
 from planner.reports.tables import facts, new_table, parameter_count, section
 from planner.search.shortfall import DoesNotFit
 from slideplan.graph.lanes import Lane, LaneKind
@@ -51,6 +52,11 @@ def print_answer(out: Console, answer: Plan | DoesNotFit, *, pareto: bool = Fals
     if answer.prediction.save is not None:
         section(out, "Saves", _saves_table(answer.prediction.save, answer.prediction.record.step_ns))
         out.print(_saves(answer.prediction.save), style="dim", highlight=False, soft_wrap=True)
+    if answer.prediction.drive is not None:
+        section(out, "Drive", facts(drive_wear(answer.prediction.drive)))
+        out.print(
+            "saves are not counted; --explain says what RAM in place of the drive would gain", style="dim", highlight=False
+        )
     if answer.search.alternatives:
         section(out, "What another value of each knob would cost", _alternatives_table(answer))
         out.print("[dim]all other knobs searched again; ~ the budget ended before a faster one was ruled out[/dim]")
@@ -79,13 +85,15 @@ def _setting(model: ModelSpec, machine: MachineReference, workload: Workload) ->
 def _advice(answer: DoesNotFit) -> list[tuple[str, str]]:
     tiers = answer.ledger.tiers
     found: list[tuple[str, str]] = []
-    host, gpu = answer.bytes_needed[Tier.HOST], answer.bytes_needed[Tier.GPU]
+    host, ssd, gpu = (answer.bytes_needed[tier] for tier in (Tier.HOST, Tier.SSD, Tier.GPU))
     if host is not None:
         found.append(("host", f"at least {format_bytes(host)} of RAM beside this GPU"))
+    if ssd is not None:
+        found.append(("SSD", f"at least {format_drive_bytes(ssd)} of a drive beside this GPU and this host"))
     # Where host memory alone would do, a GPU many times as large is no advice.
     if gpu is not None and (tiers[Tier.GPU].headroom_bytes < 0 or gpu <= 2 * tiers[Tier.GPU].capacity_bytes):
         found.append(("GPU", f"at least {format_bytes(gpu)} of memory beside this host"))
-    if host is None and gpu is None:
+    if host is None and ssd is None and gpu is None:
         need = (f"{format_bytes(tier.capacity_bytes - tier.headroom_bytes)} of {name.upper()}" for name, tier in tiers.items())
         found.append(("together", f"about {' and '.join(need)} memory"))
     if answer.global_batch is not None:

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from planner.reports.drive import format_drive_bytes
 from planner.reports.tables import new_table, parameter_count
 from slideplan.graph.lanes import LaneKind
 from slideplan.lowering.sizes import TRAINING_BYTES
 from slideplan.machine.figures import Change, cost_name, launch_name
-from slideplan.machine.profile import Interference, MachineProfile, Spread
+from slideplan.machine.profile import Interference, MachineProfile, Spread, SsdProfile
 from slideplan.model import ModelSpec
 from slideplan.quantities import format_bytes
 
@@ -28,8 +29,8 @@ def models_table(models: Iterable[ModelSpec]) -> Table:
     return table
 
 
-def machines_table(machines: dict[str, MachineProfile]) -> Table:
-    """One row per profile, by the name that `--machine` takes."""
+def machines_table(machines: dict[str, MachineProfile]) -> RenderableType:
+    """One row per profile, by the name that `--machine` takes; then the drives of those that have one."""
     table = new_table("machine", "GPU", "GPU memory", "host memory", "cores", "h2d/d2h GB/s", "figures", left=2)
     for name, machine in machines.items():
         h2d, d2h = (curve.points[-1].rate.p50 / 1e9 for curve in (machine.link.h2d, machine.link.d2h))
@@ -37,6 +38,20 @@ def machines_table(machines: dict[str, MachineProfile]) -> Table:
             name, machine.gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce "),
             format_bytes(machine.gpu.memory_bytes), format_bytes(machine.host.memory_bytes), str(machine.host.cores),
             f"{h2d:.1f}/{d2h:.1f}", machine.provenance.source,
+        )  # fmt: skip
+    drives = {name: machine.ssd for name, machine in machines.items() if machine.ssd is not None}
+    return Group(table, "", _drives_table(drives)) if drives else table
+
+
+def _drives_table(drives: dict[str, SsdProfile]) -> Table:
+    """In powers of ten, as drives are sold. Plans count on what a drive writes once its cache is full."""
+    table = new_table("machine", "drive", "read GB/s", "write GB/s", "both at once", "into its cache", "may be written")
+    for name, drive in drives.items():
+        rates = (drive.read.points[-1].rate.p50, drive.write.points[-1].rate.p50, drive.duplex_bytes_per_s)
+        burst, endurance = drive.burst_write_bytes_per_s, drive.endurance_bytes
+        table.add_row(
+            name, format_drive_bytes(drive.capacity_bytes), *(f"{rate / 1e9:.1f}" for rate in rates),
+            "-" if burst is None else f"{burst / 1e9:.1f}", "-" if endurance is None else format_drive_bytes(endurance),
         )  # fmt: skip
     return table
 

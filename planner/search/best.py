@@ -21,13 +21,14 @@ from simulator import predict
 from slideplan import __version__
 from slideplan.codec import digest
 from slideplan.graph.validate import validate
-from slideplan.ledger import ledger
+from slideplan.ledger import RESERVE_PERCENT, ledger
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import Alternative, MachineReference, Plan, SearchRecord
 from slideplan.policy import Workload
 from slideplan.progress import Progress, Show, silent
+from slideplan.quantities import format_bytes
 
 BATCHES = 16  # global batches tried where the batch is searched too
 
@@ -85,6 +86,8 @@ def search(
         chosen = chosen_again(chosen, slowest_ns)
         if chosen == before:
             break
+    if options.explain:
+        others += _in_memory(chosen, machine, show)
     record = msgspec.structs.replace(
         certificate(looked, chosen, slowest_ns),
         batches=batches,
@@ -92,6 +95,30 @@ def search(
         alternatives=others,
     )
     return _plan(chosen, machine, record)
+
+
+def _in_memory(found: Found, machine: MachineProfile, show: Show) -> tuple[Alternative, ...]:
+    """The same workload with as much more RAM as lies on the drive, at the same rates; nothing where nothing lies there."""
+    builder, on_drive = found.searcher.builder, found.best.slot_bytes[Tier.SSD]
+    if not on_drive:
+        return ()
+    host = machine.host
+    enough = host.memory_bytes - (-on_drive * 100 // (100 - RESERVE_PERCENT[Tier.HOST]))
+    larger = msgspec.structs.replace(machine, host=msgspec.structs.replace(host, memory_bytes=enough), ssd=None)
+    options = msgspec.structs.replace(builder.options, max_tokens_per_step=None, pareto=False, explain=False)
+    other = search(builder.model, builder.workload, larger, options, show)
+    assert isinstance(other, Plan), "the same policy fits without the drive"
+    record = other.prediction.record
+    return (
+        Alternative(
+            knob="RAM in place of the drive",
+            value=format_bytes(host.memory_bytes),
+            other_value=format_bytes(enough),
+            tokens_per_s=record.tokens_per_s,
+            peak_bytes={Tier.SSD: 0} | record.peak_bytes,
+            proven=not other.search.unpriced,
+        ),
+    )
 
 
 def batches_within(seq_len: int, options: SearchOptions) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import mul
 
 import msgspec
@@ -231,11 +232,19 @@ class SlotBytes:
 
     def of(self, candidate: Candidate) -> dict[Tier, int]:
         """Bytes of the candidate's slots by tier."""
-        units, held = candidate.unit_counts(self._model), self._held
-        slots = [getattr(candidate, knob) for knob in SHARED_SLOTS]
-        found = {
-            tier: base + sum(map(mul, units, self._of_units[tier])) + sum(map(mul, slots, self._of_slots[tier]))
-            for tier, base in self._base.items()
-        }
+        units, slots, held = candidate.unit_counts(self._model), _shared_slots(candidate), self._held
+        found = {tier: self._sum(tier, units, slots) for tier in self._base}
         found[Tier.GPU] += self._footprint.workspace_beside([held[inner] for inner in candidate.inner(self._model)])
         return found
+
+    def on_host(self, candidate: Candidate) -> int:
+        """Those on the host alone, in a fraction of the time."""
+        return self._sum(Tier.HOST, candidate.unit_counts(self._model), _shared_slots(candidate))
+
+    def _sum(self, tier: Tier, units: Sequence[int], slots: Sequence[int]) -> int:
+        total: int = self._base[tier] + sum(map(mul, units, self._of_units[tier])) + sum(map(mul, slots, self._of_slots[tier]))
+        return total
+
+
+def _shared_slots(candidate: Candidate) -> list[int]:
+    return [getattr(candidate, knob) for knob in SHARED_SLOTS]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import msgspec
 
 from planner.catalogue.machines import known_machines
-from planner.search.candidate import Candidate
 from planner.search.counts import divisors
 from planner.search.space import SpaceBuilder
 from slideplan import __version__
@@ -24,7 +25,8 @@ class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
     """No policy fits. Bytes are capacities of the whole tier, reserve and fixed use included.
 
     policy, ledger:    the least demanding policy (fits the GPU if any does; lacks least) and its memory
-    bytes_needed:      of each tier, with which the model would fit while all others are what they are; None: no amount
+    bytes_needed:      of each tier, with which the model would fit while all others are what they are; None: no amount.
+                       Of a drive also where the machine has none
     global_batch:      largest divisor of the global batch that fits; None: none
     machines:          known profiles on which it fits
     """
@@ -42,7 +44,8 @@ class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
 
 def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
     """What is missing for a workload of which nothing fits."""
-    shorts = {candidate: _lacking(builder, candidate) for candidate in builder.least_demanding()}
+    spares = {candidate: builder.spare(candidate) for candidate in builder.least_demanding()}
+    shorts = {candidate: {tier: max(0, -left) for tier, left in spare.items()} for candidate, spare in spares.items()}
     # State moves between the tiers byte for byte, so where a policy fits the GPU, ask for the other tiers' memory alone.
     least = min(shorts, key=lambda candidate: (shorts[candidate][Tier.GPU] > 0, sum(shorts[candidate].values())))
     assert any(shorts[least].values()), "something fits after all"
@@ -55,24 +58,38 @@ def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
         workload=builder.workload,
         policy=policy,
         ledger=ledger(TaskGraph(pools=tuple(layout.pools.values()), tasks=()), machine),
-        bytes_needed={tier: _capacity_needed(builder, tier, fixed_bytes_of(machine, tier)) for tier in (Tier.HOST, Tier.GPU)},
+        bytes_needed={
+            Tier.HOST: _capacity_needed(builder, machine, spares.values(), Tier.HOST),
+            Tier.SSD: _drive_needed(builder, machine, spares.values()),
+            Tier.GPU: _capacity_needed(builder, machine, spares.values(), Tier.GPU),
+        },
         global_batch=_largest_batch(builder, machine),
         machines=_fitting_machines(builder, machine),
     )
 
 
-def _lacking(builder: SpaceBuilder, candidate: Candidate) -> dict[Tier, int]:
-    return {tier: max(0, -spare) for tier, spare in builder.spare(candidate).items()}
+def _capacity_needed(
+    builder: SpaceBuilder, machine: MachineProfile, spares: Iterable[Mapping[Tier, int]], tier: Tier
+) -> int | None:
+    """Capacity of a tier with which some policy fits, the other tiers being what they are.
 
-
-def _capacity_needed(builder: SpaceBuilder, tier: Tier, fixed_bytes: int) -> int | None:
-    """Capacity of a tier with which some policy fits, the other tiers being what they are."""
+    spares: what each of the least demanding policies leaves of each tier
+    """
     needs = [
         builder.capacity[tier] - spare[tier]
-        for spare in map(builder.spare, builder.least_demanding())
+        for spare in spares
         if all(left >= 0 for other, left in spare.items() if other is not tier)
     ]
+    fixed_bytes = fixed_bytes_of(machine, tier)
     return -(-(min(needs) + fixed_bytes) * 100 // (100 - RESERVE_PERCENT[tier])) if needs else None
+
+
+def _drive_needed(builder: SpaceBuilder, machine: MachineProfile, spares: Iterable[Mapping[Tier, int]]) -> int | None:
+    """The same of the drive. A builder that knows of none puts nothing there, so another one is asked."""
+    if not builder.capacity[Tier.SSD]:
+        builder = SpaceBuilder.on(builder.model, builder.workload, machine, builder.options, {Tier.SSD: 1})
+        spares = map(builder.spare, builder.least_demanding())
+    return _capacity_needed(builder, machine, spares, Tier.SSD)
 
 
 def _fits(builder: SpaceBuilder) -> bool:

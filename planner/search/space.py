@@ -8,7 +8,6 @@ moves a unit in one piece.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -100,12 +99,22 @@ class SpaceBuilder:
         self._chunks = {tier: state_chunks(model, tier) for tier in (Tier.GPU, Tier.HOST)}
 
     @classmethod
-    def on(cls, model: ModelSpec, workload: Workload, machine: MachineProfile, options: SearchOptions) -> SpaceBuilder:
-        """What may be planned for this workload on this machine. Raises ValueError where nothing may."""
+    def on(
+        cls,
+        model: ModelSpec,
+        workload: Workload,
+        machine: MachineProfile,
+        options: SearchOptions,
+        more: Mapping[Tier, int] | None = None,
+    ) -> SpaceBuilder:
+        """What may be planned for this workload on this machine. Raises ValueError where nothing may.
+
+        more: capacities in bytes that replace what the machine offers to slots
+        """
         check_seq_len(model, workload.seq_len)
         check_kernels(options.kernels, machine)
         sizes = micro_batch_sizes(workload, options.micro_batch)
-        return cls(model, workload, sizes, machine, slot_capacities(machine), options)
+        return cls(model, workload, sizes, machine, {**slot_capacities(machine), **(more or {})}, options)
 
     def build(self) -> Space:
         """Without offloading if anything fits so; otherwise all that fits with it."""
@@ -126,10 +135,13 @@ class SpaceBuilder:
 
     def slot_bytes(self, candidate: Candidate) -> dict[Tier, int]:
         """What the candidate's slots take in each tier."""
+        return self._sums(candidate).of(candidate)
+
+    def _sums(self, candidate: Candidate) -> SlotBytes:
         key = ComputeKnobs.of(candidate), candidate.state_chunks, candidate.ssd_chunks, candidate.ssd_whole
         if key not in self._slot_bytes:
             self._slot_bytes[key] = SlotBytes(self.model, candidate, self.workload.seq_len, self.footprint(candidate))
-        return self._slot_bytes[key].of(candidate)
+        return self._slot_bytes[key]
 
     def spare(self, candidate: Candidate) -> dict[Tier, int]:
         """Bytes of each tier that the candidate leaves; negative where it does not fit."""
@@ -351,7 +363,7 @@ class SpaceBuilder:
         """With as much state on the SSD as the host lacks room for, and no more: every byte there is read and written in
         each step. Moments first; a byte of remainder costs as much, and takes the rest.
         """
-        if self.spare(base)[Tier.HOST] >= 0:
+        if self._host_spare(base) >= 0:
             return base
         layers = self.model.layers - base.gpu_updated
         found = base
@@ -362,15 +374,17 @@ class SpaceBuilder:
             if not most.on_ssd(self.model):
                 continue
             found = most
-            if self.spare(found)[Tier.HOST] >= 0:
+            if self._host_spare(found) >= 0:
                 break
-        fits = range(found.ssd_layers + 1)
-        fewest = bisect_left(fits, True, key=lambda n: self._host_holds(msgspec.structs.replace(found, ssd_layers=n)))
-        fewer = msgspec.structs.replace(found, ssd_layers=min(fewest, found.ssd_layers))
+        if not found.ssd_layers:
+            return found
+        lacking = -self._host_spare(msgspec.structs.replace(found, ssd_layers=0))
+        layer_bytes = (self._host_spare(found) + lacking) // layers  # every layer gives back as many
+        fewer = msgspec.structs.replace(found, ssd_layers=min(layers, max(0, -(-lacking // layer_bytes))))
         return fewer if fewer.on_ssd(self.model) else base
 
-    def _host_holds(self, candidate: Candidate) -> bool:
-        return self.spare(candidate)[Tier.HOST] >= 0
+    def _host_spare(self, candidate: Candidate) -> int:
+        return self.capacity[Tier.HOST] - self._sums(candidate).on_host(candidate)
 
     def _least_slots(self, base: Candidate) -> dict[str, int]:
         host_layers = self.model.layers - base.gpu_updated

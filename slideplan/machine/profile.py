@@ -138,13 +138,26 @@ class OptimizerProfile(Spec, frozen=True):
 
 
 class SsdProfile(Spec, frozen=True):
-    """Direct I/O on one mount."""
+    """Direct I/O on one mount.
+
+    write:                   rate that lasts; plans count on it
+    duplex_bytes_per_s:      sum of both directions at once
+    burst_write_bytes_per_s: until the drive's write cache is full; None where nobody says
+    endurance_bytes:         that may be written to the whole drive by its warranty; None where nobody says
+    """
 
     path: str
     capacity_bytes: int
     read: Curve
     write: Curve
     duplex_bytes_per_s: int
+    burst_write_bytes_per_s: int | None = None
+    endurance_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("burst_write_bytes_per_s", "endurance_bytes"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"ssd.{field} is {value}, must be positive")
 
 
 class LayerShape(Spec, frozen=True):

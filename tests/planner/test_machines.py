@@ -13,18 +13,22 @@ from builders import tiny_machine, tiny_workload
 from planner.catalogue import machines as catalogue
 from planner.catalogue.datasheets import datasheet_machines
 from planner.catalogue.here import ThisMachine
-from planner.catalogue.machines import default_machine, find_machine, machines, with_budget
+from planner.catalogue.machines import DEFAULT_MACHINE, default_machine, find_machine, machines, with_budget
 from planner.catalogue.models import find_model
 from planner.commands.searching import machine_named
 from planner.search.best import search
 from planner.search.shortfall import DoesNotFit
 from planner.search.space import SearchOptions
 from slideplan import codec
-from slideplan.machine.profile import MachineProfile
+from slideplan.machine.profile import MachineProfile, SsdProfile
+from slideplan.placement import Tier
+from slideplan.plan import Plan
+from slideplan.policy import Workload
 from slideplan.quantities import GIB
 
 SHIPPED = [
-    "a100-80gib-1tib", "a6000-48gib-512gib", "h200-503gib", "rtx3090-128gib", "rtx4090-128gib", "rtx4090-2tib",
+    "a100-80gib-1tib", "a6000-48gib-512gib", "h200-503gib", "rtx3090-128gib", "rtx4090-64gib", "rtx4090-128gib",
+    "rtx4090-256gib", "rtx4090-2tib",
 ]  # fmt: skip
 
 
@@ -108,12 +112,12 @@ def other_machine(name: str, date: str) -> MachineProfile:
 
 
 def test_default_is_a_shipped_datasheet_where_nothing_measured_is_of_this_machine(here: Callable[..., None]):
-    shipped = find_machine("rtx4090-2tib")
+    shipped = find_machine("rtx4090-256gib")
     for _ in range(2):
         choice = default_machine()
         assert (choice.machine, choice.is_here) == (shipped, False)
         (note,) = choice.notes
-        assert note.startswith("no profile of this machine in profiles/: taking the shipped rtx4090-2tib (NVIDIA GeForce")
+        assert note.startswith("no profile of this machine in profiles/: taking the shipped rtx4090-256gib (NVIDIA GeForce")
         assert "`planner profile` measures this machine, --machine names another" in note
         measured("sheet", "2027-01-01", source="datasheet")
         other_machine("copied", "2027-01-02")
@@ -142,7 +146,7 @@ def test_a_profile_that_differs_in_memory_alone_is_named_and_not_taken(here: Cal
     measured("mine", "2026-05-01")
     here(host_memory_bytes=GIB)
     choice = default_machine()
-    assert choice.machine.name == "rtx4090-2tib"
+    assert choice.machine.name == DEFAULT_MACHINE
     assert choice.notes[0] == (
         "profile mine has the GPU, processor and cores of this machine, but 4.00 GiB of RAM, of which 1.00 GiB show here: "
         "not taken; --machine mine takes it"
@@ -162,7 +166,7 @@ def test_a_shipped_profile_of_a_machine_like_this_one_is_taken_and_that_is_said(
     assert choice.notes[0].startswith("taking the shipped h100-80gb-125gib, measured on a machine like this one; `planner")
     here(gpus=(shipped.gpu.name,), cpu=shipped.host.cpu, cores=shipped.host.cores, host_memory_bytes=30 * GIB)
     choice = default_machine()
-    assert choice.machine.name == "rtx4090-2tib"
+    assert choice.machine.name == DEFAULT_MACHINE
     assert "--machine h100-80gb-125gib takes it" in choice.notes[0]
 
 
@@ -174,7 +178,7 @@ FOREIGN = {
     "not text": ("mine.json", b"\xff\xfe\x00", "not valid JSON"),
     "of a later version": ("new.json", b'{"document": "machine_profile", "format_version": 99}', "`format_version` is 99"),
     "nested": ("deep.json", b'{"document": "x", "a":' + b"[" * 200_000, "nested too deep"),
-    "called as the default": ("rtx4090-2tib.json", b"{}", "expected a 'machine_profile' document"),
+    "called as the default": (f"{DEFAULT_MACHINE}.json", b"{}", "expected a 'machine_profile' document"),
 }
 
 
@@ -190,7 +194,7 @@ def test_what_is_no_profile_is_left_out_in_one_line(kind: str, here: Callable[..
     assert reason in note
     assert "\n" not in note
     Path("profiles/here.json").unlink()
-    assert default_machine().machine.name == "rtx4090-2tib"
+    assert default_machine().machine.name == DEFAULT_MACHINE
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -270,7 +274,7 @@ def test_only_regular_files_are_profiles(here: Callable[..., None]):
 @pytest.mark.parametrize("profiles", ["file", "link"])
 def test_profiles_need_not_be_a_folder(profiles: str, here: Callable[..., None]):
     Path("profiles").write_text("") if profiles == "file" else Path("profiles").symlink_to("nowhere")
-    assert default_machine().machine.name == "rtx4090-2tib"
+    assert default_machine().machine.name == DEFAULT_MACHINE
 
 
 @pytest.mark.parametrize(
@@ -283,8 +287,8 @@ def test_profiles_need_not_be_a_folder(profiles: str, here: Callable[..., None])
         ("h200", "h200-503gib"),
         ("a100", "a100-80gib-1tib"),
         ("a6000", "a6000-48gib-512gib"),
-        ("4090", "rtx4090-128gib or rtx4090-2tib"),
-        ("RTX 4090", "rtx4090-128gib or rtx4090-2tib"),
+        ("4090", "rtx4090-128gib or rtx4090-256gib or rtx4090-2tib"),
+        ("RTX 4090", "rtx4090-128gib or rtx4090-256gib or rtx4090-2tib"),
         ("rtx3090", "rtx3090-128gib"),
         ("profiles/h100.json", "h100-80gb-125gib"),
         ("rtx4090-2tb", "rtx4090-2tib"),
@@ -311,3 +315,51 @@ def test_budget_changes_capacities_only():
     assert with_budget(machine, None, None) == machine
     with pytest.raises(ValueError, match=r"host\.memory_bytes is 0, must be positive"):
         with_budget(machine, None, 0)
+
+
+# -- drives ------------------------------------------------------------------------------------
+
+
+DRIVES = {machine.name: machine.ssd for machine in datasheet_machines() if machine.ssd is not None}
+
+
+@pytest.mark.parametrize("drive", DRIVES.values(), ids=DRIVES)
+def test_a_drive_reads_and_writes_at_once_no_more_than_it_reads(drive: SsdProfile):
+    read, write = (curve.points[-1].rate.p50 for curve in (drive.read, drive.write))
+    assert min(read, write) < drive.duplex_bytes_per_s < read + write
+
+
+@pytest.mark.parametrize("name", ["rtx3090-128gib", "rtx4090-64gib", "rtx4090-128gib", "rtx4090-256gib"])
+def test_desktops_plan_with_what_a_drive_writes_once_its_cache_is_full(name: str):
+    machine = find_machine(name)
+    drive = machine.ssd
+    assert drive is not None
+    assert drive.write.points[-1].rate.p50 == pytest.approx(1.8e9, rel=0.01)
+    assert (drive.burst_write_bytes_per_s, drive.endurance_bytes) == (6 * 10**9, 2400 * 10**12)
+    assert "Assumed, not measured: what a desktop's drive writes once its cache is full" in machine.provenance.notes
+
+
+def test_profiles_from_before_drives_had_a_warranty_are_read():
+    drive = find_machine("h100-80gb-125gib").ssd
+    assert drive is not None
+    assert (drive.burst_write_bytes_per_s, drive.endurance_bytes) == (None, None)
+
+
+@pytest.mark.parametrize("field", ["burst_write_bytes_per_s", "endurance_bytes"])
+def test_a_drive_that_can_write_nothing_is_refused(field: str):
+    for drive in DRIVES.values():
+        with pytest.raises(ValueError, match=rf"ssd\.{field} is 0, must be positive"):
+            msgspec.structs.replace(drive, **{field: 0})
+
+
+def test_123b_fits_the_default_machine_and_says_what_that_does_to_its_drive():
+    """Weights alone take 228 of its 256 GiB; all state lies on the drive."""
+    model = find_model("123b")
+    cheap = SearchOptions(micro_batch=8, lowered_tasks=1, simulated_tasks=1)
+    plan = search(model, Workload(seq_len=1024, global_batch=8), find_machine(DEFAULT_MACHINE), cheap)
+    assert isinstance(plan, Plan)
+    assert {placement.moments for placement in plan.policy.units} == {Tier.SSD}
+    wear = plan.prediction.drive
+    assert wear is not None
+    state = sum(plan.ledger.tiers[Tier.SSD].items.values())
+    assert wear.read_bytes == wear.write_bytes == state

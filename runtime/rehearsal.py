@@ -1,8 +1,12 @@
-"""The host's updates before the first step: what a step takes in this process's memory."""
+"""The host's updates and the drive before the first step: what a step takes in this process's memory, and on that drive."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import cycle
 from statistics import median
 
 from runtime.lanes.clock import RunError
@@ -12,11 +16,12 @@ from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import Task
 from slideplan.measurement import expected_step_ns
 from slideplan.progress import Progress, Show
-from slideplan.quantities import format_ns
+from slideplan.quantities import format_bytes, format_ns
 
 LEAST_REHEARSAL_NS = 1_000_000_000  # where passes over a small state take less
 LEAST_PASSES = 2
 WORTH_SAYING = 0.03  # of the step
+SLOWER = 0.1  # of a drive's rate, which differs by less between one moment and the next
 
 
 def rehearse(session: Session, show: Show) -> int | None:
@@ -45,6 +50,45 @@ def rehearse(session: Session, show: Show) -> int | None:
         )
     show(Progress(phase, 1, 1, note=note))
     return rehearsed_ns
+
+
+def rehearse_drive(session: Session, show: Show) -> None:
+    """Read and write state on the SSD for a moment, both at once as steps do, and say where the drive is slower than planned.
+
+    It comes before the session begins: all slots are zero and stay so. Raises RunError, naming the task, if a copy fails.
+    """
+    graph, record = session.plan.graph, session.plan.prediction.record
+    lanes = [queue for kind in (LaneKind.SSD_READ, LaneKind.SSD_WRITE) if (queue := graph.queue(kind))]
+    if not lanes:
+        return
+    show(Progress("rehearsing the drive", 0, 1))
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        found = sum(pool.map(partial(_moved_per_s, session), lanes))
+    # Both lanes are planned to be busy beside each other for as long as the busier one.
+    planned_ns = max(sum(record.spans[number].duration_ns for number in queue) for queue in lanes)
+    planned = sum(graph.tasks[number].bytes_moved for queue in lanes for number in queue) * 1e9 / planned_ns
+    note = ""
+    if found < (1 - SLOWER) * planned:
+        note = (
+            f"the drive moves {format_bytes(round(found))}/s, planned were {format_bytes(round(planned))}/s: expect longer "
+            "steps where it is what binds; measure it with `planner profile` and plan again"
+        )
+    show(Progress("rehearsing the drive", 1, 1, note=note))
+
+
+def _moved_per_s(session: Session, queue: Sequence[int]) -> float:
+    """Bytes/s of a lane's copies, one after the other."""
+    started, moved = time.perf_counter_ns(), 0
+    for number in cycle(queue):
+        task = session.plan.graph.tasks[number]
+        try:
+            session.handlers(task, 0)
+        except Exception as error:
+            raise RunError(f"rehearsing {task.name}: {type(error).__name__}: {error}") from error
+        moved += task.bytes_moved
+        if (took_ns := time.perf_counter_ns() - started) >= LEAST_REHEARSAL_NS:
+            return moved * 1e9 / took_ns
+    raise AssertionError("a cycle does not end")
 
 
 def _pass_ns(session: Session, updates: list[Task]) -> int:

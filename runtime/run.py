@@ -28,7 +28,7 @@ from runtime.machine import resident_bytes
 from runtime.measure import PeakMemory, measurement, versions
 from runtime.memory.drive import Drive
 from runtime.optimizer.adamw import AdamW, HostUpdate
-from runtime.rehearsal import rehearse
+from runtime.rehearsal import rehearse, rehearse_drive
 from runtime.session import Session, Start
 from runtime.storage.disk import Disk
 from runtime.training import Stop, train
@@ -231,6 +231,7 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     try:
         session = Session(plan, backend, windows, request.settings, host_update, show, drive)
         rehearsed_ns = rehearse(session, show)
+        rehearse_drive(session, show)
         check = partial(_check_data, request, data.record.digest)
         staging = Staging(backend, staging_bytes(plan, request.saving), _updates_on_gpu(plan))
         start: Start = source or Resume(request.found, check, plan.model, request.disk, staging, backend)

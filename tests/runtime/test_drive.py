@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from runtime import rehearsal
 from runtime.checkpoints.manifest import Saving
 from runtime.lanes.clock import LaneError
 from runtime.memory.drive import PIECE_BYTES, Drive
+from runtime.storage.calls import Calls, OpenFile
 from runtime.storage.disk import Disk
 from saved_runs import CUT, Run, check_same, notes_of, planned
 from slideplan.graph.tasks import SlotPool
@@ -166,6 +169,33 @@ def test_checkpoints_get_what_state_leaves_of_their_drive(tmp_path: Path) -> Non
     room = FaultyDisk(free_bytes=17 << 20)  # for a checkpoint alone, which wants 16 MiB to spare
     with pytest.raises(ValueError, match=r"a checkpoint need"):
         run.train(disk=room)
+
+
+class SlowCalls(Calls):
+    """A drive that takes its time."""
+
+    def __init__(self, second: float) -> None:
+        self._second = second
+
+    def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        if file.path.match(SCRATCH):
+            time.sleep(self._second)
+        return super().write(file, block, offset)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_drive_that_is_slower_than_planned_is_said_before_the_first_step(tmp_path: Path, slow: bool) -> None:
+    """The plan gives every task a microsecond or a second."""
+    record = PLAN.prediction.record
+    spans = tuple(msgspec.structs.replace(span, start_ns=0, end_ns=1000 if slow else 10**9) for span in record.spans)
+    record = msgspec.structs.replace(record, step_ns=10**9, spans=spans)
+    plan = msgspec.structs.replace(PLAN, prediction=msgspec.structs.replace(PLAN.prediction, record=record))
+    run = Run(tmp_path / "run", plan)
+    run.train(steps=1, disk=Disk(SlowCalls(0.001 if slow else 0)))
+    said = [each.phase for each in run.shown if "the drive moves" in each.note]
+    assert said == (["rehearsing the drive"] if slow else [])
+    phases = [each.phase for each in run.shown]
+    assert phases.index("rehearsing the drive") < phases.index("training")
 
 
 def test_buffered_moves_are_said(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_simulate_prints_verdict_and_names_the_profile_taken(planner: Any) -> No
     assert outcome.code == 0
     assert outcome.out.startswith("tiny: fits on the GPU without offloading, ")
     assert "tokens/s predicted, bound by" in outcome.out
-    assert "taking the shipped rtx4090-2tib" in outcome.err
+    assert "taking the shipped rtx4090-256gib" in outcome.err
     assert "planner profile" in outcome.err
     assert max(map(len, outcome.out.splitlines())) <= 100
 
@@ -88,7 +88,7 @@ def test_simulate_says_what_saves_cost(planner: Any) -> None:
 
 
 def test_simulate_without_a_drive_says_what_to_do(planner: Any) -> None:
-    outcome = planner("simulate", "--model", "tiny", "--machine", "rtx4090-128gib")
+    outcome = planner("simulate", "--model", "tiny", "--machine", "rtx4090-2tib")
     assert outcome.code == 0
     line = next(line for line in outcome.out.splitlines() if line.startswith("checkpoint "))
     assert re.split(r"  +", line.strip())[2:4] == ["-", "-"]
@@ -127,9 +127,10 @@ def test_simulate_json_is_all_that_stdout_holds(planner: Any) -> None:
 def test_a_model_that_does_not_fit_is_exit_code_3(planner: Any) -> None:
     outcome = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "-o", "plan.json")
     assert outcome.code == 3
-    assert "does not fit: lacks 1," in outcome.out.splitlines()[0]
+    assert outcome.out.splitlines()[0].startswith("mistral-large-123b: does not fit: lacks ")
     assert "GiB of HOST memory" in outcome.out.splitlines()[0]
-    assert "rtx4090-2tib would do" in outcome.out
+    assert "rtx4090-256gib" in " ".join(outcome.out.split())
+    assert "rtx4090-2tib would do" in " ".join(outcome.out.split())
     assert not Path("plan.json").exists()
     assert "not written" in outcome.err
     as_json = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "--json")
@@ -204,6 +205,8 @@ def test_catalogues_are_listed(planner: Any) -> None:
     assert "mistral-large-123b   122.610 G" in models.out
     assert "rtx4090-2tib" in known.out
     assert max(map(len, (models.out + known.out).splitlines())) <= 100
+    drive = next(line for line in known.out.splitlines() if re.match(r"rtx4090-256gib +4\.00 TB", line))
+    assert re.split(r"  +", drive.strip()) == ["rtx4090-256gib", "4.00 TB", "7.0", "1.8", "2.9", "6.0", "2,400.00 TB"]
     shapes = {model["name"]: model for model in json.loads(planner("models", "--json").out)}
     assert shapes["mistral-large-123b"]["parameters"] == 122_610_069_504
     assert "h200-503gib" in {machine["name"] for machine in json.loads(planner("machines", "--json").out)}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from builders import GB_PER_S, flat_curve, tiny_machine, tiny_model, tiny_workload
+from builders import GB_PER_S, SSD, flat_curve, tiny_machine, tiny_model, tiny_workload
 from planner.search.best import Found, batches_within, certificate, fastest, search
 from planner.search.bounds import BoundModel, durations
 from planner.search.candidate import AWAY, RECOMPUTED, Candidate
@@ -28,7 +28,7 @@ from slideplan.graph.replay import replay
 from slideplan.graph.validate import validate
 from slideplan.ledger import ledger
 from slideplan.lowering.lower import lower
-from slideplan.machine.profile import LaunchCost, LinkProfile, MachineProfile, OptimizerProfile, Spread
+from slideplan.machine.profile import LaunchCost, LinkProfile, MachineProfile, OptimizerProfile, Spread, SsdProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import Tier
 from slideplan.plan import Plan
@@ -38,7 +38,9 @@ from slideplan.quantities import GIB, KIB, MIB
 PLENTY = 10**12
 
 
-def machine(gpu_bytes: int = GIB, host_bytes: int = 4 * GIB, link: int = 10**9, optimizer: int = 10**9) -> MachineProfile:
+def machine(
+    gpu_bytes: int = GIB, host_bytes: int = 4 * GIB, link: int = 10**9, optimizer: int = 10**9, ssd: SsdProfile | None = None
+) -> MachineProfile:
     """`tiny_machine` with other capacities in bytes and other rates in bytes/s."""
     base = tiny_machine()
     return msgspec.structs.replace(
@@ -49,6 +51,7 @@ def machine(gpu_bytes: int = GIB, host_bytes: int = 4 * GIB, link: int = 10**9, 
         optimizer=OptimizerProfile(
             threads=4, host_bytes_per_s=Spread.exact(optimizer), gpu_bytes_per_s=Spread.exact(800 * GB_PER_S)
         ),
+        ssd=ssd,
     )
 
 
@@ -72,6 +75,7 @@ def candidates(draw: st.DrawFn) -> tuple[SpaceBuilder, MachineProfile, Candidate
         host_bytes=draw(st.integers(500, 12000)) * KIB,
         link=draw(st.sampled_from([10**8, 10**10])),
         optimizer=draw(st.sampled_from([10**8, 10**10])),
+        ssd=draw(st.sampled_from([None, SSD, msgspec.structs.replace(SSD, read=flat_curve(10**8), write=flat_curve(10**8))])),
     )
     space = builder(
         model, at, Workload(seq_len=32, global_batch=draw(st.sampled_from([1, 2, 4]))),
@@ -94,7 +98,7 @@ def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuil
     graph = lower(model, candidate.policy(model), space.workload, footprint)
     validate(graph)
     memory = ledger(graph, at)
-    counted = space.slot_bytes(candidate)
+    counted = {tier: size for tier, size in space.slot_bytes(candidate).items() if size or tier is not Tier.SSD}
     assert {tier: sum(part.items.values()) for tier, part in memory.tiers.items()} == counted
     assert memory.fits == (min(space.spare(candidate).values()) >= 0)
 
@@ -233,7 +237,7 @@ def test_same_inputs_same_bytes() -> None:
 
 SAME_PLAN = """
 import sys
-from builders import tiny_model
+from builders import SSD, tiny_model
 from test_search import machine, KIB, Workload, SearchOptions, search
 import msgspec, hashlib
 options = SearchOptions(pareto=True, explain=True, least_host_memory=True)

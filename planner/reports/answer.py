@@ -133,6 +133,7 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     return [*lines, ("CPU updates", _update_order(model, policy))] if policy.update_order else lines
 
 
+MOST_RANGES = 6  # of layers, that a line names
 _PROCESSORS = {Tier.GPU: "GPU", Tier.HOST: "CPU"}
 _INNER = {
     (Tier.GPU, Tier.GPU): "kept for",
@@ -195,12 +196,23 @@ def _named(model: ModelSpec, units: list[int]) -> str:
     if len(layers) == model.layers:
         words.append(f"all {model.layers} layers")
     elif layers:
-        whole = layers == list(range(layers[0], layers[-1] + 1))
-        span = f"{layers[0]}-{layers[-1]}" if whole else ",".join(map(str, layers))
-        words.append(f"layers {span}" if len(layers) > 1 else f"layer {layers[0]}")
+        words.append(f"layers {_ranges(layers)}" if len(layers) > 1 else f"layer {layers[0]}")
     if model.head_unit in units:
         words.append("head")
     return ", ".join(words)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-4,6,8-9`` of ascending numbers; of many separate ones, how many, and of which range."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    if len(runs) > MOST_RANGES:
+        return f"{numbers[0]}-{numbers[-1]}, {len(numbers)} of them"
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _ledger_table(ledger: Ledger) -> Table:

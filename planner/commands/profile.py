@@ -53,6 +53,9 @@ def profile(
     device: Annotated[Device, typer.Option(help="Where compute runs; auto: a GPU if there is one.")] = Device.AUTO,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
+    ssd: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder on the drive to measure; default: the working folder.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Measure a few figures of PROFILE again and say whether they hold; write nothing.")
     ] = False,
@@ -67,6 +70,7 @@ def profile(
       planner profile --quick
       planner profile --model llama-3.1-8b --micro-batch 4 --micro-batch 16 --seq-len 1024
       planner profile --device cpu --model demo -o profiles/laptop.json
+      planner profile --ssd /mnt/nvme
       planner profile --check profiles/laptop.json
 
     \b
@@ -106,6 +110,7 @@ def profile(
         gpu_memory_bytes=size_of("--gpu-memory", gpu_memory),
         host_memory_bytes=size_of("--host-memory", host_memory),
         command=" ".join(["planner", *sys.argv[1:]]),
+        ssd=_folder(ssd),
     )
     with _progress() as show:
         measured = profile_machine(request, show)
@@ -174,3 +179,9 @@ def _has_gpu() -> bool:
     import torch  # noqa: PLC0415 - only with the runtime installed
 
     return torch.cuda.is_available()
+
+
+def _folder(ssd: Path | None) -> Path | None:
+    if ssd is not None and not ssd.is_dir():
+        raise ValueError(f"--ssd {ssd}: is not a folder; name one on the drive to measure")
+    return ssd

@@ -1,14 +1,6 @@
-"""Probes of links, optimizer, memory and disk."""
+"""Probes of links, optimizer and memory."""
 
 from __future__ import annotations
-
-import contextlib
-import mmap
-import os
-import tempfile
-from collections.abc import Iterator
-from itertools import cycle
-from pathlib import Path
 
 from runtime.lanes.backend import Backend
 from runtime.probes.buffers import BF16_UPDATE_BYTES, UPDATE_SIZES, MemoryBuffers
@@ -25,10 +17,9 @@ from runtime.probes.timing import (
 )
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import TaskKind
-from slideplan.machine.profile import Curve, LaunchCost, OptimizerProfile, RatePoint, SsdProfile, ThreadPoint
+from slideplan.machine.profile import Curve, LaunchCost, OptimizerProfile, RatePoint, ThreadPoint
 
 SAMPLES = 24  # at least, of every size
-SSD_BLOCK_BYTES = 16 << 20
 
 
 class MemoryProbes:
@@ -102,66 +93,3 @@ class MemoryProbes:
             )
             for lane, kind in kinds.items()
         ]
-
-
-class SsdProbe:
-    """Direct sequential I/O on a temporary file: its first half is read, its second half written."""
-
-    def __init__(self, backend: Backend, folder: Path, descriptor: int, effort: Effort) -> None:
-        self._backend = backend
-        self._folder = folder
-        self._descriptor = descriptor
-        self._effort = effort
-        # Page-aligned, as direct I/O wants it; one for each direction.
-        self._blocks = {lane: mmap.mmap(-1, SSD_BLOCK_BYTES) for lane in (LaneKind.SSD_READ, LaneKind.SSD_WRITE)}
-        self._blocks[LaneKind.SSD_WRITE].write(os.urandom(SSD_BLOCK_BYTES))
-        half = effort.ssd_bytes // SSD_BLOCK_BYTES // 2
-        for place in range(2 * half):
-            os.pwrite(descriptor, self._blocks[LaneKind.SSD_WRITE], place * SSD_BLOCK_BYTES)
-        os.fsync(descriptor)
-        self._places = {LaneKind.SSD_READ: cycle(range(half)), LaneKind.SSD_WRITE: cycle(range(half, 2 * half))}
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, backend: Backend, folder: Path, effort: Effort) -> Iterator[SsdProbe | None]:
-        """The probe on a file in this folder, removed afterwards; None where there is no room or no direct I/O."""
-        with contextlib.ExitStack() as stack:
-            try:
-                created, name = tempfile.mkstemp(dir=folder, prefix=".slideplan-probe-")
-                stack.callback(Path(name).unlink, missing_ok=True)
-                os.close(created)
-                descriptor = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-                stack.callback(os.close, descriptor)
-                probe = cls(backend, folder, descriptor, effort)
-            except OSError:
-                yield None
-                return
-            yield probe
-
-    def _read(self) -> object:
-        place = next(self._places[LaneKind.SSD_READ]) * SSD_BLOCK_BYTES
-        return os.preadv(self._descriptor, [self._blocks[LaneKind.SSD_READ]], place)
-
-    def _write(self) -> object:
-        place = next(self._places[LaneKind.SSD_WRITE]) * SSD_BLOCK_BYTES
-        return os.pwrite(self._descriptor, self._blocks[LaneKind.SSD_WRITE], place)
-
-    def work(self) -> dict[LaneKind, Work]:
-        """Reading and writing, block by block."""
-        return {LaneKind.SSD_READ: (SSD_BLOCK_BYTES, self._read), LaneKind.SSD_WRITE: (SSD_BLOCK_BYTES, self._write)}
-
-    def profile(self, duplex_bytes_per_s: int) -> SsdProfile:
-        """Curves of both directions alone, with the sum of both at once as measured elsewhere."""
-        blocks = max(1, self._effort.ssd_bytes // SSD_BLOCK_BYTES // 2)
-        read, write = (
-            Curve(points=(RatePoint(size=units, rate=rate_spread(units, timed(self._backend, lane, action, blocks))),))
-            for lane, (units, action) in self.work().items()
-        )
-        status = os.statvfs(self._folder)
-        return SsdProfile(
-            path=str(self._folder),
-            capacity_bytes=status.f_bavail * status.f_frsize,
-            read=read,
-            write=write,
-            duplex_bytes_per_s=duplex_bytes_per_s,
-        )

@@ -24,8 +24,9 @@ from runtime.memory.host_memory import placement
 from runtime.optimizer.adamw import HostUpdate
 from runtime.probes.buffers import MemoryBuffers
 from runtime.probes.compute import UnitProbe, efficiency
+from runtime.probes.drive import SsdProbe
 from runtime.probes.handoffs import handoffs
-from runtime.probes.memory import MemoryProbes, SsdProbe
+from runtime.probes.memory import MemoryProbes
 from runtime.probes.threads import chosen_threads, thread_points
 from runtime.probes.timing import Effort, Work, mean_rate_spread, spread, timed, together
 from runtime.probes.together import COMBINATIONS, TogetherProbe
@@ -60,6 +61,8 @@ class ProfileRequest:
 
     kernels: those to time; nothing can be captured on a CPU, so there "graphed" is left out.
 
+    ssd: folder on the drive to measure; None: the working folder.
+
     Memory sizes override what the system reports: a part of the GPU, or RAM that a virtual machine
     shows only as it is used.
     """
@@ -73,6 +76,7 @@ class ProfileRequest:
     gpu_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
     command: str = ""
+    ssd: Path | None = None
 
 
 def profile_machine(request: ProfileRequest, show: Show) -> MachineProfile:
@@ -170,7 +174,7 @@ def _lanes_together(
 ) -> tuple[TogetherProbe, SsdProfile | None]:
     """Lanes alone and together, the disk among them; and what the disk does by itself."""
     lanes = TogetherProbe()
-    with SsdProbe.open(backend, Path.cwd(), effort) as disk:
+    with SsdProbe.open(backend, request.ssd or Path.cwd(), effort) as disk:
         work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
         for what in lanes.measure(backend, work, effort.together_ns):
             steps.next(what)

@@ -40,7 +40,7 @@ class Effort:
                 repeats=5,
                 largest_copy_bytes=(64 << 20) // scale,
                 optimizer_elements=(31 << 20) // scale,
-                ssd_bytes=(256 << 20) // scale,
+                ssd_bytes=(2 << 30) // scale,
                 together_ns=300_000_000 if gpu else 150_000_000,
                 host_share=0.0,
             )
@@ -48,7 +48,7 @@ class Effort:
             repeats=15,
             largest_copy_bytes=(512 << 20) // scale,
             optimizer_elements=(31 << 22) // scale,
-            ssd_bytes=(2 << 30) // scale,
+            ssd_bytes=(32 << 30) // scale**2,
             together_ns=600_000_000,
             host_share=0.5 if gpu else 0.0,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,38 @@ def test_a_drive_without_room_leaves_nothing(tmp_path: Path) -> None:
 SCRATCH = ".scratch-*"
 
 
+class FailingCalls(Calls):
+    """One of the moves of a lane fails; parts that are filled or saved go by other threads."""
+
+    def __init__(self, operation: str, code: int, number: int) -> None:
+        self._operation, self._code, self._left = operation, code, number
+        self._lock = threading.Lock()  # protects the count, which the lanes' threads lower
+
+    def _fail(self, operation: str, file: OpenFile) -> None:
+        if operation != self._operation or not threading.current_thread().name.startswith("drive"):
+            return
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                raise OSError(self._code, os.strerror(self._code), str(file.path))
+
+    def read(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        self._fail("read", file)
+        return super().read(file, block, offset)
+
+    def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        self._fail("write", file)
+        return super().write(file, block, offset)
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize(("operation", "move", "number"), [("read", "ssd>host", 60), ("write", "host>ssd", 60)])
-def test_a_drive_that_fails_in_mid_run_ends_it_by_name(
-    tmp_path: Path, operation: str, move: str, number: int, code: int
-) -> None:
+@pytest.mark.parametrize(("operation", "move"), [("read", "ssd>host"), ("write", "host>ssd")])
+def test_a_drive_that_fails_in_mid_run_ends_it_by_name(tmp_path: Path, operation: str, move: str, code: int) -> None:
     """Once: what was saved is whole, and the run goes on from there bit for bit."""
     whole, cut = Run(tmp_path / "whole", PLAN, Saving(every=1)), Run(tmp_path / "cut", PLAN, Saving(every=1))
     whole.train()
     with pytest.raises(LaneError) as raised:
-        cut.train(disk=FaultyDisk(Fault(operation, code, number=60, path=SCRATCH)))
+        cut.train(disk=Disk(FailingCalls(operation, code, number=60)))
     lane = "ssd_read" if operation == "read" else "ssd_write"
     said = str(raised.value)
     assert said.startswith(f"lane {lane}, step ")

@@ -10,7 +10,7 @@ from slideplan.graph.tasks import SlotPool
 from slideplan.lowering.sizes import BARRIER_BYTES, MASTER_BYTES, NORM_BYTES, Sizes
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import STATE, TensorClass, Tier
-from slideplan.policy import OURS, OtherSystem, Policy, Workload, passage
+from slideplan.policy import OURS, OtherSystem, PassageKnobs, Policy, Workload, passage
 
 PASSING = "passing"  # group of units whose state passes through the tier that updates it
 _WORDS = {
@@ -58,7 +58,7 @@ class Row(NamedTuple):
     slots: int
 
 
-class SlotKnobs(Protocol):
+class SlotKnobs(PassageKnobs, Protocol):
     """The knobs of a policy that say how many slots units share."""
 
     @property
@@ -73,14 +73,6 @@ class SlotKnobs(Protocol):
     def boundary_slots(self) -> int: ...
     @property
     def inner_slots(self) -> int: ...
-    @property
-    def state_slots(self) -> int: ...
-    @property
-    def state_chunks(self) -> int: ...
-    @property
-    def ssd_slots(self) -> int: ...
-    @property
-    def ssd_chunks(self) -> int: ...
     @property
     def gradient_norms(self) -> bool: ...
 

@@ -314,7 +314,7 @@ def test_a_folder_of_an_older_version_goes_by_its_newest_checkpoint(done: Run) -
     (done.folder / "run.json").write_text("{")
     said = last(resume(done, "--steps", 6, code=2))
     assert "run.json: not valid JSON" in said
-    assert said.endswith(f"without this file the options of {done.folder}/checkpoints/step-00000005 hold: remove it")
+    assert said.endswith(f"; without it the options of {done.folder}/checkpoints/step-00000005 hold: move it away")
 
 
 def test_a_resume_whose_power_goes_off_as_it_goes_back_leaves_a_run(compared: Run, tmp_path: Path) -> None:

@@ -270,6 +270,7 @@ class FakeRequest:
     gpu_memory_bytes: int | None
     host_memory_bytes: int | None
     command: str
+    ssd: Path | None
 
 
 @pytest.fixture
@@ -345,6 +346,14 @@ def test_a_profile_is_held_against_the_one_that_it_replaces(
     assert "1 of 5 figures differ" in out
     (row,) = [line for line in out.splitlines() if "-33.3%" in line]
     assert row.split() == ["AdamW", "on", "the", "host", "30.00", "30.00-30.00", "20.00", "20.00-20.00", "G/s", "-33.3%"]
+
+
+def test_the_drive_of_a_folder_is_measured(planner: Any, requests: list[FakeRequest], tmp_path: Path) -> None:
+    assert planner("profile", "--device", "cpu", "--name", "here", "--ssd", str(tmp_path)).code == 0
+    assert requests[-1].ssd == tmp_path
+    outcome = planner("profile", "--device", "cpu", "--name", "here", "--ssd", "nowhere")
+    assert outcome.code == 2
+    assert "--ssd nowhere: is not a folder; name one on the drive to measure" in outcome.err
 
 
 def test_check_says_what_holds_and_writes_nothing(

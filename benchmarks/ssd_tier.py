@@ -27,7 +27,6 @@ from runtime.memory.host_memory import host_buffer
 from runtime.storage.disk import Disk
 from slideplan import __version__
 from slideplan.codec import load
-from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import TaskGraph
 from slideplan.measurement import Measurement
 from slideplan.placement import Tier
@@ -86,10 +85,9 @@ def main() -> None:
     parser.add_argument("--raw-gib", type=int, default=24)
     wanted = parser.parse_args()
     plan = load(wanted.plan, Plan)
-    bytes_per_step = {
-        kind.value: sum(plan.graph.tasks[number].bytes_moved for number in plan.graph.queue(kind))
-        for kind in (LaneKind.SSD_READ, LaneKind.SSD_WRITE)
-    }
+    wear = plan.prediction.drive
+    assert wear is not None, "the plan has state on the SSD"
+    bytes_per_step = {"ssd_read": wear.read_bytes, "ssd_write": wear.write_bytes}
     rates = raw(plan.graph, wanted.folder, wanted.raw_gib << 30)
     print(json.dumps(rates), flush=True)
     run = wanted.folder / "run"

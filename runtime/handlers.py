@@ -8,7 +8,7 @@ import torch
 from msgspec import UNSET
 
 from runtime.compute.handlers import ComputeHandlers
-from runtime.memory.buffers import Buffers
+from runtime.memory.buffers import Buffers, state_elements
 from runtime.memory.drive import Drive
 from runtime.optimizer.adamw import AdamW, HostUpdate
 from runtime.optimizer.moments8 import update_8bit
@@ -63,22 +63,23 @@ class Handlers:
             self._buffers[task.slot(role, tier)] for role in (Role.WEIGHTS, Role.REMAINDER, Role.MOMENTS, Role.GRADIENT)
         )
         if task.chunk is not UNSET:
-            weights, remainder, moments, gradient = _chunk(task.chunk, weights, remainder, moments, gradient)
+            each = state_elements(self._buffers.pool(task.slot(Role.MOMENTS, tier)))
+            weights, remainder, moments, gradient = _chunk(task.chunk, each, weights, remainder, moments, gradient)
         self._update[tier](weights, remainder, moments, gradient, settings, step)
 
 
 def _chunk(
-    number: int, weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor, gradient: torch.Tensor
+    number: int, each: int, weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A chunk of a unit's weights and gradient, and of its moments what the chunk has: the last one fills less than its slot.
+    """A chunk of `each` elements of a unit's weights and gradient, and of its moments what the chunk has: the last one fills
+    less than its slot.
 
     The remainder lies in the chunk's slot too, or stays where it is, whole.
     """
-    eight_bit = moments.dtype is torch.uint8
-    each = moments.numel() // moment_bytes(MOMENT_BLOCK, "8bit") * MOMENT_BLOCK if eight_bit else moments.numel() // 2
     here = slice(number * each, min((number + 1) * each, weights.numel()))
     n = here.stop - here.start
     remainder = remainder[here] if remainder.numel() == weights.numel() else remainder[:n]
+    eight_bit = moments.dtype is torch.uint8
     moments = moments[: moment_bytes(n, "8bit")] if eight_bit else moments.view(-1)[: 2 * n].view(2, n)
     return weights[here], remainder, moments, gradient[here]
 

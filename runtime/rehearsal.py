@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
@@ -81,10 +82,8 @@ def _moved_per_s(session: Session, queue: Sequence[int]) -> float:
     started, moved = time.perf_counter_ns(), 0
     for number in cycle(queue):
         task = session.plan.graph.tasks[number]
-        try:
+        with _named(task):
             session.handlers(task, 0)
-        except Exception as error:
-            raise RunError(f"rehearsing {task.name}: {type(error).__name__}: {error}") from error
         moved += task.bytes_moved
         if (took_ns := time.perf_counter_ns() - started) >= LEAST_REHEARSAL_NS:
             return moved * 1e9 / took_ns
@@ -94,8 +93,15 @@ def _moved_per_s(session: Session, queue: Sequence[int]) -> float:
 def _pass_ns(session: Session, updates: list[Task]) -> int:
     started = time.perf_counter_ns()
     for task in updates:
-        try:
+        with _named(task):
             session.handlers.update(task, 0, Rehearsal())
-        except Exception as error:
-            raise RunError(f"rehearsing {task.name}: {type(error).__name__}: {error}") from error
     return max(1, time.perf_counter_ns() - started)
+
+
+@contextlib.contextmanager
+def _named(task: Task) -> Iterator[None]:
+    """An error within names the task that is rehearsed."""
+    try:
+        yield
+    except Exception as error:
+        raise RunError(f"rehearsing {task.name}: {type(error).__name__}: {error}") from error

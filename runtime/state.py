@@ -10,12 +10,12 @@ import torch
 from msgspec import UNSET
 
 from runtime.inputs.weights import Piece
-from runtime.memory.buffers import Buffers, Slot, parameter_views
+from runtime.memory.buffers import Buffers, Slot, parameter_views, state_elements
 from runtime.memory.parts import MemoryPart, Part
 from runtime.optimizer.split_master import join, split
 from slideplan.graph.operations import TaskKind
-from slideplan.graph.tasks import COPIED_AS, Role, SlotPool, TaskGraph
-from slideplan.lowering.sizes import MOMENT_BYTES, REMAINDER_BYTES, moment_bytes
+from slideplan.graph.tasks import COPIED_AS, Role, TaskGraph
+from slideplan.lowering.sizes import REMAINDER_BYTES
 from slideplan.model import ModelSpec
 from slideplan.placement import STATE, TensorClass
 from slideplan.policy import MOMENT_BLOCK
@@ -121,18 +121,8 @@ class UnitState:
         """Slots of a class, each with the number of the unit's elements in it."""
         slots = self._slots[tensor]
         pool = self._buffers.pool(slots[0])
-        each = self.elements if len(slots) == 1 else _elements(pool)
+        each = self.elements if len(slots) == 1 else state_elements(pool)
         return [(slot, min(each, self.elements - each * place)) for place, slot in enumerate(slots)]
-
-
-def _elements(pool: SlotPool) -> int:
-    """How many elements' state a slot of a pool has room for."""
-    match pool.tensor_class:
-        case TensorClass.REMAINDER:
-            return pool.slot_bytes // REMAINDER_BYTES
-        case TensorClass.MOMENTS:
-            return pool.slot_bytes // MOMENT_BYTES
-    return pool.slot_bytes // moment_bytes(MOMENT_BLOCK, "8bit") * MOMENT_BLOCK
 
 
 def _placed(parts: Sequence[Part]) -> Iterator[tuple[Part, int]]:

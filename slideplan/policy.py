@@ -191,9 +191,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
 
     def chunks(self, model: ModelSpec, unit: int) -> int:
         """Into how many chunks the unit's passing state is cut."""
-        update = self.units[unit].update
-        chunk = passage(self, update).chunk_elements(model)
-        return -(-model.flat_elements(model.role(unit)) // chunk)
+        return passage(self, self.units[unit].update).chunks_of(model, model.role(unit))
 
     def check(self, model: ModelSpec, workload: Workload) -> None:
         """Raise ValueError, naming the knob, where the policy makes no sense for model and workload."""
@@ -321,7 +319,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             chunks = getattr(self, knob)
             if chunks > MOST_CHUNKS:
                 raise ValueError(f"policy.{knob} is {chunks}, every chunk is three tasks; take at most {MOST_CHUNKS}")
-            if wanted and -(-elements // passage(self, tier).chunk_elements(model)) != chunks:
+            if wanted and passage(self, tier).chunks_of(model, UnitRole.LAYER) != chunks:
                 blocks = -(-elements // BLOCKS[tier])
                 raise ValueError(f"policy.{knob} is {chunks}: {blocks} blocks of a layer cannot be cut into as many")
 
@@ -380,6 +378,10 @@ class Passage(NamedTuple):
     def chunk_elements(self, model: ModelSpec) -> int:
         """Elements of each chunk but a unit's last, which may have fewer: whole blocks. 0 where nothing passes."""
         return chunk_elements(model.flat_elements(UnitRole.LAYER), self.chunks, self.block) if self.chunks else 0
+
+    def chunks_of(self, model: ModelSpec, role: UnitRole) -> int:
+        """Into how many chunks the state of a unit of this role is cut. 0 where nothing passes."""
+        return -(-model.flat_elements(role) // self.chunk_elements(model)) if self.chunks else 0
 
 
 def passage(knobs: PassageKnobs, update: Tier) -> Passage:

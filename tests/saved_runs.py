@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from builders import tiny_model, tiny_policy, tiny_workload
 from running import EVERYTHING, plan_for
-from runtime import run
+from runtime import run, training
 from runtime.checkpoints.manifest import Saving
 from runtime.checkpoints.resuming import candidates
 from runtime.lanes.backend import Backend, CpuBackend
@@ -58,6 +60,17 @@ def planned(model: ModelSpec, backend: Backend | None = None, workload: Workload
 
 def notes_of(error: BaseException) -> str:
     return "; ".join(getattr(error, "__notes__", []))
+
+
+def lose_the_loss(patch: pytest.MonkeyPatch, first_step: int) -> None:
+    """Losses of this step and later ones are not finite."""
+    result_of = training.result_of
+
+    def broken(*where: Any) -> training.StepResult:
+        found = result_of(*where)
+        return found if found.step < first_step else found._replace(loss=float("nan"))
+
+    patch.setattr(training, "result_of", broken)
 
 
 class Run:

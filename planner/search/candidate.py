@@ -223,8 +223,9 @@ class SlotBytes:
 
         self._base = total(nothing)
         per_unit = [total(nothing, holding) for holding in HOLDINGS]
-        passes = [each for each in HOLDINGS if each.passes and (alike.ssd_whole or each.tensor is not TensorClass.REMAINDER)]
-        passes += [each for each in HOLDINGS if each.passes and each.update is Tier.GPU and each not in passes]
+        # Remainders always pass through the GPU with their moments, and through the host where they lie on the SSD.
+        tensors = {Tier.GPU: STATE, Tier.HOST: STATE if alike.ssd_whole else (TensorClass.MOMENTS,)}
+        passes = [each for each in HOLDINGS if each.passes and each.tensor in tensors[each.update]]
         per_slot = [total(msgspec.structs.replace(nothing, **{knob: 1}), *passes) for knob in SHARED_SLOTS]
         passing = total(nothing, *passes)
         self._of_units = {tier: [each[tier] - self._base[tier] for each in per_unit] for tier in self._base}

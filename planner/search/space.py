@@ -380,8 +380,7 @@ class SpaceBuilder:
             return found
         lacking = -self._host_spare(msgspec.structs.replace(found, ssd_layers=0))
         layer_bytes = (self._host_spare(found) + lacking) // layers  # every layer gives back as many
-        fewer = msgspec.structs.replace(found, ssd_layers=min(layers, max(0, -(-lacking // layer_bytes))))
-        return fewer if fewer.on_ssd(self.model) else base
+        return msgspec.structs.replace(found, ssd_layers=min(layers, max(0, -(-lacking // layer_bytes))))
 
     def _host_spare(self, candidate: Candidate) -> int:
         return self.capacity[Tier.HOST] - self._sums(candidate).on_host(candidate)

@@ -12,9 +12,10 @@ from runtime.memory.drive import Drive
 from runtime.memory.parts import MemoryPart, Part
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import SlotPool, TaskGraph
+from slideplan.lowering.sizes import MOMENT_BYTES, REMAINDER_BYTES, moment_bytes
 from slideplan.model import Parameter
 from slideplan.placement import TensorClass, Tier
-from slideplan.policy import GradientDtype
+from slideplan.policy import MOMENT_BLOCK, GradientDtype
 
 Slot = tuple[str, int]  # pool and number
 # Classes whose memory belongs to torch's allocator: autograd's saved tensors and transient results.
@@ -91,6 +92,16 @@ class Buffers:
     def reserved(self) -> list[SlotPool]:
         """Pools whose memory is reserved here."""
         return [pool for pool in self._pools.values() if pool.name in self.slots]
+
+
+def state_elements(pool: SlotPool) -> int:
+    """How many elements' state a slot of a pool has room for."""
+    match pool.tensor_class:
+        case TensorClass.REMAINDER:
+            return pool.slot_bytes // REMAINDER_BYTES
+        case TensorClass.MOMENTS:
+            return pool.slot_bytes // MOMENT_BYTES
+    return pool.slot_bytes // moment_bytes(MOMENT_BLOCK, "8bit") * MOMENT_BLOCK
 
 
 def parameter_views(flat: torch.Tensor, parameters: Iterable[Parameter]) -> dict[str, torch.Tensor]:

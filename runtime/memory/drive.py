@@ -89,7 +89,7 @@ class Drive:
     def close(self) -> None:
         """Give the room back. No lane may be running."""
         self._threads.shutdown()
-        self._file.close()
+        self._file.abandon()
 
     def _offset(self, slot: tuple[str, int]) -> int:
         pool, number = slot

@@ -92,6 +92,14 @@ class _LargeFile:
                 raise too_short(self.path, offset + done, self.size_bytes)
             done += moved
 
+    def abandon(self) -> None:
+        """Close, once no thread uses it any more, whatever has been written, and never with an error. A file that has a name
+        stays where it is. Once it is closed this does nothing.
+        """
+        if (file := self._taken()) is not None:
+            with contextlib.suppress(OSError):
+                self._calls.close(file)
+
 
 class ScratchFile(_LargeFile):
     """A file without a name, for this process alone, read and written in blocks by several threads.
@@ -119,12 +127,6 @@ class ScratchFile(_LargeFile):
         """Write a block at an offset in bytes. On return its memory is free again. Raises OSError, which names the file."""
         self._check(block, offset)
         self._move(self._calls.write, block, offset, block.nbytes)
-
-    def close(self) -> None:
-        """Close, once no thread uses it any more, and never with an error; a second time does nothing."""
-        if (file := self._taken()) is not None:
-            with contextlib.suppress(OSError):
-                self._calls.close(file)
 
 
 class FileWriter(_LargeFile):
@@ -169,12 +171,6 @@ class FileWriter(_LargeFile):
                 self._calls.close(file)
             raise
         self._calls.close(file)
-
-    def abandon(self) -> None:
-        """Close, whatever has been written; also after `finish`, and never with an error. The file stays where it is."""
-        if (file := self._taken()) is not None:
-            with contextlib.suppress(OSError):
-                self._calls.close(file)
 
 
 class FileReader(_LargeFile):

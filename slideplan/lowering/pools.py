@@ -114,10 +114,7 @@ def own_slots(holding: Holding, knobs: SlotKnobs, model: ModelSpec) -> int:
     """How many slots of a pool each of its units has: one per micro-batch of an activation, one per chunk of passing state."""
     if holding.tensor in (TensorClass.BOUNDARY, TensorClass.INNER, TensorClass.FEED_FORWARD):
         return knobs.micro_batches
-    if not holding.passes:
-        return 1
-    chunk = passage(knobs, holding.update).chunk_elements(model)
-    return -(-model.flat_elements(holding.role) // chunk) if chunk else 0
+    return passage(knobs, holding.update).chunks_of(model, holding.role) if holding.passes else 1
 
 
 def pool_rows(

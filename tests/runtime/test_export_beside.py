@@ -31,12 +31,16 @@ from storage import WatchedCalls, path_of
 ONE = Saving(every=1, keep=1)
 
 
+def trained(folder: Path, saving: Saving, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
+    found = Run(folder / "run", planned(UNTIED), saving)
+    found.train(steps=CUT)
+    return found
+
+
 @pytest.fixture
 def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
-    begun = Run(tmp_path / "run", planned(UNTIED), ONE)
-    begun.train(steps=CUT)
-    return begun
+    return trained(tmp_path, ONE, monkeypatch)
 
 
 def saved(cut: Run) -> list[int]:
@@ -128,10 +132,7 @@ ALL = Saving(every=1, keep=STEPS)
 @pytest.fixture
 def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Each of its steps is saved."""
-    monkeypatch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
-    begun = Run(tmp_path / "run", planned(UNTIED), ALL)
-    begun.train(steps=CUT)
-    return begun
+    return trained(tmp_path, ALL, monkeypatch)
 
 
 def snapshot(run: Run) -> dict[Path, bytes]:

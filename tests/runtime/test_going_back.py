@@ -22,7 +22,7 @@ from runtime.folder import RESULTS, begin_part
 from runtime.lanes.clock import RunError
 from runtime.storage.disk import Disk
 from runtime.training import StepResult
-from saved_runs import SETTINGS, STEPS, UNTIED, Run, check_same, planned
+from saved_runs import SETTINGS, STEPS, UNTIED, Run, check_same, lose_the_loss, planned
 from slideplan import __version__
 from slideplan.codec import encoded, load, save
 from slideplan.plan import Plan
@@ -163,14 +163,8 @@ def test_a_smaller_rate_holds_from_the_checkpoint_on_and_for_later_resumes(done:
 
 
 def test_a_loss_that_is_not_finite_names_the_way_back(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    result_of = training.result_of
-
-    def broken(*where: Any) -> StepResult:
-        found = result_of(*where)
-        return found if found.step < 6 else found._replace(loss=float("nan"))
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "result_of", broken)
+        lose_the_loss(patch, 6)
         said = last(resume(done, "--steps", 8, code=1))
     assert said == (
         "runtime: step 6: the loss is nan; look for NaN in weights and data, or resume with --lr X, a smaller rate, and "

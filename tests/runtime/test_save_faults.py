@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from commands import runtime
-from runtime import rehearsal, run, training
+from runtime import rehearsal, run
 from runtime.checkpoints import patience
 from runtime.checkpoints.contents import Contents
 from runtime.checkpoints.keeper import SPARE_BYTES, Keeper, check_room, checkpoints, leftovers
@@ -32,8 +32,7 @@ from runtime.handlers import Handlers
 from runtime.lanes import watchdog
 from runtime.lanes.clock import Hung, LaneError, RunError
 from runtime.storage.disk import Disk
-from runtime.training import StepResult
-from saved_runs import PLACEMENTS, STEPS, UNTIED, Run, check_same, notes_of, planned
+from saved_runs import PLACEMENTS, STEPS, UNTIED, Run, check_same, lose_the_loss, notes_of, planned
 from slideplan.graph.tasks import Task
 from slideplan.progress import Progress, silent
 from slideplan.saving import checkpoint_bytes, weights_bytes
@@ -437,14 +436,8 @@ def test_out_of_memory_says_what_to_do(cut: Run, whole: Run, monkeypatch: pytest
 def test_a_loss_that_is_not_finite_leaves_what_was_saved(cut: Run, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     cut.train(steps=3)
     before = {path: path.read_bytes() for path in (cut.folder / "checkpoints").rglob("*") if path.is_file()}
-    result_of = training.result_of
-
-    def broken(*where: Any) -> StepResult:
-        found = result_of(*where)
-        return found if found.step < 3 else found._replace(loss=float("nan"))
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "result_of", broken)
+        lose_the_loss(patch, 3)
         with pytest.raises(RunError) as raised:
             cut.resume()
     assert str(raised.value) == (

@@ -158,7 +158,7 @@ def run_all(folder: CampaignFolder, manifest: Manifest, deadline: float, launch:
             return
         left.remove(entry)
         print(f"{describe(entry)}\n  about {estimated_s(entry, speed):.0f} s", flush=True)
-        outcome = run(folder, entry, machine, manifest.device, speed, deadline, launch)
+        outcome = run(folder, entry, machine, manifest, speed, deadline, launch)
         print(f"  {_result(folder, entry, outcome)}", flush=True)
 
 
@@ -166,7 +166,7 @@ def run(
     folder: CampaignFolder,
     entry: Entry,
     machine: MachineProfile,
-    device: str,
+    manifest: Manifest,
     speed: float,
     deadline: float,
     launch: Launch = launch_process,
@@ -199,7 +199,7 @@ def run(
     steps = str(steps_of(entry))
     code, said = launch(
         ["execute", str(plan_file), "--steps", steps, "--warmup", str(WARMUP_STEPS), "--lr", LEARNING_RATE,
-         "--device", device, "-o", str(place)],
+         "--device", manifest.device, "-o", str(place), *(["--ssd", manifest.ssd] if manifest.ssd else [])],
         limit_s,
     )  # fmt: skip
     wall_s = round(time.monotonic() - started, 1)
@@ -241,6 +241,8 @@ def start(folder: CampaignFolder, options: argparse.Namespace) -> Manifest:
         raise ValueError(f"{folder.path}: holds a campaign already; go on with --resume {folder.path}")
     if options.profile is not None and options.kernels:
         raise ValueError(f"--kernels is for a profile to be measured; {options.profile} says what it was measured with")
+    if options.ssd is not None and not options.ssd.is_dir():
+        raise ValueError(f"--ssd: {options.ssd} is not a folder; name one on the drive")
     if options.runs_per_config < 1 or options.configurations < 1:
         raise ValueError("--configurations and --runs-per-config must be at least 1")
     memories = [None if text == "all" else parse_bytes(text) for text in options.gpu_memory]
@@ -249,16 +251,19 @@ def start(folder: CampaignFolder, options: argparse.Namespace) -> Manifest:
     elif not folder.profile_file.exists():
         _profile(folder, options)
     machine = folder.profile()
+    if options.ssd is not None and machine.ssd is None:
+        raise ValueError(f"{folder.profile_file}: has no drive; measure it with `planner profile --ssd {options.ssd}`")
     print(f"drawing runs for {machine.name}", flush=True)
     entries = draw_entries(
         machine, options.models, options.seq_len, options.global_batch, memories,
-        options.configurations, options.runs_per_config, options.seed,
+        options.configurations, options.runs_per_config, options.seed, options.ssd is not None,
     )  # fmt: skip
     manifest = Manifest(
         seed=options.seed,
         device=options.device,
         command=shlex.join(["campaign.py", *sys.argv[1:]]),
         profile_digest=digest(machine),
+        ssd="" if options.ssd is None else str(options.ssd),
         entries=tuple(entries),
     )
     save(folder.manifest_file, manifest)
@@ -269,7 +274,7 @@ def _profile(folder: CampaignFolder, options: argparse.Namespace) -> None:
     """`planner profile` in a process of its own, so that its memory is gone when runs begin."""
     arguments = [
         sys.executable, "-m", "planner", "profile", "--device", options.device, "-o", str(folder.profile_file),
-        "--name", options.name,
+        "--name", options.name, *(["--ssd", str(options.ssd)] if options.ssd else []),
     ]  # fmt: skip
     for option, values in (
         ("--model", options.models),
@@ -318,6 +323,7 @@ def parser() -> argparse.ArgumentParser:
     drawn.add_argument("--seq-len", nargs="+", type=int, default=SEQ_LENS)
     drawn.add_argument("--global-batch", nargs="+", type=int, default=GLOBAL_BATCHES)
     drawn.add_argument("--gpu-memory", nargs="+", default=GPU_MEMORIES, help="how much of it to plan for: all, 24GiB")
+    drawn.add_argument("--ssd", type=Path, metavar="DIR", help="every random policy has state on the drive of this folder")
     drawn.add_argument("--configurations", type=int, default=8)
     drawn.add_argument("--runs-per-config", type=int, default=3, help="the second is the planner's choice")
     drawn.add_argument("--seed", type=int, default=0)

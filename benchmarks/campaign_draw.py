@@ -35,6 +35,7 @@ from slideplan.policy import Policy, Workload
 MICRO_BATCHES = 16  # at most: more make graphs of thousands of tasks that show nothing new
 TRIES = 1000
 STEP_S = 3.0  # longest step worth measuring, by FLOPs at the rate of the machine's largest product
+DRIVE_STEP_S = 6.0  # the same, by what the drive moves at its rate of both directions at once
 
 T = TypeVar("T")
 
@@ -51,10 +52,12 @@ def draw_entries(
     configurations: int,
     runs_per_configuration: int,
     seed: int,
+    drive: bool = False,
 ) -> list[Entry]:
     """Runs of `configurations` configurations, models in turn: one policy of each, then the next of each.
 
-    With two or more runs per configuration the second is the planner's own choice; the others are random.
+    With two or more runs per configuration the second is the planner's own choice; the others are random. `drive`: they have
+    state on the SSD, all of them.
     Raises ValueError where a model has too few configurations that fit.
     """
     taken: list[Configuration] = []
@@ -63,7 +66,7 @@ def draw_entries(
     for place in range(configurations):
         name = models[place % len(models)]
         for configuration in pending[name]:
-            found = _configuration_entries(configuration, machine, runs_per_configuration, seed)
+            found = _configuration_entries(configuration, machine, runs_per_configuration, seed, drive)
             if found:
                 taken.append(configuration)
                 break
@@ -115,7 +118,9 @@ def _likeness(configuration: Configuration, others: Sequence[Configuration]) -> 
     )
 
 
-def _configuration_entries(configuration: Configuration, machine: MachineProfile, runs: int, seed: int) -> list[Entry]:
+def _configuration_entries(
+    configuration: Configuration, machine: MachineProfile, runs: int, seed: int, drive: bool
+) -> list[Entry]:
     """The runs of a configuration; none where the planner says that it does not fit, or draws found nothing that does."""
     model, workload = find_model(configuration.model), configuration.workload
     limited = limited_machine(configuration, machine)
@@ -127,7 +132,7 @@ def _configuration_entries(configuration: Configuration, machine: MachineProfile
                 return []
             plan = fixed_plan(model, answer.policy, workload, limited)
         else:
-            policy = draw_policy(model, workload, limited, Random(f"{seed}/{configuration.name}/{number}"))
+            policy = draw_policy(model, workload, limited, Random(f"{seed}/{configuration.name}/{number}"), drive)
             if policy is None:
                 return []
             plan = fixed_plan(model, policy, workload, limited)
@@ -183,18 +188,26 @@ def fixed_plan(model: ModelSpec, policy: Policy, workload: Workload, machine: Ma
 # -- policies ----------------------------------------------------------------------------------
 
 
-def draw_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, random: Random) -> Policy | None:
+def draw_policy(
+    model: ModelSpec, workload: Workload, machine: MachineProfile, random: Random, drive: bool = False
+) -> Policy | None:
     """A policy that fits on the machine, every knob drawn at random; None where TRIES draws held none."""
     for _ in range(TRIES):
-        policy = _any_policy(model, workload, machine, random)
+        policy = _any_policy(model, workload, machine, random, drive)
         layout = PoolLayout(model, policy, workload, footprint(model, policy, workload.seq_len, machine))
+        pools = tuple(layout.pools.values())
+        if drive:
+            assert machine.ssd is not None, "state on the SSD is drawn for machines that have one"
+            longest = DRIVE_STEP_S * machine.ssd.duplex_bytes_per_s
+            if not 0 < 2 * tier_bytes(pools, Tier.SSD) < longest:  # all of it is read and written once a step
+                continue
         # Pools alone tell what a policy takes; edges are made for those that fit.
-        if ledger(TaskGraph(pools=tuple(layout.pools.values()), tasks=()), machine).fits:
+        if ledger(TaskGraph(pools=pools, tasks=()), machine).fits:
             return policy
     return None
 
 
-def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, random: Random) -> Policy:
+def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, random: Random, drive: bool) -> Policy:
     """A policy that makes sense for model and workload, whether it fits or not."""
     layers = range(1, model.head_unit)
     batch = workload.global_batch
@@ -207,6 +220,8 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
     kept = set(_some(random, [unit for unit in layers if unit - 1 >= offloaded]))
     away = set(_some(random, sorted(kept))) if kernels != "eager" and random.random() < 1 / 3 else set()
     host = [unit for unit in range(model.units) if unit not in state and unit not in passing]
+    on_drive = set(random.sample(host, random.randint(1, len(host)))) if drive and host else set()
+    whole = {unit for unit in on_drive if random.random() < 1 / 3}
     deferred = random.choice([min(1, len(host)), len(host), random.randint(0, len(host))])
     order = (*reversed(host[deferred:]), *host[:deferred])
     streaming = sum(unit not in weights for unit in layers)
@@ -232,8 +247,8 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         units=tuple(
             Placement(
                 weights=Tier.GPU if unit in weights else Tier.HOST,
-                remainder=Tier.GPU if unit in state else Tier.HOST,
-                moments=Tier.GPU if unit in state else Tier.HOST,
+                remainder=Tier.GPU if unit in state else Tier.SSD if unit in whole else Tier.HOST,
+                moments=Tier.GPU if unit in state else Tier.SSD if unit in on_drive else Tier.HOST,
                 boundary=Tier.HOST if unit < offloaded else Tier.GPU,
                 inner=Tier.GPU if unit in kept else None,
                 feed_forward=Tier.HOST if unit in away else Tier.GPU if unit in kept else None,
@@ -241,6 +256,8 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
             )
             for unit in range(model.units)
         ),
+        ssd_slots=random.randint(1, 6) if on_drive else 0,
+        ssd_chunks=state_chunks(model, Tier.HOST) if on_drive else 0,
     )
 
 
@@ -281,6 +298,7 @@ def sketch(model: ModelSpec, policy: Policy) -> str:
     passing = sum(bool(unit.passing) for unit in layers)
     kept, inner = (sum(unit.feed_forward is tier for unit in layers) for tier in (Tier.GPU, Tier.HOST))
     away = sum(unit.boundary is Tier.HOST for unit in policy.units)
+    drive = sum(unit.moments is Tier.SSD for unit in policy.units)
     ends = [name for name, unit in (("embedding", 0), ("head", -1)) if policy.units[unit].moments is Tier.GPU]
     parts = [f"{policy.micro_batches}x{policy.micro_batch} {policy.gradient_dtype} {policy.kernels}"]
     if policy.window:
@@ -294,6 +312,7 @@ def sketch(model: ModelSpec, policy: Policy) -> str:
             ("kept", kept),
             ("kept on the host", inner),
             ("boundaries out", away),
+            ("state on the SSD", drive),
         )
         if count
     ]

@@ -53,13 +53,17 @@ class Entry(Spec, frozen=True):
 
 
 class Manifest(Document, frozen=True, tag="campaign"):
-    """The runs of a campaign in the order in which they are taken, all drawn before the first one starts."""
+    """The runs of a campaign in the order in which they are taken, all drawn before the first one starts.
+
+    ssd: folder on the drive that runs use; "" where none does
+    """
 
     seed: int
     device: str
     command: str
     profile_digest: str
     entries: tuple[Entry, ...]
+    ssd: str = ""
 
 
 class Outcome(Document, frozen=True, tag="campaign_run"):

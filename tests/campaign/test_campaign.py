@@ -271,11 +271,11 @@ def test_a_run_cut_short_by_the_budget_is_made_again(fresh: CampaignFolder) -> N
     entry, budget = manifest.entries[0], campaign.estimated_s(manifest.entries[0]) + 1
     for attempt in (1, 2):
         found = campaign.run(
-            fresh, entry, fresh.profile(), "cpu", 1.0, time.monotonic() + budget, lambda *_: Ended(None, "stopped")
+            fresh, entry, fresh.profile(), manifest, 1.0, time.monotonic() + budget, lambda *_: Ended(None, "stopped")
         )
         assert (found.status, found.attempts) == ("started", attempt)
         assert entry in campaign.pending(fresh, manifest.entries)
-    found = campaign.run(fresh, entry, fresh.profile(), "cpu", 1.0, time.monotonic() + budget, launch_here)
+    found = campaign.run(fresh, entry, fresh.profile(), manifest, 1.0, time.monotonic() + budget, launch_here)
     assert found.status == "failed"
     assert "stopped during this run 2 times" in found.error
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import tiny_machine, tiny_model
-from campaign_draw import draw_entries, draw_policy, entry_plan, fixed_plan, waiting_gradients
+from builders import SSD, tiny_machine, tiny_model
+from campaign_draw import DRIVE_STEP_S, draw_entries, draw_policy, entry_plan, fixed_plan, waiting_gradients
 from planner.catalogue.machines import with_budget
 from simulator import footprint
 from slideplan.graph.validate import validate
@@ -98,6 +99,20 @@ def _order(order: tuple[int, ...]) -> str:
     if list(order) == sorted(order):
         return "need"
     return "arrival" if list(order) == sorted(order, reverse=True) else "mixed"
+
+
+def test_with_a_drive_every_policy_has_some_state_there_and_no_more_than_is_worth_measuring() -> None:
+    machine = msgspec.structs.replace(tight_machine(), ssd=SSD)
+    seen = set()
+    for number in range(40):
+        policy = draw_policy(MODEL, WORKLOAD, machine, Random(f"drive/{number}"), drive=True)
+        assert policy is not None
+        graph = lower(MODEL, policy, WORKLOAD, footprint(MODEL, policy, WORKLOAD.seq_len, machine))
+        validate(graph)
+        moved = sum(task.bytes_moved for task in graph.tasks if Tier.SSD in (task.operation.source, task.operation.target))
+        assert 0 < moved < DRIVE_STEP_S * SSD.duplex_bytes_per_s
+        seen |= {(unit.remainder, unit.moments) for unit in policy.units} | {policy.ssd_slots}
+    assert {(Tier.HOST, Tier.SSD), (Tier.SSD, Tier.SSD)} | set(range(1, 7)) <= seen
 
 
 def test_draws_depend_on_the_seed_alone() -> None:

@@ -199,7 +199,7 @@ def run(
     steps = str(steps_of(entry))
     code, said = launch(
         ["execute", str(plan_file), "--steps", steps, "--warmup", str(WARMUP_STEPS), "--lr", LEARNING_RATE,
-         "--device", manifest.device, "-o", str(place), *(["--ssd", manifest.ssd] if manifest.ssd else [])],
+         "--device", manifest.device, "--no-save", "-o", str(place), *(["--ssd", manifest.ssd] if manifest.ssd else [])],
         limit_s,
     )  # fmt: skip
     wall_s = round(time.monotonic() - started, 1)

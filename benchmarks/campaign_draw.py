@@ -35,7 +35,7 @@ from slideplan.policy import Policy, Workload
 MICRO_BATCHES = 16  # at most: more make graphs of thousands of tasks that show nothing new
 TRIES = 1000
 STEP_S = 3.0  # longest step worth measuring, by FLOPs at the rate of the machine's largest product
-DRIVE_STEP_S = 6.0  # the same, by what the drive moves at its rate of both directions at once
+DRIVE_STEP_S = 4.0  # the same, by what the drive moves at its rate of both directions at once
 
 T = TypeVar("T")
 

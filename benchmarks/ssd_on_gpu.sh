@@ -32,6 +32,7 @@ campaign)
         --host-memory 48GiB --ssd-memory 44GiB --effort 0.2 -o "$folder/8b.json"
     python3 benchmarks/ssd_tier.py "$folder/8b.json" "$folder" -o "$out/8b.json" --steps "${STEPS:-5}" --raw-gib 20
     cp "$folder"/run/comparison.txt "$out/8b-comparison.txt"
+    gzip -c "$folder/8b.json" > "$out/8b-plan.json.gz"
     ;;
 *)
     echo "ssd_on_gpu: part $part is none of tests, profile, campaign, 8b" >&2

@@ -10,8 +10,8 @@ from slideplan.graph.lanes import LaneKind
 from slideplan.machine.fitting import interference
 from slideplan.machine.profile import Interference, Spread
 
-# What meets in schedules: copies and updates in host memory, all of them beside compute, the disk beside itself
-# and the optimizer.
+# What meets in schedules: copies and updates in host memory, all of them beside compute, the disk beside itself,
+# the optimizer and copies.
 COMBINATIONS: tuple[tuple[LaneKind, ...], ...] = (
     (LaneKind.H2D, LaneKind.D2H),
     (LaneKind.HOST_UPDATE, LaneKind.H2D),
@@ -25,6 +25,8 @@ COMBINATIONS: tuple[tuple[LaneKind, ...], ...] = (
     (LaneKind.SSD_READ, LaneKind.SSD_WRITE),
     (LaneKind.HOST_UPDATE, LaneKind.SSD_READ),
     (LaneKind.HOST_UPDATE, LaneKind.SSD_WRITE),
+    (LaneKind.HOST_UPDATE, LaneKind.SSD_READ, LaneKind.SSD_WRITE),
+    (LaneKind.H2D, LaneKind.D2H, LaneKind.SSD_READ, LaneKind.SSD_WRITE),
 )
 
 Rates = dict[LaneKind, Spread]

@@ -3,8 +3,9 @@
 What is free: the capacity of each resource; what a byte of each lane takes of host DRAM, where a byte of
 the optimizer's traffic counts as one; what each lane takes of the GPU; and shares on each resource,
 relative to one lane there. They differ from resource to resource: copies to the GPU wait for what they read and
-lose to everything on a busy host memory, and less to copies the other way on PCIe. A byte on PCIe or SSD counts
-as one in either direction: how much of the sum is lost when both run is in the capacity.
+lose to everything on a busy host memory, and less to copies the other way on PCIe. A byte on PCIe counts
+as one in either direction: how much of the sum is lost when both run is in the capacity. Of an SSD the time counts that a
+byte takes by itself: a drive that is busy with reads has as little left for writes, whichever is the faster.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _LINKS = {
     LaneKind.SSD_READ: Resource.SSD,
     LaneKind.SSD_WRITE: Resource.SSD,
 }
+_ON_SSD = (LaneKind.SSD_READ, LaneKind.SSD_WRITE)
 _ON_GPU = (LaneKind.H2D, LaneKind.D2H, LaneKind.HOST_UPDATE, LaneKind.GPU_UPDATE)
 # The lane whose share is 1 there. On the GPU all have 1 but compute, and who gives way to it.
 _REFERENCE = {Resource.PCIE: LaneKind.D2H, Resource.SSD: LaneKind.SSD_WRITE, Resource.HOST_DRAM: LaneKind.HOST_UPDATE}
@@ -39,6 +41,10 @@ _COMPUTE_SHARE = 1 / 16
 _FULL_SPEED = 0.97
 # A part of the GPU below this cannot be told from noise, and would make every compute task a flow.
 _NEGLIGIBLE = 0.005
+
+# Bytes of host DRAM that a byte on a link takes at most. A drive's I/O also keeps cores from the optimizer, whose memory
+# traffic falls by many times what the drive moves; on some machines it is the drive that falls behind.
+_MOST_DRAM = {Resource.PCIE: 4.0, Resource.SSD: 64.0}
 
 # Pull towards the start, for what no measurement speaks of. Against a residual of 1 %, moving a parameter
 # by its own size costs less than a tenth.
@@ -127,14 +133,25 @@ def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_b
     for resource, reference in _REFERENCE.items():
         users = [lane for lane in alone if _LINKS.get(lane) is resource or (resource is Resource.HOST_DRAM and _on_dram(lane))]
         if users:
-            loads = [sum(alone[lane] * speed for lane, speed in speeds.items() if lane in users) for speeds in together]
-            largest = max(alone[lane] for lane in users)
+            demand = {lane: alone[lane] * (1.0 if resource is Resource.HOST_DRAM else _taken(lane, alone)) for lane in users}
+            loads = [sum(demand[lane] * speed for lane, speed in speeds.items() if lane in users) for speeds in together]
+            largest = max(demand.values())
             start = max([largest, *loads])
             found.append(_Parameter(("capacity", None, resource), start, float(np.log(largest / start)), 1.0))
         if reference in users:
             shares |= {(lane, resource): 1.0 for lane in users if lane is not reference}
     if LaneKind.HOST_UPDATE in alone:
-        found += [_Parameter(("usage", lane, Resource.HOST_DRAM), 1.0, 0.0, 4.0) for lane in _LINKS if lane in alone]
+        for lane in (each for each in _LINKS if each in alone):
+            usage = 1.0
+            # Where nothing is full, no step tells how much would fill it: a drive slower beside updates says what it takes.
+            for beside in (each for each in together if set(each) == {LaneKind.HOST_UPDATE, lane} and lane in _ON_SSD):
+                updates, drive = beside[LaneKind.HOST_UPDATE], beside[lane]
+                if min(drive, updates) < _FULL_SPEED:
+                    full = next(each.start for each in found if each.of == ("capacity", None, Resource.HOST_DRAM))
+                    usage = max(0.0, full - alone[LaneKind.HOST_UPDATE] * updates) / (alone[lane] * drive)
+                    shares[lane, Resource.HOST_DRAM] = drive / updates
+            most = _MOST_DRAM[_LINKS[lane]]
+            found.append(_Parameter(("usage", lane, Resource.HOST_DRAM), min(usage, most), 0.0, most))
     if LaneKind.COMPUTE in alone:
         shares[LaneKind.COMPUTE, Resource.GPU] = _COMPUTE_SHARE
         for speeds in together:
@@ -148,6 +165,14 @@ def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_b
     return found + [_Parameter(("share", lane, resource), start, -3.0, 3.0) for (lane, resource), start in shares.items()]
 
 
+def _taken(lane: LaneKind, alone: Mapping[LaneKind, float]) -> float:
+    """What a byte of a lane takes of its link. On an SSD, in bytes of the faster direction, as much as takes the same time."""
+    fastest = (
+        max(rate for other, rate in alone.items() if _LINKS.get(other) is Resource.SSD) if lane in _ON_SSD else alone[lane]
+    )
+    return fastest / alone[lane]
+
+
 def _on_dram(lane: LaneKind) -> bool:
     return lane in _LINKS or lane is LaneKind.HOST_UPDATE
 
@@ -158,7 +183,7 @@ def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[LaneKind,
     capacities = {of: round(value["capacity", None, of]) for of in Resource if ("capacity", None, of) in value}
     usage: dict[LaneKind, dict[Resource, float]] = {}
     for lane in alone:
-        of: dict[Resource, float] = {_LINKS[lane]: 1.0} if lane in _LINKS else {}
+        of: dict[Resource, float] = {_LINKS[lane]: _taken(lane, alone)} if lane in _LINKS else {}
         if _on_dram(lane):
             of[Resource.HOST_DRAM] = value.get(("usage", lane, Resource.HOST_DRAM), 1.0)
         part = value.get(("part", lane, Resource.GPU), 0.0)

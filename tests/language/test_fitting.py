@@ -27,7 +27,7 @@ TRUTH = Sharing(
         UPDATE: {DRAM: 1.0, GPU: 0.02 * 3000 / 140},
         H2D: {PCIE: 1.0, DRAM: 0.8, GPU: 0.04 * 3000 / 54},
         D2H: {PCIE: 1.0, DRAM: 1.3, GPU: 0.07 * 3000 / 55},
-        READ: {SSD: 1.0, DRAM: 1.0},
+        READ: {SSD: 1.8 / 1.5, DRAM: 1.0},  # a byte takes as long as 1.2 written ones
         WRITE: {SSD: 1.0, DRAM: 1.0},
         COMPUTE: {GPU: 1.0},
         GPU_UPDATE: {GPU: 0.95},
@@ -71,6 +71,23 @@ def test_noise_moves_it_no_further_than_itself(seed: int) -> None:
     ]
     assert sum(off) / len(off) < 0.015
     assert max(off) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("read", "write", "measured"),
+    [
+        # A virtual drive: reads beside writes and both beside updates at half their speed.
+        (1.87, 2.81, [{READ: 0.608, WRITE: 0.410}, {UPDATE: 0.944, READ: 0.560}, {UPDATE: 0.882, WRITE: 0.619}]),
+        # A drive with lanes both ways, which updates leave alone.
+        (7.0, 6.0, [{READ: 0.95, WRITE: 0.90}, {UPDATE: 0.96, READ: 1.0}, {UPDATE: 0.95, WRITE: 1.0}]),
+    ],
+)
+def test_a_drive_beside_itself_and_beside_updates(read: float, write: float, measured: list[dict[LaneKind, float]]) -> None:
+    alone = ALONE | {UPDATE: 155 * G, READ: read * G, WRITE: write * G}
+    copies = [speeds(TRUTH, alone, lanes) for lanes in COMBINATIONS if not {READ, WRITE} & set(lanes)]
+    found = fit(alone, [*copies, *measured], GPU_BYTES_PER_S)
+    for each in measured:
+        assert speeds(found, alone, tuple(each)) == pytest.approx(each, abs=0.05)
 
 
 def test_figures_of_an_h100() -> None:

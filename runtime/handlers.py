@@ -49,7 +49,7 @@ class Handlers:
             elif operation.target is Tier.SSD:
                 self._drive.write(target, buffers[source])
             else:
-                buffers[target].copy_(buffers[source], non_blocking=True)
+                _copy_common(buffers[source], buffers[target])
 
     @property
     def _drive(self) -> Drive:
@@ -66,6 +66,12 @@ class Handlers:
             each = state_elements(self._buffers.pool(task.slot(Role.MOMENTS, tier)))
             weights, remainder, moments, gradient = _chunk(task.chunk, each, weights, remainder, moments, gradient)
         self._update[tier](weights, remainder, moments, gradient, settings, step)
+
+
+def _copy_common(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy a slot. Where one of the two is of whole pages for the drive's sake, the other is as large as what they hold."""
+    n = min(source.numel(), target.numel())
+    target.view(-1)[:n].copy_(source.view(-1)[:n], non_blocking=True)
 
 
 def _chunk(

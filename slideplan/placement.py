@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import pairwise
 
 from slideplan.codec import Spec
 
@@ -34,11 +35,19 @@ class TensorClass(StrEnum):
 STATE = (TensorClass.REMAINDER, TensorClass.MOMENTS)
 
 
+def hops(source: Tier, target: Tier) -> tuple[tuple[Tier, Tier], ...]:
+    """The copies that bring a tensor from tier to tier. GPU and SSD have the host between them; none where it is there."""
+    line = tuple(Tier)
+    first, last = line.index(source), line.index(target)
+    way = line[first : last + 1] if first <= last else line[last : first + 1][::-1]
+    return tuple(pairwise(way))
+
+
 class Placement(Spec, frozen=True):
     """Where one unit's tensors lie between their uses, by tensor class.
 
-    A tensor that lies on another tier than the one that uses it passes through slots of that tier: weights and
-    activations are used on the GPU, remainder and moments where `update` says.
+    A tensor that lies on another tier than the one that uses it passes through slots of that tier, and of the host where
+    that is on the way: weights and activations are used on the GPU, remainder and moments where `update` says.
 
     weights:      GPU: in a slot of the unit's own. HOST: they stream through the window. Embedding and head have slots
                   of their own in any case, so for them `weights` equals `update`

@@ -141,6 +141,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     other:               how another system works, where the policy describes one
     ssd_slots, ssd_chunks: the same of state that lies on the SSD and passes through the host. Embedding and head have
                          chunks of the size of a layer's
+    host_boundary_slots: host slots shared by the boundary activations on their way to the SSD and back
+    host_inner_slots:    host slots shared by the inner activations on their way to the SSD and back
     """
 
     micro_batch: int
@@ -162,6 +164,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     other: OtherSystem | None = None
     ssd_slots: int = 0
     ssd_chunks: int = 0
+    host_boundary_slots: int = 0
+    host_inner_slots: int = 0
 
     @property
     def system(self) -> OtherSystem:
@@ -252,9 +256,10 @@ class Policy(Spec, frozen=True, omit_defaults=True):
                 raise ValueError(f"{where}: has no inner activations to keep")
         if (placement.inner is None) != (placement.feed_forward is None):
             raise ValueError(f"{where}: inner and feed_forward activations are kept together, or computed again together")
-        if placement.feed_forward is Tier.HOST and self.kernels == "eager":
+        if placement.feed_forward not in (None, Tier.GPU) and self.kernels == "eager":
             raise ValueError(
-                f"{where}: feed_forward is on the host, but autograd's own tensors cannot leave; set policy.kernels to fused"
+                f"{where}: feed_forward is on the {placement.feed_forward}, but autograd's own tensors cannot leave; "
+                "set policy.kernels to fused"
             )
         if placement.keeps and self.units[unit - 1].boundary is not Tier.GPU:
             raise ValueError(
@@ -303,6 +308,9 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         if not offloaded and not computed_again and self.boundary_slots:
             raise ValueError("policy.boundary_slots must be 0 where no boundary activation waits on another tier")
         inner = any(placement.feed_forward not in (None, Tier.GPU) for placement in self.units)
+        boundary_away, inner_away = (
+            any(getattr(placement, field) is Tier.SSD for placement in self.units) for field in ("boundary", "feed_forward")
+        )
         state, drive = (bool(self.passing_units(tier)) for tier in (Tier.GPU, Tier.HOST))
         for knob, wanted, what in (
             ("inner_slots", inner, "inner activations of a unit wait on another tier"),
@@ -310,6 +318,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             ("state_chunks", state, "state of a unit passes through the gpu"),
             ("ssd_slots", drive, "state of a unit lies on the ssd"),
             ("ssd_chunks", drive, "state of a unit lies on the ssd"),
+            ("host_boundary_slots", boundary_away, "boundary activations of a unit wait on the ssd"),
+            ("host_inner_slots", inner_away, "inner activations of a unit wait on the ssd"),
         ):
             count = getattr(self, knob)
             if wanted != (count > 0) or count < 0:
@@ -340,14 +350,15 @@ _PLACES: dict[str, tuple[Tier | None, ...]] = {
     "weights": (Tier.GPU, Tier.HOST),
     "remainder": (Tier.GPU, Tier.HOST, Tier.SSD),
     "moments": (Tier.GPU, Tier.HOST, Tier.SSD),
-    "boundary": (Tier.GPU, Tier.HOST),
+    "boundary": (Tier.GPU, Tier.HOST, Tier.SSD),
     "inner": (Tier.GPU, None),
-    "feed_forward": (Tier.GPU, Tier.HOST, None),
+    "feed_forward": (Tier.GPU, Tier.HOST, Tier.SSD, None),
     "update": (Tier.GPU, Tier.HOST),
 }
 # Knobs that count the slots of a pool that several units share.
 SHARED_SLOTS = (
     "window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots", "ssd_slots",
+    "host_boundary_slots", "host_inner_slots",
 )  # fmt: skip
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (

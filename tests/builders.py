@@ -58,6 +58,8 @@ def tiny_policy(
     offload_boundaries: bool = False,
     ssd_state: tuple[int, ...] = (),
     ssd_moments: tuple[int, ...] = (),
+    ssd_boundaries: tuple[int, ...] = (),
+    ssd_inner: tuple[int, ...] = (),
     **changes: Any,
 ) -> Policy:
     """Everything on the host, weights streamed, updates in backward order; legal as it stands.
@@ -66,21 +68,29 @@ def tiny_policy(
     activations on the GPU. stream_state: with weights there, through which their state passes.
     offload_inner: units with a part of those activations on the host, which eager kernels cannot.
     ssd_state, ssd_moments: units with state, or with moments alone, on the SSD.
+    ssd_boundaries: units whose output waits on the SSD. ssd_inner: as offload_inner, with that part on the SSD.
     offload_boundaries: outputs of all layers but the last wait on the host, where nothing that is kept
     forbids it. `changes` replaces fields of the policy.
     """
     on_gpu = {*resident_weights, *resident_state, *stream_state}
     updated_there = {*resident_state, *stream_state}
-    kept = {*keep, *offload_inner}
+    away = {**dict.fromkeys(offload_inner, Tier.HOST), **dict.fromkeys(ssd_inner, Tier.SSD)}
+    kept = {*keep, *away}
+
+    def boundary(unit: int) -> Tier:
+        if unit in ssd_boundaries:
+            return Tier.SSD
+        return Tier.HOST if offload_boundaries and unit < model.layers and unit + 1 not in kept else Tier.GPU
+
     on_ssd = {*ssd_state, *ssd_moments}
     units = tuple(
         Placement(
             weights=Tier.GPU if unit in on_gpu else Tier.HOST,
             remainder=Tier.GPU if unit in resident_state else Tier.SSD if unit in ssd_state else Tier.HOST,
             moments=Tier.GPU if unit in resident_state else Tier.SSD if unit in on_ssd else Tier.HOST,
-            boundary=Tier.HOST if offload_boundaries and unit < model.layers and unit + 1 not in kept else Tier.GPU,
+            boundary=boundary(unit),
             inner=Tier.GPU if unit in kept else None,
-            feed_forward=Tier.HOST if unit in offload_inner else Tier.GPU if unit in keep else None,
+            feed_forward=away.get(unit, Tier.GPU if unit in keep else None),
             update=Tier.GPU if unit in updated_there else Tier.HOST,
         )
         for unit in range(model.units)
@@ -97,12 +107,14 @@ def tiny_policy(
         "gradient_slots": 2,
         # Updates in another than backward order keep gradients waiting: then every layer gets a slot.
         "host_gradient_slots": host_layers if "update_order" in changes else min(2, host_layers),
-        "boundary_slots": micro_batches + 2 if any(unit.boundary is Tier.HOST for unit in units) else 0,
-        "inner_slots": 2 if offload_inner else 0,
+        "boundary_slots": micro_batches + 2 if any(unit.boundary is not Tier.GPU for unit in units) else 0,
+        "inner_slots": 2 if away else 0,
         "state_slots": 2 if stream_state else 0,
         "state_chunks": 3 if stream_state else 0,
         "ssd_slots": 2 if on_ssd else 0,
         "ssd_chunks": 3 if on_ssd else 0,
+        "host_boundary_slots": 2 if ssd_boundaries else 0,
+        "host_inner_slots": 2 if ssd_inner else 0,
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
         "gpu_moments": "fp32",

@@ -14,7 +14,12 @@ from slideplan.model import ModelSpec
 from slideplan.placement import Placement, Tier
 from slideplan.policy import OtherSystem, Policy, Workload
 
-INNER = {"recompute": (None, None), "keep": (Tier.GPU, Tier.GPU), "offload": (Tier.GPU, Tier.HOST)}
+INNER = {
+    "recompute": (None, None),
+    "keep": (Tier.GPU, Tier.GPU),
+    "offload": (Tier.GPU, Tier.HOST),
+    "drive": (Tier.GPU, Tier.SSD),
+}
 FOOTPRINT = Footprint(inner_bytes=4096, workspace_bytes=8192)
 
 
@@ -38,12 +43,12 @@ def cases(draw: st.DrawFn) -> Case:
     micro_batch, micro_batches = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     units: list[Placement] = []
     kernels = draw(st.sampled_from(["eager", "fused"]))
-    inners = ["recompute", "keep"] if kernels == "eager" else ["recompute", "keep", "offload"]
+    inners = ["recompute", "keep"] if kernels == "eager" else [*INNER]
     for unit in range(model.units):
         is_layer = 0 < unit < model.head_unit
         state = draw(st.sampled_from([Tier.HOST, Tier.HOST, Tier.GPU]))
         weights = state if not is_layer or state is Tier.GPU else draw(st.sampled_from([Tier.HOST, Tier.GPU]))
-        boundary = draw(st.sampled_from([Tier.HOST, Tier.GPU])) if unit < model.layers else Tier.GPU
+        boundary = draw(st.sampled_from([Tier.HOST, Tier.GPU, Tier.SSD])) if unit < model.layers else Tier.GPU
         may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
         inner, feed_forward = INNER[draw(st.sampled_from(inners)) if may_keep else "recompute"]
         passes = is_layer and (weights, state) == (Tier.GPU, Tier.HOST) and draw(st.booleans())
@@ -66,7 +71,7 @@ def cases(draw: st.DrawFn) -> Case:
     order = draw(st.permutations(arrival))
     host_layers = sum(0 < unit < model.head_unit for unit in arrival)
     in_order = list(order) == arrival and host_layers > 0
-    offloads = any(unit.boundary is Tier.HOST for unit in units)
+    boundaries, inner = ({getattr(unit, field) for unit in units} for field in ("boundary", "feed_forward"))
     passes_on = {unit.update for unit in units if unit.passing}
     policy = Policy(
         micro_batch=micro_batch,
@@ -75,8 +80,8 @@ def cases(draw: st.DrawFn) -> Case:
         prefetch_depth=draw(st.integers(1, window - 1)) if streams else 0,
         gradient_slots=draw(st.integers(1, 3)),
         host_gradient_slots=draw(st.integers(1, host_layers)) if in_order else host_layers,
-        boundary_slots=micro_batches + draw(st.integers(1, 4)) if offloads else 0,
-        inner_slots=draw(st.integers(1, 3)) if any(unit.feed_forward is Tier.HOST for unit in units) else 0,
+        boundary_slots=micro_batches + draw(st.integers(1, 4)) if boundaries - {Tier.GPU} else 0,
+        inner_slots=draw(st.integers(1, 3)) if inner - {Tier.GPU, None} else 0,
         state_slots=draw(st.integers(1, 3)) if Tier.GPU in passes_on else 0,
         state_chunks=draw(st.integers(1, 4)) if Tier.GPU in passes_on else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
@@ -87,6 +92,8 @@ def cases(draw: st.DrawFn) -> Case:
         units=tuple(units),
         ssd_slots=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
         ssd_chunks=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
+        host_boundary_slots=draw(st.integers(1, 3)) if Tier.SSD in boundaries else 0,
+        host_inner_slots=draw(st.integers(1, 3)) if Tier.SSD in inner else 0,
     )
     return Case(model, policy, Workload(seq_len=32, global_batch=micro_batch * micro_batches))
 

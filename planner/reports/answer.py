@@ -109,14 +109,14 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     units = policy.units
     streaming = [unit for unit in layers if policy.streams_weights(unit)]
     resident = [unit for unit in layers if unit not in streaming]
-    away = [unit for unit in range(model.units) if units[unit].boundary is not Tier.GPU]
+    away = {tier: [u for u in range(model.units) if units[u].boundary is tier] for tier in (Tier.HOST, Tier.SSD)}
     weights = []
     if streaming:
         ahead = f"loaded up to {policy.prefetch_depth} ahead"
         weights.append(f"{_named(model, streaming)} stream through {policy.window} slots, {ahead}")
     if resident:
         weights.append(f"{_named(model, resident)} stay on the GPU")
-    boundary = [f"outputs of {_named(model, away)} wait on the host"] if away else ["all stay on the GPU"]
+    boundary = [f"outputs of {_named(model, there)} wait on {_TIERS[tier]}" for tier, there in away.items() if there]
     inner = []
     for (kept, feed_forward), what in _INNER.items():
         if found := [unit for unit in layers if (units[unit].inner, units[unit].feed_forward) == (kept, feed_forward)]:
@@ -126,7 +126,7 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
         ("weights", "; ".join(weights)),
         ("state", "; ".join(_state(model, policy))),
         ("gradients", _gradients(policy)),
-        ("boundaries", "; ".join(boundary)),
+        ("boundaries", "; ".join(boundary or ["all stay on the GPU"])),
         ("activations", "; ".join(inner)),
         ("kernels", _KERNELS[policy.kernels]),
     ]
@@ -138,6 +138,7 @@ _PROCESSORS = {Tier.GPU: "GPU", Tier.HOST: "CPU"}
 _INNER = {
     (Tier.GPU, Tier.GPU): "kept for",
     (Tier.GPU, Tier.HOST): "kept with the feed-forward's part on the host for",
+    (Tier.GPU, Tier.SSD): "kept with the feed-forward's part on the SSD for",
     (None, None): "recomputed for",
 }
 

@@ -16,14 +16,10 @@ from slideplan.graph.operations import (
     BACKWARD_RECOMPUTE,
     CAST_WEIGHTS,
     CLIP_GRADIENT,
-    FETCH_BOUNDARY,
-    FETCH_FEED_FORWARD,
     FORWARD,
     FORWARD_KEEP,
     LOAD_WEIGHTS,
     LOSS,
-    OFFLOAD_BOUNDARY,
-    OFFLOAD_FEED_FORWARD,
     OFFLOAD_GRADIENT,
     REFRESH_WEIGHTS,
     Operation,
@@ -31,7 +27,7 @@ from slideplan.graph.operations import (
     update,
 )
 from slideplan.model import ModelSpec
-from slideplan.placement import Tier
+from slideplan.placement import TensorClass, Tier, hops
 from slideplan.policy import Policy
 
 
@@ -195,12 +191,11 @@ def _loads(policy: Policy, turns: list[Visit], windows: Sequence[WindowUse | Non
 
 
 def _offloads(policy: Policy, action: Action) -> Iterator[Action]:
-    """What a forward has made and what waits on the host until backward."""
+    """What a forward has made and what waits elsewhere until backward, on its way there."""
     placement = policy.units[action.unit]
-    if placement.boundary is Tier.HOST:
-        yield Action(OFFLOAD_BOUNDARY, action.unit, action.micro)
-    if placement.feed_forward is Tier.HOST:
-        yield Action(OFFLOAD_FEED_FORWARD, action.unit, action.micro)
+    for tensor, tier in ((TensorClass.BOUNDARY, placement.boundary), (TensorClass.FEED_FORWARD, placement.feed_forward)):
+        for source, target in hops(Tier.GPU, tier or Tier.GPU):
+            yield Action(copy(source, target, tensor), action.unit, action.micro)
 
 
 def _arrivals(model: ModelSpec, policy: Policy, units: Sequence[int]) -> Iterator[Action]:
@@ -226,19 +221,46 @@ def _update(model: ModelSpec, policy: Policy, unit: int, arrivals: Iterator[Acti
 
 
 def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss: int) -> Iterator[tuple[int, Action]]:
-    """Fetches of activations that wait on the host, with the compute action before which each is issued.
+    """Fetches of activations that wait elsewhere, with the compute action before which each is issued.
 
     Boundary activations, of which compute makes others meanwhile, come as many compute actions ahead as there
     are slots beside the one in use; inner ones as many backwards that need some.
     """
+    units = policy.units
     again = [(place, action.unit, action.micro) for place, action in enumerate(actions) if place > first_loss]
+    boundaries = [
+        _Return(max(first_loss, place - (policy.boundary_slots - 1)), units[unit - 1].boundary, unit - 1, micro)
+        for place, unit, micro in again
+        if unit not in (0, model.head_unit) and units[unit - 1].boundary is not Tier.GPU
+    ]
+    yield from _returns(TensorClass.BOUNDARY, boundaries, policy.host_boundary_slots, first_loss)
+    places, inner = [], []
     for place, unit, micro in again:
-        if unit not in (0, model.head_unit) and policy.units[unit - 1].boundary is Tier.HOST:
-            yield max(first_loss, place - (policy.boundary_slots - 1)), Action(FETCH_BOUNDARY, unit - 1, micro)
-    inner = [(place, unit, micro) for place, unit, micro in again if policy.units[unit].feed_forward is Tier.HOST]
-    for number, (_, unit, micro) in enumerate(inner):
-        ahead = number - (policy.inner_slots - 1)
-        yield inner[ahead][0] if ahead >= 0 else first_loss, Action(FETCH_FEED_FORWARD, unit, micro)
+        tier = units[unit].feed_forward
+        if tier is not None and tier is not Tier.GPU:
+            places.append(place)
+            ahead = len(places) - policy.inner_slots
+            inner.append(_Return(places[ahead] if ahead >= 0 else first_loss, tier, unit, micro))
+    yield from _returns(TensorClass.FEED_FORWARD, inner, policy.host_inner_slots, first_loss)
+
+
+class _Return(NamedTuple):
+    """An activation that comes back to the GPU: from where, and the compute action before which its last copy is issued."""
+
+    issue: int
+    tier: Tier
+    unit: int
+    micro: int | None
+
+
+def _returns(tensor: TensorClass, wanted: Sequence[_Return], host_slots: int, first_loss: int) -> Iterator[tuple[int, Action]]:
+    """Copies to the GPU. What lies on the SSD is read into the host from the first loss on, as far ahead as it has slots."""
+    reads = iter([Action(copy(Tier.SSD, Tier.HOST, tensor), each.unit, each.micro) for each in wanted if each.tier is Tier.SSD])
+    yield from ((first_loss, read) for read in islice(reads, host_slots))
+    for each in wanted:
+        yield each.issue, Action(copy(Tier.HOST, Tier.GPU, tensor), each.unit, each.micro)
+        if each.tier is Tier.SSD:  # the host slot is free for the next
+            yield from ((each.issue, read) for read in islice(reads, 1))
 
 
 def _host_updates(

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from slideplan.footprint import Footprint
 from slideplan.graph.tasks import SlotPool
-from slideplan.lowering.sizes import BARRIER_BYTES, MASTER_BYTES, NORM_BYTES, Sizes
+from slideplan.lowering.sizes import BARRIER_BYTES, MASTER_BYTES, NORM_BYTES, Sizes, whole_pages
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import STATE, TensorClass, Tier
 from slideplan.policy import OURS, OtherSystem, PassageKnobs, Policy, Workload, passage
@@ -74,6 +74,10 @@ class SlotKnobs(PassageKnobs, Protocol):
     @property
     def inner_slots(self) -> int: ...
     @property
+    def host_boundary_slots(self) -> int: ...
+    @property
+    def host_inner_slots(self) -> int: ...
+    @property
     def gradient_norms(self) -> bool: ...
 
 
@@ -133,6 +137,7 @@ def pool_rows(
         else:
             elements = chunks[update] if holding.passes else sizes.elements[UnitRole(group)] if group else 0
             slot_bytes = _padded(sizes.of(tensor, elements, update), tensor, tier, system)
+            slot_bytes = whole_pages(slot_bytes) if tier is Tier.SSD else slot_bytes
         yield Row(holding.pool, tier, tensor_class, slot_bytes, own_slots(holding, knobs, sizes.model) * units)
     for tensor, update in sorted({(holding.tensor, holding.update) for holding in counts if holding.passes}):
         slot_bytes, slots = sizes.of(tensor, chunks[update], update), passage(knobs, update).slots
@@ -148,6 +153,11 @@ def pool_rows(
     yield Row("gpu.boundary.cycle", Tier.GPU, TensorClass.BOUNDARY, boundary, knobs.boundary_slots)
     yield Row("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, knobs.micro_batches)
     yield Row("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, sizes.feed_forward_bytes, knobs.inner_slots)
+    for tensor, slots in (
+        (TensorClass.BOUNDARY, knobs.host_boundary_slots),
+        (TensorClass.FEED_FORWARD, knobs.host_inner_slots),
+    ):
+        yield Row(_SHARED[tensor, Tier.HOST], Tier.HOST, tensor, whole_pages(sizes.of(tensor, layer)), slots)
     yield Row("gpu.norm", Tier.GPU, TensorClass.NORM, NORM_BYTES * sizes.model.units, int(knobs.gradient_norms))
     yield Row("gpu.workspace", Tier.GPU, TensorClass.WORKSPACE, sizes.footprint.workspace_beside(kept_bytes), 1)
     if system.staging == "per_load":
@@ -217,6 +227,8 @@ _SHARED = {
     (TensorClass.WEIGHTS, Tier.GPU): "gpu.weights.window",
     (TensorClass.WEIGHTS, Tier.HOST): "host.staging",
     (TensorClass.BOUNDARY, Tier.GPU): "gpu.boundary.cycle",
+    (TensorClass.BOUNDARY, Tier.HOST): "host.boundary.ssd",
     (TensorClass.FEED_FORWARD, Tier.GPU): "gpu.feed_forward",
+    (TensorClass.FEED_FORWARD, Tier.HOST): "host.feed_forward.ssd",
     **{(tensor, tier): passage_pool(tensor, tier) for tensor in STATE for tier in (Tier.GPU, Tier.HOST)},
 }

@@ -18,6 +18,7 @@ MASTER_BYTES = {"split": WEIGHT_BYTES + REMAINDER_BYTES, "fp32": 4, "bf16": 2}
 TRAINING_BYTES = MASTER_BYTES["split"] + MOMENT_BYTES  # per parameter in exact state, gradients aside
 CLIP_PASSES = 3  # over the gradient: read for the norm, read and written for the scaling
 BARRIER_BYTES = 8  # a counter of updated units
+PAGE_BYTES = 4096  # slots on the SSD, and those of the host that are read from and written to it, are whole pages
 NORM_BYTES = 4  # a unit's sum of squares in fp32
 # AdamW reads and writes the master weights and both moments, and reads the gradient; this, for the split master.
 UPDATE_STATE_TRAFFIC_BYTES = 2 * TRAINING_BYTES
@@ -48,6 +49,11 @@ def update_bytes(elements: int, master: Literal["split", "fp32", "bf16"], moment
     """What an update moves through memory: master weights and moments read and written, the gradient read."""
     state = MASTER_BYTES[master] * elements + moment_bytes(elements, moments)
     return 2 * state + GRADIENT_BYTES[gradient] * elements
+
+
+def whole_pages(size_bytes: int) -> int:
+    """Bytes of the pages that hold so many."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def loss_chunk_tokens(vocabulary: int, kernels: Kernels) -> int:

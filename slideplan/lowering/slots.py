@@ -17,7 +17,7 @@ from slideplan.graph.tasks import TENSOR_OF, Access, Role, Task
 from slideplan.lowering.order import Action, WindowUse
 from slideplan.lowering.pools import PoolLayout
 from slideplan.lowering.recipes import Use, uses
-from slideplan.lowering.sizes import CLIP_PASSES, MASTER_BYTES, WEIGHT_BYTES, update_bytes
+from slideplan.lowering.sizes import CLIP_PASSES, MASTER_BYTES, WEIGHT_BYTES, update_bytes, whole_pages
 from slideplan.model import UnitRole
 from slideplan.placement import STATE, TensorClass, Tier
 from slideplan.policy import passage
@@ -25,8 +25,8 @@ from slideplan.policy import passage
 # Which knob says how many slots of a pool there are.
 _KNOBS = {
     TensorClass.GRADIENT: {Tier.GPU: "gradient_slots", Tier.HOST: "host_gradient_slots"},
-    TensorClass.BOUNDARY: {Tier.GPU: "boundary_slots"},
-    TensorClass.FEED_FORWARD: {Tier.GPU: "inner_slots"},
+    TensorClass.BOUNDARY: {Tier.GPU: "boundary_slots", Tier.HOST: "host_boundary_slots"},
+    TensorClass.FEED_FORWARD: {Tier.GPU: "inner_slots", Tier.HOST: "host_inner_slots"},
     **{tensor: {Tier.GPU: "state_slots", Tier.HOST: "ssd_slots"} for tensor in STATE},
 }
 # Pools that belong to no unit, with the slot that a micro-batch uses: its own, or the only one.
@@ -174,7 +174,8 @@ def _bytes_moved(layout: PoolLayout, action: Action) -> int:
     master = policy.system.master
     match operation.kind:
         case TaskKind.COPY:
-            return sum(sizes.of(tensor, part, placement.update) for tensor in operation.tensors)
+            moved = [sizes.of(tensor, part, placement.update) for tensor in operation.tensors]
+            return sum(map(whole_pages, moved) if Tier.SSD in (operation.source, operation.target) else moved)
         case TaskKind.UPDATE:
             part = min(part, elements - (chunk or 0) * part)  # the last chunk may be smaller
             return update_bytes(part, master, sizes.moments(operation.target), policy.gradient_dtype)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from slideplan.lowering.pools import holders
-from slideplan.placement import STATE, Placement, TensorClass, Tier
+from slideplan.placement import STATE, Placement, TensorClass, Tier, hops
 from strategies import Case, cases
 
 GPU, HOST, SSD = Tier
@@ -44,6 +44,20 @@ def test_tiers_on_which_a_unit_has_slots_of_its_own(placement: Placement, expect
 )
 def test_state_that_lies_elsewhere_than_its_update_passes_through(placement: Placement, expected: tuple):
     assert placement.passing == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        (GPU, GPU, ()),
+        (GPU, HOST, ((GPU, HOST),)),
+        (GPU, SSD, ((GPU, HOST), (HOST, SSD))),
+        (SSD, GPU, ((SSD, HOST), (HOST, GPU))),
+        (SSD, HOST, ((SSD, HOST),)),
+    ],
+)
+def test_between_gpu_and_ssd_everything_passes_through_the_host(source: Tier, target: Tier, expected: tuple):
+    assert hops(source, target) == expected
 
 
 def test_a_unit_keeps_inner_activations_wherever_they_lie():

@@ -82,7 +82,7 @@ def test_refusals_name_the_knob(knobs: dict, message: str):
         (3, ON_SSD, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
         (3, {"moments": Tier.SSD}, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
         (3, ON_SSD | {"weights": Tier.GPU} | UPDATED, "policy.units[3] (layer002): state on the ssd is updated by the host"),
-        (3, {"boundary": Tier.SSD}, "policy.units[3] (layer002).boundary is ssd; the runtime can have it on gpu or host"),
+        (3, {"boundary": Tier.SSD}, "policy.boundary_slots is 0, must be at least micro_batches + 1 = 3"),
         (3, {"inner": Tier.HOST}, "policy.units[3] (layer002).inner is host; the runtime can have it on gpu or none"),
         (4, {"boundary": Tier.HOST}, "policy.units[4].boundary must be gpu: the head consumes it at once"),
         (5, {"boundary": Tier.HOST}, "policy.units[5].boundary must be gpu"),
@@ -131,6 +131,17 @@ def test_state_that_passes_through_needs_slots_chunks_and_weights_on_the_gpu():
     assert "policy.update_order must name every unit that the host updates" in refusal(
         msgspec.structs.replace(policy, update_order=tuple(reversed(range(model.units))))
     )
+
+
+def test_activations_on_the_ssd_need_host_slots_on_their_way():
+    model = tiny_model()
+    policy = tiny_policy(model, ssd_boundaries=(0,), ssd_inner=(3,), kernels="fused")
+    policy.check(model, tiny_workload())
+    for knob, what in (("host_boundary_slots", "boundary"), ("host_inner_slots", "inner")):
+        message = f"policy.{knob} is 0; it must be 1 or more where {what} activations of a unit wait on the ssd"
+        assert message in refusal(msgspec.structs.replace(policy, **{knob: 0}))
+        assert f"policy.{knob} is 1; it must be" in refusal(with_knobs(**{knob: 1}))
+    assert "feed_forward is on the ssd" in refusal(msgspec.structs.replace(policy, kernels="eager"))
 
 
 def test_offloaded_inner_activations_need_a_slot_and_our_kernels():

@@ -45,6 +45,7 @@ POLICIES = {
     "window of 3": {"window": 3},
     "one micro-batch": {"micro_batch": 4, "micro_batches": 1, "gradient_dtype": "bf16"},
     "boundaries on the host": {"offload_boundaries": True},
+    "boundaries on the SSD": {"ssd_boundaries": (0, 1, 2, 3), "window": 3},
     "inner activations kept": {"keep": (2, 3, 4)},
     "resident weights": {"resident_weights": (1, 2)},
     "resident state": {"resident_state": (0, 1, 2)},
@@ -52,10 +53,12 @@ POLICIES = {
     "updates in order of need": {"update_order": (0, 1, 2, 3, 4, 5)},
     "state passing through": {"resident_state": (0, 1), "stream_state": (2, 3)},
     "all of it through one slot": {"stream_state": (1, 2, 3, 4), "state_slots": 1, "gradient_slots": 1},
-    "everything that eager kernels can": EVERYTHING | {"offload_inner": ()},
+    "everything that eager kernels can": EVERYTHING | {"offload_inner": (), "ssd_inner": (), "host_inner_slots": 0},
 }
 OFFLOADED = {
     "inner activations on the host": {"offload_inner": (2, 3), "keep": (4,)},
+    "inner activations on the SSD": {"ssd_inner": (1, 2, 4), "offload_inner": (3,), "window": 3},
+    "all of them through one host slot": {"ssd_inner": (1, 2, 3, 4), "inner_slots": 3, "host_inner_slots": 1},
     "all of them through one slot": {"offload_inner": (1, 2, 3, 4), "inner_slots": 1, "window": 3},
     "everything": EVERYTHING,
 }

@@ -54,6 +54,9 @@ POLICIES = {
     "updates in order of need": {"update_order": (0, 1, 2, 3, 4, 5)},
     "state passing through": {"resident_state": (0, 1), "stream_state": (2, 3)},
     "all of it through one slot": {"stream_state": (1, 2, 3, 4), "state_slots": 1, "gradient_slots": 1},
+    "boundaries on the SSD": {"ssd_boundaries": (0, 1, 2, 3)},
+    "boundaries on host and SSD": {"ssd_boundaries": (1, 3), "offload_boundaries": True, "boundary_slots": 6, "window": 4},
+    "boundaries through one host slot": {"ssd_boundaries": (0, 2), "host_boundary_slots": 1, "boundary_slots": 3},
     "state on the SSD": {"ssd_state": (0, 1, 2, 3, 4, 5), "ssd_slots": 3, "window": 3},
     "moments on the SSD": {"ssd_moments": (0, 1, 2, 3, 4, 5), "ssd_slots": 4},
     "state on the SSD through one slot": {"ssd_state": (1, 2, 4), "ssd_moments": (5,), "ssd_slots": 1, "ssd_chunks": 2},
@@ -66,11 +69,13 @@ POLICIES = {
         "offload_boundaries": True,
         "window": 2,
     },
-    "everything that eager kernels can": EVERYTHING | {"offload_inner": ()},
+    "everything that eager kernels can": EVERYTHING | {"offload_inner": (), "ssd_inner": (), "host_inner_slots": 0},
 }
 # What eager kernels cannot.
 FUSED_POLICIES = POLICIES | {
     "inner activations on the host": {"offload_inner": (2, 3), "keep": (4,)},
+    "inner activations on the SSD": {"ssd_inner": (1, 2, 4), "offload_inner": (3,), "window": 3},
+    "all of them through one host slot": {"ssd_inner": (1, 2, 3, 4), "inner_slots": 3, "host_inner_slots": 1},
     "all of them through one slot": {"offload_inner": (1, 2, 3, 4), "inner_slots": 1, "gradient_dtype": "bf16"},
     "many slots": {"offload_inner": (1, 3), "inner_slots": 7, "offload_boundaries": True},
     "everything": EVERYTHING,
@@ -99,6 +104,17 @@ def test_every_architecture_trains_as_in_memory(name: str, policy: str) -> None:
 @pytest.mark.parametrize("model", ["llama", "llama-tied"])
 def test_every_policy_trains_as_in_memory(name: str, model: str) -> None:
     check_equal(MODELS[model], tiny_policy(MODELS[model], **POLICIES[name]))
+
+
+def test_what_is_no_whole_number_of_pages_waits_on_the_ssd_too() -> None:
+    """Boundaries of 60 tokens have 7,680 bytes."""
+    model, backend, workload = MODELS["llama"], CpuBackend(), tiny_workload(seq_len=30)
+    (losses, weights), (expected_losses, expected) = (
+        train(session_for(plan_for(model, tiny_policy(model, **knobs), workload, backend), backend), STEPS)
+        for knobs in ({"ssd_boundaries": (0, 1, 2), "host_boundary_slots": 3}, {})
+    )
+    assert losses == expected_losses
+    assert all(torch.equal(weights[parameter], value) for parameter, value in expected.items())
 
 
 def resident(model: ModelSpec, policy: Policy) -> Policy:

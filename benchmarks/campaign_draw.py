@@ -241,7 +241,7 @@ def _any_policy(model: ModelSpec, workload: Workload, machine: MachineProfile, r
         state_chunks=state_chunks(model) if passing else 0,
         gradient_dtype=random.choice(["bf16", "fp32"]),
         kernels=kernels,
-        gpu_moments="fp32",
+        state="exact",
         gradient_norms=False,
         update_order=order,
         units=tuple(

@@ -8,27 +8,42 @@ import torch
 from msgspec import UNSET
 
 from runtime.compute.handlers import ComputeHandlers
-from runtime.memory.buffers import Buffers, state_elements
+from runtime.memory.buffers import Buffers
 from runtime.memory.drive import Drive
-from runtime.optimizer.adamw import AdamW, HostUpdate
-from runtime.optimizer.moments8 import update_8bit
+from runtime.optimizer.adamw import ALONE_ELEMENTS, AdamW, HostUpdate
+from runtime.optimizer.host_lossy import LossyHostUpdate, blank_state
+from runtime.optimizer.rounding import Draws
 from slideplan.graph.operations import TaskKind
 from slideplan.graph.tasks import COPIED_AS, Role, Task
 from slideplan.lowering.sizes import moment_bytes
 from slideplan.placement import Tier
-from slideplan.policy import MOMENT_BLOCK, Moments
+from slideplan.plan import Plan
+from slideplan.policy import MOMENT_BLOCK, StateFormat, passage
 
-Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AdamW, int], None]
+ExactUpdate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AdamW, int], None]
+# Of weights, remainder (of lean state: None), moments and gradient, with settings, step and where random bits come from.
+Update = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, AdamW, int, Draws], None]
 
 
 class Handlers:
     """Runs any task of a graph on its slots, on the lane that calls."""
 
-    def __init__(self, buffers: Buffers, compute: ComputeHandlers, settings: AdamW, host_update: HostUpdate) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        buffers: Buffers,
+        compute: ComputeHandlers,
+        settings: AdamW,
+        host_update: HostUpdate,
+        seed: int,
+    ) -> None:
+        """seed: of random rounding, where the plan's state is lossy."""
         self._buffers = buffers
         self._compute = compute
         self._settings = settings
-        self._update: dict[Tier, Update] = {Tier.HOST: host_update, Tier.GPU: gpu_update(compute.device, host_update)}
+        self._seed = seed
+        self._update = updates_of(plan.policy.state, compute.device, host_update)
+        self._chunk_elements = {tier: passage(plan.policy, tier).chunk_elements(plan.model) for tier in (Tier.GPU, Tier.HOST)}
 
     def __call__(self, task: Task, step: int) -> None:
         """Issue one task."""
@@ -59,13 +74,18 @@ class Handlers:
     def update(self, task: Task, step: int, settings: AdamW) -> None:
         """Issue an update with these settings."""
         tier = task.operation.target
-        weights, remainder, moments, gradient = (
-            self._buffers[task.slot(role, tier)] for role in (Role.WEIGHTS, Role.REMAINDER, Role.MOMENTS, Role.GRADIENT)
+        weights, moments, gradient = (
+            self._buffers[task.slot(role, tier)] for role in (Role.WEIGHTS, Role.MOMENTS, Role.GRADIENT)
         )
+        remainder = self._buffers[task.slot(Role.REMAINDER, tier)] if task.has(Role.REMAINDER) else None
+        first = 0
         if task.chunk is not UNSET:
-            each = state_elements(self._buffers.pool(task.slot(Role.MOMENTS, tier)))
-            weights, remainder, moments, gradient = _chunk(task.chunk, each, weights, remainder, moments, gradient)
-        self._update[tier](weights, remainder, moments, gradient, settings, step)
+            first = task.chunk * self._chunk_elements[tier]
+            weights, remainder, moments, gradient = _chunk(
+                first, self._chunk_elements[tier], weights, remainder, moments, gradient
+            )
+        draws = Draws.of(self._seed, step, task.unit, first)
+        self._update[tier](weights, remainder, moments, gradient, settings, step, draws)
 
 
 def _copy_common(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -75,45 +95,52 @@ def _copy_common(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _chunk(
-    number: int, each: int, weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A chunk of `each` elements of a unit's weights and gradient, and of its moments what the chunk has: the last one fills
-    less than its slot.
+    first: int, each: int, weights: torch.Tensor, remainder: torch.Tensor | None, moments: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """A chunk of `each` elements of a unit's weights and gradient, or of what is left of them, and of its moments what the
+    chunk has: the last one fills less than its slot.
 
     The remainder lies in the chunk's slot too, or stays where it is, whole.
     """
-    here = slice(number * each, min((number + 1) * each, weights.numel()))
+    here = slice(first, min(first + each, weights.numel()))
     n = here.stop - here.start
-    remainder = remainder[here] if remainder.numel() == weights.numel() else remainder[:n]
+    if remainder is not None:
+        remainder = remainder[here] if remainder.numel() == weights.numel() else remainder[:n]
     eight_bit = moments.dtype is torch.uint8
     moments = moments[: moment_bytes(n, "8bit")] if eight_bit else moments.view(-1)[: 2 * n].view(2, n)
     return weights[here], remainder, moments, gradient[here]
 
 
-def gpu_update(device: torch.device, host_update: HostUpdate) -> Update:
-    """The update of units whose state is on the device, by how it keeps moments: Triton kernels, none on a CPU device."""
-    exact: Update = host_update
-    lossy: Update = update_8bit
-    if device.type != "cpu":
+def _exact(update: ExactUpdate) -> Update:
+    """An update that draws nothing."""
+
+    def exact(
+        weights: torch.Tensor, remainder: torch.Tensor | None, moments: torch.Tensor, gradient: torch.Tensor,
+        settings: AdamW, step: int, draws: Draws,
+    ) -> None:  # fmt: skip
+        assert remainder is not None, "exact state has one"
+        update(weights, remainder, moments, gradient, settings, step)
+
+    return exact
+
+
+def updates_of(state: StateFormat, device: torch.device, host_update: HostUpdate) -> dict[Tier, Update]:
+    """The updates of state in this format, by the tier whose processor makes them."""
+    on_host: Update = _exact(host_update) if state == "exact" else LossyHostUpdate(host_update)
+    on_gpu = on_host
+    if device.type != "cpu" and state == "exact":
         from runtime.kernels.adamw import update_gpu
-        from runtime.kernels.adamw8 import update_gpu_8bit
 
-        exact, lossy = update_gpu, update_gpu_8bit
+        on_gpu = _exact(update_gpu)
+    elif device.type != "cpu":
+        from runtime.kernels.adamw_lossy import update_gpu_lossy
 
-    def update(
-        weights: torch.Tensor, remainder: torch.Tensor, moments: torch.Tensor, gradient: torch.Tensor, how: AdamW, step: int
-    ) -> None:
-        (lossy if moments.dtype is torch.uint8 else exact)(weights, remainder, moments, gradient, how, step)
-
-    return update
+        on_gpu = update_gpu_lossy
+    return {Tier.HOST: on_host, Tier.GPU: on_gpu}
 
 
-def compile_gpu_update(update: Update, device: torch.device, moments: Moments) -> None:
-    """Compile the device's update for both gradient dtypes now, so that no measured task pays for it."""
-    n = MOMENT_BLOCK
-    weights, remainder = (torch.zeros(n, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.int16))
-    state = torch.zeros(moment_bytes(n, moments), dtype=torch.uint8, device=device)
-    if moments == "fp32":
-        state = state.view(torch.float32).view(2, n)
+def compile_update(update: Update, device: torch.device, state: StateFormat) -> None:
+    """Compile an update for both gradient dtypes now, so that no measured task pays for it."""
     for dtype in (torch.bfloat16, torch.float32):
-        update(weights, remainder, state, torch.zeros(n, dtype=dtype, device=device), AdamW(), 0)
+        for n in (MOMENT_BLOCK, MOMENT_BLOCK + ALONE_ELEMENTS):
+            update(*blank_state(n, state, device), torch.zeros(n, dtype=dtype, device=device), AdamW(), 0, Draws(0))

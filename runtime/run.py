@@ -229,7 +229,7 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     stop = Stop()
     drive = _drive(request, show)
     try:
-        session = Session(plan, backend, windows, request.settings, host_update, show, drive)
+        session = Session(plan, backend, windows, request.settings, host_update, show, drive, request.seed)
         rehearsed_ns = rehearse(session, show)
         rehearse_drive(session, show)
         check = partial(_check_data, request, data.record.digest)

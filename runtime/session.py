@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+
 from runtime.compute.handlers import ComputeHandlers
-from runtime.handlers import Handlers, compile_gpu_update, gpu_update
+from runtime.handlers import Handlers, compile_update, updates_of
 from runtime.inputs.data import Position, TokenWindows
 from runtime.lanes.backend import Backend
 from runtime.lanes.executor import Executor
@@ -44,8 +46,9 @@ class Session:
         host_update: HostUpdate,
         show: Show = silent,
         drive: Drive | None = None,
+        seed: int = 0,
     ) -> None:
-        """drive: with the plan's slots on the SSD, where there are any."""
+        """drive: with the plan's slots on the SSD, where there are any. seed: of random rounding, of lossy state."""
         self.plan = plan
         self.backend = backend
         graph, policy = plan.graph, plan.policy
@@ -59,7 +62,7 @@ class Session:
             show(Progress("reserving memory", done, total))
 
         self.buffers = Buffers(graph, backend, policy.gradient_dtype, progress=reserved, drive=drive)
-        self.states = [UnitState(graph, plan.model, self.buffers, unit) for unit in range(plan.model.units)]
+        self.states = [UnitState(graph, plan.model, policy, self.buffers, unit) for unit in range(plan.model.units)]
         self.compute = ComputeHandlers(
             plan.model,
             graph,
@@ -69,7 +72,7 @@ class Session:
             policy,
             plan.workload.seq_len,
         )
-        self.handlers = Handlers(self.buffers, self.compute, settings, host_update)
+        self.handlers = Handlers(plan, self.buffers, self.compute, settings, host_update, seed)
         self.windows = windows
         self._warm_up(host_update)
         self._begun = Position(0, 0)
@@ -103,10 +106,13 @@ class Session:
         return self._begun.step if self._executor is None else self._executor.first_step + self._executor.steps
 
     def _warm_up(self, host_update: HostUpdate) -> None:
-        """Compile the GPU's updates before the clock starts; no slot is touched. Units compile in the first, warm-up, step."""
+        """Compile updates before the clock starts; no slot is touched. Units compile in the first, warm-up, step."""
+        device, state = self.backend.device, self.plan.policy.state
+        updates = updates_of(state, device, host_update)
         if self.plan.graph.queue(LaneKind.GPU_UPDATE) and self.backend.name == "cuda":
-            device = self.backend.device
-            compile_gpu_update(gpu_update(device, host_update), device, self.plan.policy.gpu_moments)
+            compile_update(updates[Tier.GPU], device, state)
+        if self.plan.graph.queue(LaneKind.HOST_UPDATE) and state != "exact":  # the exact one is compiled by who has made it
+            compile_update(updates[Tier.HOST], torch.device("cpu"), state)
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""

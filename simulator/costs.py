@@ -17,7 +17,8 @@ from slideplan.graph.tasks import Task, TaskGraph
 from slideplan.machine.profile import ComputeCost, Curve, MachineProfile, RatePoint, Spread
 from slideplan.machine.sharing import Resource
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import ComputeKnobs, ComputePolicy, Kernels
+from slideplan.placement import Tier
+from slideplan.policy import ComputeKnobs, ComputePolicy, Kernels, StateFormat
 
 Source = Literal["measured", "interpolated", "derived", "datasheet"]
 
@@ -114,7 +115,7 @@ class _Pricer:
         self._launch_ns = {
             (launch.kind, launch.role): launch.duration_ns.p50 for launch in machine.launches if launch.kernels == knobs.kernels
         }
-        self._curves = rates(machine)
+        self._curves = rates(machine, knobs.state)
         # On an idle stream nothing is faster than it is issued: a norm is all launch. Copies have theirs in their curves.
         # One kernel updates, whichever compute.
         self._gpu_update_launch_ns = max(
@@ -208,18 +209,30 @@ class _Pricer:
         return formulas.compute_ns(self._model, role, kind, knobs, seq_len, accumulate, self._machine.efficiency)
 
 
-def rates(machine: MachineProfile) -> dict[LaneKind, Curve]:
-    """Bytes -> bytes/s of each lane that moves bytes, alone; no drive's lanes without a drive."""
+def rates(machine: MachineProfile, state: StateFormat = "exact") -> dict[LaneKind, Curve]:
+    """Bytes -> bytes/s of each lane that moves bytes, alone; no drive's lanes without a drive. state: what updates work on."""
     optimizer = machine.optimizer
+    on_host = optimizer.host_by_bytes or _flat(optimizer.host_bytes_per_s)
     found = {
         LaneKind.H2D: machine.link.h2d,
         LaneKind.D2H: machine.link.d2h,
-        LaneKind.HOST_UPDATE: optimizer.host_by_bytes or _flat(optimizer.host_bytes_per_s),
-        LaneKind.GPU_UPDATE: _flat(optimizer.gpu_bytes_per_s),
+        LaneKind.HOST_UPDATE: _scaled(on_host, optimizer.share(state, Tier.HOST)),
+        LaneKind.GPU_UPDATE: _scaled(_flat(optimizer.gpu_bytes_per_s), optimizer.share(state, Tier.GPU)),
     }
     if machine.ssd is not None:
         found |= {LaneKind.SSD_READ: machine.ssd.read, LaneKind.SSD_WRITE: machine.ssd.write}
     return found
+
+
+def _scaled(curve: Curve, share: float) -> Curve:
+    """A curve of rates, each times `share`."""
+    if share == 1.0:
+        return curve
+    points = []
+    for point in curve.points:
+        rates = [max(1, round(share * rate)) for rate in msgspec.structs.astuple(point.rate)]
+        points.append(RatePoint(size=point.size, rate=Spread(*rates)))
+    return Curve(points=tuple(points))
 
 
 def _flat(rate: Spread) -> Curve:

@@ -23,6 +23,7 @@ class TensorClass(StrEnum):
     REMAINDER = "master_remainder"  # int16 low half of the fp32 master weight
     MASTER = "master_weights"  # of other systems: a master in a tensor of its own
     MOMENTS = "moments"
+    MOMENTS_BF16 = "moments_bf16"  # the same, rounded
     MOMENTS_8BIT = "moments_8bit"  # the same, in block-wise 8-bit floats
     GRADIENT = "gradient"
     BOUNDARY = "boundary_activation"

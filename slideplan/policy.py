@@ -6,12 +6,18 @@ from typing import Literal, NamedTuple, Protocol
 
 from slideplan.codec import Spec
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.placement import Placement, Tier
+from slideplan.placement import STATE, Placement, TensorClass, Tier
 
 # How compute tasks run: as Hugging Face modules by autograd; by our own products and kernels; or the latter
 # captured once and replayed, so that the host issues one launch a task.
 Kernels = Literal["eager", "fused", "graphed"]
-Moments = Literal["fp32", "8bit"]
+# How state is kept, on every tier: exactly, or by choice in fewer bytes and rounded at random.
+StateFormat = Literal["exact", "bf16-moments", "lean"]
+# Share of the exact host update's rate, in bytes a second, that updates of a format reach where none was measured: they
+# compute more for every byte (benchmarks/host_update.py).
+LOSSY_SHARE: dict[StateFormat, float] = {"bf16-moments": 0.85, "lean": 0.6}
+Moments = Literal["fp32", "bf16", "8bit"]
+MOMENTS_OF: dict[StateFormat, Moments] = {"exact": "fp32", "bf16-moments": "bf16", "lean": "8bit"}
 GradientDtype = Literal["bf16", "fp32"]
 GRADIENT_BYTES: dict[GradientDtype, int] = {"bf16": 2, "fp32": 4}  # per element
 
@@ -41,7 +47,7 @@ class Workload(Spec, frozen=True):
 
 
 class ComputePolicy(Protocol):
-    """The knobs of a policy that say what its compute tasks do."""
+    """The knobs of a policy that say what its compute tasks and updates do."""
 
     @property
     def micro_batch(self) -> int:
@@ -63,6 +69,10 @@ class ComputePolicy(Protocol):
     def gradient_norms(self) -> bool:
         """Whether gradients are measured once they are complete."""
 
+    @property
+    def state(self) -> StateFormat:
+        """How the state is kept that updates read and write."""
+
 
 class ComputeKnobs(Spec, frozen=True):
     """Those knobs by themselves."""
@@ -72,11 +82,12 @@ class ComputeKnobs(Spec, frozen=True):
     gradient_dtype: GradientDtype
     kernels: Kernels
     gradient_norms: bool
+    state: StateFormat
 
     @classmethod
     def of(cls, policy: ComputePolicy) -> ComputeKnobs:
         """Those of a policy."""
-        return cls(policy.micro_batch, policy.micro_batches, policy.gradient_dtype, policy.kernels, policy.gradient_norms)
+        return cls(*(getattr(policy, field) for field in cls.__struct_fields__))
 
 
 class OtherSystem(Spec, frozen=True):
@@ -133,7 +144,8 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     kernels:             "eager": units are Hugging Face modules run by autograd. "fused": our own products and
                          kernels, which keep less and write weight gradients where they belong. "graphed": the
                          same, captured once and replayed, for tasks that are shorter than their launch
-    gpu_moments:         how moments are kept that the GPU updates: "fp32", exact; or "8bit", block-wise and lossy
+    state:               how state is kept. "exact": fp32 master weights and moments. "bf16-moments": moments in bf16. "lean":
+                         weights in bf16 alone, without a remainder, and block-wise moments of 8 bits. The last two are lossy
     gradient_norms:      the last micro-batch's task of a unit ends with a pass over its gradient, before that leaves
                          the GPU or is used up, for the global norm of the step
     update_order:        units that the host updates, in the order of their updates on its lane
@@ -157,7 +169,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     state_chunks: int
     gradient_dtype: GradientDtype
     kernels: Kernels
-    gpu_moments: Moments
+    state: StateFormat
     gradient_norms: bool
     update_order: tuple[int, ...]
     units: tuple[Placement, ...]
@@ -189,9 +201,18 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         """Whether the unit runs forward a second time before its block's backward: every layer but a block's last."""
         return 0 < unit < len(self.units) - 2 and unit % self.system.checkpoint_interval != 0
 
+    @property
+    def split_master(self) -> bool:
+        """Whether the fp32 master weight is a bf16 weight and a remainder."""
+        return self.system.master == "split" and self.state != "lean"
+
+    def passing(self, unit: int) -> tuple[TensorClass, ...]:
+        """Classes of the unit's state that pass through slots of the tier that updates it."""
+        return tuple(tensor for tensor in self.units[unit].passing if tensor in state_classes(self.state))
+
     def passing_units(self, tier: Tier) -> list[int]:
         """Units whose state passes through slots of this tier, where it is updated."""
-        return [unit for unit, placement in enumerate(self.units) if placement.update is tier and placement.passing]
+        return [unit for unit, placement in enumerate(self.units) if placement.update is tier and self.passing(unit)]
 
     def chunks(self, model: ModelSpec, unit: int) -> int:
         """Into how many chunks the unit's passing state is cut."""
@@ -364,6 +385,11 @@ SHARED_SLOTS = (
 _WEIGHT_FORMATS = (
     ("split", "none"), ("bf16", "none"), ("bf16", "per_update"), ("fp32", "per_load"), ("fp32", "per_update"),
 )  # fmt: skip
+
+
+def state_classes(state: StateFormat) -> tuple[TensorClass, ...]:
+    """What a unit has beside its weights: of lean state, no remainder."""
+    return (TensorClass.MOMENTS,) if state == "lean" else STATE
 
 
 class PassageKnobs(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slideplan.codec import Spec
 from slideplan.ledger import Ledger
-from slideplan.lowering.sizes import WEIGHT_BYTES, moments_updated, state_bytes
+from slideplan.lowering.sizes import WEIGHT_BYTES, state_bytes
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.policy import Policy
@@ -103,8 +103,7 @@ def unit_weights_bytes(model: ModelSpec, unit: int) -> int:
 
 def unit_optimizer_bytes(model: ModelSpec, policy: Policy, unit: int) -> int:
     """Of a unit's remainder and moments in a checkpoint: flat as in its buffer, moments as the policy keeps them."""
-    moments = moments_updated(policy.units[unit].update, policy.gpu_moments)
-    return state_bytes(model.flat_elements(model.role(unit)), moments)
+    return state_bytes(model.flat_elements(model.role(unit)), policy.state)
 
 
 def weights_bytes(model: ModelSpec) -> int:

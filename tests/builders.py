@@ -117,7 +117,7 @@ def tiny_policy(
         "host_inner_slots": 2 if ssd_inner else 0,
         "gradient_dtype": gradient_dtype,
         "kernels": "eager",
-        "gpu_moments": "fp32",
+        "state": "exact",
         "gradient_norms": False,
         "update_order": order,
         "units": units,

@@ -17,9 +17,14 @@ from runtime.inputs.weights import RandomWeights, WeightSource
 from runtime.lanes.backend import Backend
 from runtime.lanes.threads import optimizer_share
 from runtime.machine import identity
+from runtime.memory.buffers import parameter_views
 from runtime.memory.drive import Drive
 from runtime.memory.parts import Part
 from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.optimizer.host_lossy import blank_state
+from runtime.optimizer.lossy import update_lossy
+from runtime.optimizer.rounding import Draws
+from runtime.optimizer.split_master import join, split
 from runtime.session import Session
 from runtime.storage.disk import Disk
 from slideplan import __version__
@@ -188,6 +193,7 @@ def plain_training(
     first = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
     second = {name: np.zeros(value.shape, np.float32) for name, value in master.items()}
     dtype = torch.float32 if policy.gradient_dtype == "fp32" else torch.bfloat16
+    lossy = [_lossy_state(model, policy, unit, master) for unit in range(model.units)] if policy.state != "exact" else []
     windows = token_windows(model, workload)
     losses = []
     for step in range(steps):
@@ -219,11 +225,52 @@ def plain_training(
             sums["model.embed_tokens.weight"] = sum(embedding, start=sums.pop("lm_head.weight"))
         if norms is not None:
             norms.append({name: value.double().square().sum().item() for name, value in sums.items()})
+        if policy.state != "exact":
+            for unit, state in enumerate(lossy):
+                _update_lossy(model, policy, unit, state, sums, settings, step, master)
+            continue
         for name, gradient in sums.items():
             g, p = gradient.float().cpu().numpy(), master[name].cpu().numpy()
             p, first[name], second[name] = elementary_adamw(p, first[name], second[name], g, settings, step)
             master[name] = torch.from_numpy(p).to(device)
     return losses, {name: value.cpu() for name, value in master.items()}
+
+
+LossyState = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+def _lossy_state(model: ModelSpec, policy: Policy, unit: int, master: dict[str, torch.Tensor]) -> LossyState:
+    """A unit's state in the plan's format, on the host; `master` becomes what of it is kept."""
+    layout = model.parameters(model.role(unit))
+    weights, remainder, moments = blank_state(model.flat_elements(model.role(unit)), policy.state, torch.device("cpu"))
+    low = torch.zeros_like(weights, dtype=torch.int16)
+    for name, high in parameter_views(weights, layout).items():
+        split(master[model.unit_prefix(unit) + name].cpu(), high, parameter_views(low, layout)[name])
+    if remainder is not None:
+        remainder.copy_(low)
+    return weights, remainder, moments
+
+
+def _update_lossy(
+    model: ModelSpec,
+    policy: Policy,
+    unit: int,
+    state: LossyState,
+    gradients: dict[str, torch.Tensor],
+    settings: AdamW,
+    step: int,
+    master: dict[str, torch.Tensor],
+) -> None:
+    """A unit's update by torch's operations alone; `master` takes what comes of it."""
+    weights, remainder, moments = state
+    layout, prefix = model.parameters(model.role(unit)), model.unit_prefix(unit)
+    flat = torch.zeros(weights.numel(), dtype=torch.float32 if policy.gradient_dtype == "fp32" else torch.bfloat16)
+    for name, view in parameter_views(flat, layout).items():
+        view.copy_(gradients[prefix + name])
+    update_lossy(weights, remainder, moments, flat, settings, step, Draws.of(0, step, unit))
+    low = torch.zeros_like(weights, dtype=torch.int16) if remainder is None else remainder
+    for name, high in parameter_views(weights, layout).items():
+        master[prefix + name] = join(high, parameter_views(low, layout)[name]).view(high.shape).to(master[prefix + name].device)
 
 
 def check_near(start: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], eager: dict[str, torch.Tensor]) -> None:

@@ -86,7 +86,7 @@ def cases(draw: st.DrawFn) -> Case:
         state_chunks=draw(st.integers(1, 4)) if Tier.GPU in passes_on else 0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=kernels,
-        gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
+        state=draw(st.sampled_from(["exact", "bf16-moments", "lean"])),
         gradient_norms=draw(st.booleans()),
         update_order=tuple(order),
         units=tuple(units),
@@ -130,7 +130,7 @@ def foreign_cases(draw: st.DrawFn) -> Case:
         state_chunks=0,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=draw(st.sampled_from(["eager", "fused"])),
-        gpu_moments="fp32",
+        state="exact",
         gradient_norms=False,
         update_order=tuple(order),
         units=tuple(

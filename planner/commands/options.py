@@ -40,11 +40,12 @@ class GradientDtypeChoice(StrEnum):
     FP32 = "fp32"
 
 
-class MomentsChoice(StrEnum):
-    """Choices of --gpu-moments."""
+class StateChoice(StrEnum):
+    """Choices of --state."""
 
-    FP32 = "fp32"
-    EIGHT_BIT = "8bit"
+    EXACT = "exact"
+    BF16_MOMENTS = "bf16-moments"
+    LEAN = "lean"
 
 
 class KernelsChoice(StrEnum):

@@ -19,11 +19,11 @@ from planner.commands.options import (
     KernelsChoice,
     MachineName,
     ModelName,
-    MomentsChoice,
     Objective,
     Placement,
     SeqLen,
     SsdMemory,
+    StateChoice,
     budget_of,
     check_writable,
     note,
@@ -62,9 +62,12 @@ def simulate(
     kernels: Annotated[
         KernelsChoice, typer.Option(help="auto: by what the profile measured, eager, fused or captured in graphs.")
     ] = KernelsChoice.AUTO,
-    gpu_moments: Annotated[
-        MomentsChoice, typer.Option(help="8bit: moments that lie on the GPU take a quarter; lossy, and leaves room for more.")
-    ] = MomentsChoice.FP32,
+    state: Annotated[
+        StateChoice,
+        typer.Option(
+            help="Bytes a parameter of weights and optimizer: exact 12; lossy: bf16-moments 8, lean (bf16, 8 bits) 4."
+        ),
+    ] = StateChoice.EXACT,
     gradient_norms: Annotated[
         bool, typer.Option("--gradient-norms", help="Measure the gradients' global norm in every step, for metrics.jsonl.")
     ] = False,
@@ -115,7 +118,7 @@ def simulate(
         placement=placement.value,
         gradient_dtype=gradient_dtype.value,
         kernels=kernels.value,
-        gpu_moments=gpu_moments.value,
+        state=state.value,
         gradient_norms=gradient_norms,
         micro_batch=micro_batch,
         lowered_tasks=round(usual.lowered_tasks * effort),

@@ -15,7 +15,7 @@ from slideplan.ledger import Ledger
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import TensorClass, Tier
 from slideplan.plan import MachineReference, Plan, SearchRecord
-from slideplan.policy import Kernels, Policy, Workload, passage
+from slideplan.policy import Kernels, Policy, StateFormat, Workload, passage
 from slideplan.quantities import format_bytes, format_ns
 from slideplan.saving import SaveCost
 
@@ -150,13 +150,22 @@ def _state(model: ModelSpec, policy: Policy) -> list[str]:
         groups.setdefault((placement.moments, placement.remainder, placement.update), []).append(unit)
     found = []
     for (moments, remainder, update), units in sorted(groups.items(), key=lambda item: item[0], reverse=True):
-        where = _TIERS[moments] if moments is remainder else f"{_TIERS[remainder]}, moments on {_TIERS[moments]}"
+        where = (
+            _TIERS[moments]
+            if moments is remainder or not policy.split_master
+            else f"{_TIERS[remainder]}, moments on {_TIERS[moments]}"
+        )
         through = f" through {passage(policy, update).slots} slots" if moments is not update else ""
-        lossy = ", moments in 8 bits (lossy)" if update is Tier.GPU and policy.gpu_moments == "8bit" else ""
-        found.append(f"{_named(model, units)} on {where}, updated by the {_PROCESSORS[update]}{through}{lossy}")
+        found.append(f"{_named(model, units)} on {where}, updated by the {_PROCESSORS[update]}{through}{LOSSY[policy.state]}")
     return found
 
 
+# What is said of state that is not exact.
+LOSSY: dict[StateFormat, str] = {
+    "exact": "",
+    "bf16-moments": ", moments in bf16 (lossy)",
+    "lean": ", weights in bf16 and moments in 8 bits (lossy)",
+}
 _TIERS = {Tier.GPU: "the GPU", Tier.HOST: "the host", Tier.SSD: "the SSD"}
 
 

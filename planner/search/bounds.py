@@ -27,27 +27,22 @@ from slideplan.graph.operations import (
     FETCH_FEED_FORWARD,
     FORWARD,
     FORWARD_KEEP,
-    LOAD_STATE,
     LOAD_WEIGHTS,
     LOSS,
     OFFLOAD_BOUNDARY,
     OFFLOAD_FEED_FORWARD,
     OFFLOAD_GRADIENT,
-    OFFLOAD_STATE,
-    READ_MOMENTS,
-    READ_STATE,
     UPDATE_GPU,
     UPDATE_HOST,
-    WRITE_MOMENTS,
-    WRITE_STATE,
     Operation,
+    copy,
 )
 from slideplan.lowering.lower import lower
 from slideplan.lowering.pools import PASSING, Holding
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import TensorClass, Tier
-from slideplan.policy import ComputePolicy, Moments, Workload
+from slideplan.policy import ComputePolicy, Workload, state_classes
 
 LAYERS_PRICED = 3  # layers are alike, so a short model has every kind of task of a long one
 
@@ -82,23 +77,23 @@ def durations(
     seq_len: int,
     machine: MachineProfile,
     footprint: Footprint,
-    gpu_moments: Moments = "fp32",
 ) -> Durations:
     """Prices of all kinds of task at one micro-batch size, gradient type and kind of kernels.
 
     Passes over complete gradients are left out: bounds hold without them, a little lower.
     """
-    micro_batch, dtype, kernels = knobs.micro_batch, knobs.gradient_dtype, knobs.kernels
+    micro_batch, dtype, kernels, state = knobs.micro_batch, knobs.gradient_dtype, knobs.kernels, knobs.state
     short = msgspec.structs.replace(model, layers=LAYERS_PRICED)
     streamed = Candidate(
         micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, window=2, prefetch_depth=1,
         host_gradient_slots=2, boundary_slots=4, offloaded_outputs=LAYERS_PRICED, deferred_updates=1,
+        state=state,
     )  # fmt: skip
     away = 0 if kernels == "eager" else 1
     resident = Candidate(
         micro_batch=micro_batch, micro_batches=2, gradient_dtype=dtype, kernels=kernels, state_layers=LAYERS_PRICED,
         weight_layers=LAYERS_PRICED, embedding_on_gpu=True, head_on_gpu=True, kept_layers=LAYERS_PRICED - away,
-        offloaded_inner=away, inner_slots=away, gpu_moments=gpu_moments,
+        offloaded_inner=away, inner_slots=away, state=state,
     )  # fmt: skip
     passing = msgspec.structs.replace(
         resident, state_layers=0, streamed_state=LAYERS_PRICED, state_slots=1, state_chunks=state_chunks(model)
@@ -241,7 +236,8 @@ class BoundModel:
             group = PASSING if role is UnitRole.LAYER else role
             on_drive = held[Holding(TensorClass.MOMENTS, Tier.SSD, group, Tier.HOST)]
             found[Way(UPDATE_HOST, role)] -= on_drive
-            moves = (READ_STATE, WRITE_STATE) if candidate.ssd_whole else (READ_MOMENTS, WRITE_MOMENTS)
+            moved = state_classes(candidate.state) if candidate.ssd_whole else (TensorClass.MOMENTS,)
+            moves = copy(Tier.SSD, Tier.HOST, *moved), copy(Tier.HOST, Tier.SSD, *moved)
             found |= {Way(operation, role, in_chunks=True): on_drive for operation in (UPDATE_HOST, *moves)}
             found[Way(UPDATE_GPU, role)] = held.get(Holding(TensorClass.MOMENTS, Tier.GPU, role, Tier.GPU), 0)
         # A streaming layer is loaded for forward and for backward, but for those still in the window at
@@ -257,7 +253,9 @@ class BoundModel:
             ((OFFLOAD_FEED_FORWARD, FETCH_FEED_FORWARD), products * micros),
         ):
             found |= {Way(operation, UnitRole.LAYER): count for operation in operations}
-        for operation in (LOAD_STATE, UPDATE_GPU, OFFLOAD_STATE):
+        passes = state_classes(candidate.state)
+        arrive, leave = copy(Tier.HOST, Tier.GPU, *passes), copy(Tier.GPU, Tier.HOST, *passes)
+        for operation in (arrive, UPDATE_GPU, leave):
             found[Way(operation, UnitRole.LAYER, in_chunks=True)] = passing
         return found
 

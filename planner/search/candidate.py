@@ -13,7 +13,7 @@ from slideplan.lowering.pools import PASSING, Holding, pool_rows
 from slideplan.lowering.sizes import Sizes
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import STATE, Placement, TensorClass, Tier
-from slideplan.policy import SHARED_SLOTS, GradientDtype, Kernels, Moments, Policy
+from slideplan.policy import SHARED_SLOTS, GradientDtype, Kernels, Policy, StateFormat
 
 # Where a layer's inner activations and their feed-forward part lie.
 Inner = tuple[Tier | None, Tier | None]
@@ -47,7 +47,7 @@ class Candidate(Spec, frozen=True):
     micro_batches: int
     gradient_dtype: GradientDtype
     kernels: Kernels
-    gpu_moments: Moments = "fp32"
+    state: StateFormat = "exact"
     gradient_norms: bool = False
     window: int = 0
     prefetch_depth: int = 0
@@ -138,7 +138,7 @@ class Candidate(Spec, frozen=True):
             prefetch_depth=self.prefetch_depth, gradient_slots=self.gradient_slots,
             host_gradient_slots=self.host_gradient_slots, boundary_slots=self.boundary_slots, inner_slots=self.inner_slots,
             state_slots=self.state_slots, state_chunks=self.state_chunks,
-            gradient_dtype=self.gradient_dtype, kernels=self.kernels, gpu_moments=self.gpu_moments,
+            gradient_dtype=self.gradient_dtype, kernels=self.kernels, state=self.state,
             gradient_norms=self.gradient_norms, update_order=self.update_order(model), units=tuple(units),
             ssd_slots=self.ssd_slots, ssd_chunks=self.ssd_chunks,
             host_boundary_slots=self.host_boundary_slots, host_inner_slots=self.host_inner_slots,

@@ -17,7 +17,7 @@ STATE_CHUNK_BYTES, STATE_CHUNKS = 256 << 20, 16
 def state_chunks(model: ModelSpec, update: Tier = Tier.GPU) -> int:
     """Into how many chunks a layer's state is cut where it passes through the tier that updates it."""
     elements = model.flat_elements(UnitRole.LAYER)
-    wanted = min(STATE_CHUNKS, -(-state_bytes(elements, "fp32") // STATE_CHUNK_BYTES))
+    wanted = min(STATE_CHUNKS, -(-state_bytes(elements, "exact") // STATE_CHUNK_BYTES))
     return -(-elements // chunk_elements(elements, wanted, BLOCKS[update]))  # fewer where blocks cannot be shared out
 
 

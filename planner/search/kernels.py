@@ -21,7 +21,9 @@ def faster_kernels(model: ModelSpec, micro_batch: int, seq_len: int, machine: Ma
     issues is late as soon as its cores are wanted elsewhere. Where this layer was not measured: kernels that were
     measured on other layers, else "fused", which save work and traffic by construction.
     """
-    knobs = {kernels: ComputeKnobs(micro_batch, 1, "bf16", kernels, gradient_norms=False) for kernels in PREFERENCE}
+    knobs = {
+        kernels: ComputeKnobs(micro_batch, 1, "bf16", kernels, gradient_norms=False, state="exact") for kernels in PREFERENCE
+    }
     times = {kernels: layer_ns(model, each, seq_len, machine) for kernels, each in knobs.items()}
     measured = {kernels: time_ns for kernels, time_ns in times.items() if time_ns is not None}
     if {"fused", "graphed"} <= measured.keys():

@@ -188,7 +188,7 @@ class Searcher:
         key = ComputeKnobs.of(candidate)
         if key not in self._models:
             builder = self.builder
-            footprint, moments = builder.footprint(candidate), candidate.gpu_moments
-            times = durations(builder.model, candidate, builder.workload.seq_len, self._machine, footprint, moments)
+            footprint = builder.footprint(candidate)
+            times = durations(builder.model, candidate, builder.workload.seq_len, self._machine, footprint)
             self._models[key] = BoundModel(builder.model, times)
         return self._models[key]

@@ -24,7 +24,7 @@ from slideplan.lowering.sizes import TRAINING_BYTES, WEIGHT_BYTES, state_bytes
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import Tier
-from slideplan.policy import ComputeKnobs, GradientDtype, Kernels, Moments, Workload, check_seq_len
+from slideplan.policy import ComputeKnobs, GradientDtype, Kernels, StateFormat, Workload, check_seq_len
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
@@ -37,7 +37,7 @@ class SearchOptions(Spec, frozen=True):
     placement:      "host" keeps weights and state of every unit on the host, so that all is streamed
     kernels:        "auto" decides by what was measured, see `planner.kernels`; they are no part of the search
     gradient_dtype: "auto" sums over several micro-batches in fp32, and takes bf16 for one alone
-    gpu_moments:    "8bit" keeps moments that lie on the GPU in 8 bits, which is lossy and leaves room for more
+    state:          how state is kept. All but "exact" are lossy, and need less of every memory
     gradient_norms: measure the gradients' global norm in every step
     micro_batch:    None tries every divisor of the global batch
     lowered_tasks:  size of all task graphs made to bound a step by its longest path
@@ -52,7 +52,7 @@ class SearchOptions(Spec, frozen=True):
     placement: Literal["auto", "host"] = "auto"
     kernels: Kernels | Literal["auto"] = "auto"
     gradient_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    gpu_moments: Moments = "fp32"
+    state: StateFormat = "exact"
     gradient_norms: bool = False
     micro_batch: int | None = None
     lowered_tasks: int = 200_000
@@ -259,7 +259,7 @@ class SpaceBuilder:
                 micro_batches=count,
                 gradient_dtype=self.dtype(count),
                 kernels=kernels,
-                gpu_moments=self.options.gpu_moments,
+                state=self.options.state,
                 gradient_norms=self.options.gradient_norms,
             )
 
@@ -287,7 +287,7 @@ class SpaceBuilder:
     def _state_counts(self, base: Candidate) -> list[int]:
         """From as many as the host cannot hold to as many as the GPU can."""
         layers, on_host = self.model.layers, TRAINING_BYTES * self._layer
-        on_gpu = WEIGHT_BYTES * self._layer + state_bytes(self._layer, base.gpu_moments)
+        on_gpu = WEIGHT_BYTES * self._layer + state_bytes(self._layer, base.state)
         spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), NO_SPARE_SLOTS))
         fewest = min(layers, max(0, -(spare[Tier.HOST] // on_host)))
         most = max(0, min(layers, spare[Tier.GPU] // on_gpu))

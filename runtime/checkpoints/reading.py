@@ -19,7 +19,7 @@ from runtime.lanes.backend import Backend
 from runtime.lanes.helpers import ended, grace_ends_ns, helpers
 from runtime.memory.parts import Part
 from runtime.optimizer.moments8 import compress, expand
-from runtime.state import CODES, MOMENTS, SCALES, StoredTensor
+from runtime.state import CODES, MOMENTS, REMAINDER, SCALES, StoredTensor
 from runtime.storage.disk import Disk
 from runtime.storage.files import FileReader
 from slideplan.graph.lanes import LaneKind
@@ -47,7 +47,7 @@ def read_shards(
     backend: Backend,
     done: Callable[[int], None],
 ) -> int:
-    """Fill the tensors of these shards from a checkpoint's files; how many units' moments had to change their format.
+    """Fill the tensors of these shards from a checkpoint's files; how many units' state had to change its format.
 
     Whole files have been compared with the manifest's hashes when this returns, whatever of them is wanted. Raises
     DamagedError naming the file, or OSError where one cannot be read now; tensors may have been filled with anything then.
@@ -100,7 +100,7 @@ class _Reader:
         done: Callable[[int], None],
     ) -> None:
         self.error: BaseException | None = None  # the first one
-        self.changed = 0  # units whose moments had another format
+        self.changed = 0  # units whose state had another format
         self._disk = disk
         self._folder = folder
         self._stored = stored
@@ -134,7 +134,7 @@ class _Reader:
             return None if self._failed.is_set() else next(self._waiting, None)
 
     def _read(self, shard: ShardFile) -> bool:
-        """Fill the tensors of one file; whether its moments had another format. Raises DamagedError and OSError."""
+        """Fill the tensors of one file; whether its state had another format. Raises DamagedError and OSError."""
         path = self._folder / shard.name
         if shard.name not in self._stored:
             raise DamagedError(f"{path}: is not in the manifest")
@@ -162,11 +162,13 @@ class _Reader:
             self._done(len(block))
         if found.hexdigest() != self._stored[shard.name].xxh128:
             raise DamagedError(f"{path}: its content is not what was written (XXH3 differs)")
+        if REMAINDER in other:  # of lean state: its weights are all there is
+            _clear(other[REMAINDER])
         for moment, name in enumerate(MOMENTS):
             if name in other:
-                _expand(path, described, name, moment, other[name])
+                _convert(_Moment(path, described, moment), other[name])
             elif name + CODES in other:
-                _compress(path, described[name], moment, other[name + CODES], other[name + SCALES])
+                _compress(_Moment(path, described, moment), moment, other[name + CODES], other[name + SCALES])
         return bool(other)
 
     def _blocks(self, file: FileReader) -> Iterator[tuple[int, torch.Tensor]]:
@@ -184,7 +186,7 @@ class _Reader:
 
 
 def _targets(described: dict[str, Entry], wanted: Sequence[StoredTensor]) -> tuple[list[Target], dict[str, StoredTensor]]:
-    """Where a file's bytes go, by place in the file; and tensors of moments that the file has in another format, by name.
+    """Where a file's bytes go, by place in the file; and tensors that the file has in another format, by name.
 
     Raises ValueError where tensors are missing or have another shape.
     """
@@ -192,10 +194,11 @@ def _targets(described: dict[str, Entry], wanted: Sequence[StoredTensor]) -> tup
     other: dict[str, StoredTensor] = {}
     for tensor in wanted:
         entry = described.get(tensor.name)
-        if entry is None and _has_moment(described, tensor.name.split(".")[0]):
+        same = entry is not None and (entry.dtype, entry.shape) == (tensor.dtype, tensor.shape)
+        if not same and _has_other(described, tensor):
             other[tensor.name] = tensor
             continue
-        if entry is None or (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
+        if entry is None or not same:
             raise ValueError(f"holds no tensor {tensor.name} of {tensor.dtype} {list(tensor.shape)}")
         first = entry.first_byte
         for part in tensor.parts:
@@ -204,9 +207,18 @@ def _targets(described: dict[str, Entry], wanted: Sequence[StoredTensor]) -> tup
     return sorted(targets, key=lambda target: target.first_byte), other
 
 
-def _has_moment(described: dict[str, Entry], moment: str) -> bool:
-    """Whether a moment is there in one format or the other, whole."""
-    return moment in MOMENTS and (moment in described or {moment + CODES, moment + SCALES} <= described.keys())
+def _has_other(described: dict[str, Entry], tensor: StoredTensor) -> bool:
+    """Whether a file has what this tensor holds in another format, whole: a moment; or of lean state nothing of a remainder."""
+    name, codes = tensor.name.split(".")[0], [described.get(moment + CODES) for moment in MOMENTS]
+    if name == REMAINDER:
+        return REMAINDER not in described and all(each is not None and each.shape == tensor.shape for each in codes)
+    if name not in MOMENTS:
+        return False
+    entry = described.get(name)
+    if entry is not None:  # of scales, the number is that of blocks
+        blocks = tuple(-(-size // MOMENT_BLOCK) for size in entry.shape)
+        return entry.dtype in ("F32", "BF16") and tensor.shape in (entry.shape, blocks)
+    return {name + CODES, name + SCALES} <= described.keys() and described[name + CODES].shape == tensor.shape
 
 
 def _spread(block: torch.Tensor, offset: int, targets: Sequence[Target]) -> None:
@@ -221,30 +233,57 @@ def _spread(block: torch.Tensor, offset: int, targets: Sequence[Target]) -> None
 def _mapped(path: Path, entry: Entry) -> torch.Tensor:
     """A tensor of a file, flat, mapped from there: a unit's moments in one piece would need gigabytes beside the slots."""
     content = np.memmap(path, np.uint8, "c", entry.first_byte, entry.size_bytes)
-    return torch.from_numpy(content).view(torch.uint8 if entry.dtype == "U8" else torch.float32)
+    return torch.from_numpy(content).view(_TORCH[entry.dtype])
 
 
-def _expand(path: Path, described: dict[str, Entry], name: str, moment: int, target: StoredTensor) -> None:
-    """Moments of 8 bits as fp32."""
-    codes, scales = _mapped(path, described[name + CODES]), _mapped(path, described[name + SCALES])
-    done = 0
+_TORCH = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class _Moment:
+    """A moment of a file, in whatever format it has there, by elements."""
+
+    def __init__(self, path: Path, described: dict[str, Entry], moment: int) -> None:
+        name = MOMENTS[moment]
+        self._moment = moment
+        self._codes = name not in described
+        names = (name + CODES, name + SCALES) if self._codes else (name,)
+        self._tensors = [_mapped(path, described[each]) for each in names]
+
+    def values(self, first: int, end: int) -> torch.Tensor:
+        """fp32, of these elements."""
+        if not self._codes:
+            return self._tensors[0][first:end].float()
+        codes, scales = self._tensors
+        block = first // MOMENT_BLOCK  # in which the piece begins
+        found = expand(codes[block * MOMENT_BLOCK : end], scales[block : -(-end // MOMENT_BLOCK)], self._moment)
+        return found[first - block * MOMENT_BLOCK :]
+
+
+def _convert(source: _Moment, target: StoredTensor) -> None:
+    """Write a moment as fp32 or bf16, rounded to the nearest."""
+    dtype, done = _TORCH[target.dtype], 0
     for part in target.parts:
-        start, last = done, done + part.nbytes // 4
+        start, last = done, done + part.nbytes // dtype.itemsize
         while done < last:
-            # From the block on in which the piece begins.
-            block, end = done // MOMENT_BLOCK, min(done + PIECE_ELEMENTS, last)
-            first = block * MOMENT_BLOCK
-            values = expand(codes[first:end], scales[block : -(-end // MOMENT_BLOCK)], moment)
-            part.write(4 * (done - start), values[done - first :].view(torch.uint8))
+            end = min(done + PIECE_ELEMENTS, last)
+            part.write(dtype.itemsize * (done - start), source.values(done, end).to(dtype).view(torch.uint8))
             done = end
 
 
-def _compress(path: Path, entry: Entry, moment: int, codes: StoredTensor, scales: StoredTensor) -> None:
-    """fp32 moments in 8 bits, each rounded to the nearest."""
-    values, done = _mapped(path, entry), 0
+def _compress(source: _Moment, moment: int, codes: StoredTensor, scales: StoredTensor) -> None:
+    """Write a moment in 8 bits, each rounded to the nearest."""
+    done = 0
     for into, their in zip(codes.parts, scales.parts, strict=True):
         for first in range(0, into.nbytes, PIECE_ELEMENTS):
-            found = compress(values[done : done + min(PIECE_ELEMENTS, into.nbytes - first)], moment)
+            found = compress(source.values(done, done + min(PIECE_ELEMENTS, into.nbytes - first)), moment)
             into.write(first, found[0])
             their.write(first // MOMENT_BLOCK * 4, found[1].view(torch.uint8))
             done += len(found[0])
+
+
+def _clear(target: StoredTensor) -> None:
+    """Write zeros, a piece at a time."""
+    zeros = torch.zeros(PIECE_ELEMENTS, dtype=torch.uint8)
+    for part in target.parts:
+        for first in range(0, part.nbytes, PIECE_ELEMENTS):
+            part.write(first, zeros[: min(PIECE_ELEMENTS, part.nbytes - first)])

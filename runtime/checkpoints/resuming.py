@@ -253,5 +253,5 @@ class Resume:
         changed = read_shards(self._disk, folder, manifest, shards, self._staging, self._backend, counted(PHASE, total, show))
         show(Progress(PHASE, total, total, note=f"goes on from {folder}: {manifest.step} steps done"))
         if changed:
-            note = f"moments of {changed} units are kept in another precision by this plan than in the checkpoint"
+            note = f"state of {changed} units is kept in another format by this plan than in the checkpoint"
             show(Progress(PHASE, total, total, note=note))

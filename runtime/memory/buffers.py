@@ -12,10 +12,9 @@ from runtime.memory.drive import Drive
 from runtime.memory.parts import MemoryPart, Part
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.tasks import SlotPool, TaskGraph
-from slideplan.lowering.sizes import MOMENT_BYTES, REMAINDER_BYTES, moment_bytes
 from slideplan.model import Parameter
 from slideplan.placement import TensorClass, Tier
-from slideplan.policy import MOMENT_BLOCK, GradientDtype
+from slideplan.policy import GradientDtype
 
 Slot = tuple[str, int]  # pool and number
 # Classes whose memory belongs to torch's allocator: autograd's saved tensors and transient results.
@@ -40,6 +39,7 @@ class Buffers:
             TensorClass.WEIGHTS: torch.bfloat16,
             TensorClass.REMAINDER: torch.int16,
             TensorClass.MOMENTS: torch.float32,
+            TensorClass.MOMENTS_BF16: torch.bfloat16,
             TensorClass.MOMENTS_8BIT: torch.uint8,
             TensorClass.GRADIENT: torch.float32 if gradient_dtype == "fp32" else torch.bfloat16,
             TensorClass.BOUNDARY: torch.bfloat16,
@@ -68,8 +68,9 @@ class Buffers:
         """
         dtype = self._dtypes[pool.tensor_class]
         elements = pool.slot_bytes // dtype.itemsize
-        shape = (2, elements // 2) if pool.tensor_class is TensorClass.MOMENTS else (elements,)
-        strides = (elements // 2, 1) if pool.tensor_class is TensorClass.MOMENTS else (1,)
+        both = pool.tensor_class in (TensorClass.MOMENTS, TensorClass.MOMENTS_BF16)
+        shape = (2, elements // 2) if both else (elements,)
+        strides = (elements // 2, 1) if both else (1,)
         offset = slot * pool.slot_bytes // dtype.itemsize
         empty = torch.empty(0, dtype=dtype, device=arena.device)
         return empty.set_(arena.untyped_storage(), offset, shape, strides)
@@ -92,16 +93,6 @@ class Buffers:
     def reserved(self) -> list[SlotPool]:
         """Pools whose memory is reserved here."""
         return [pool for pool in self._pools.values() if pool.name in self.slots]
-
-
-def state_elements(pool: SlotPool) -> int:
-    """How many elements' state a slot of a pool has room for."""
-    match pool.tensor_class:
-        case TensorClass.REMAINDER:
-            return pool.slot_bytes // REMAINDER_BYTES
-        case TensorClass.MOMENTS:
-            return pool.slot_bytes // MOMENT_BYTES
-    return pool.slot_bytes // moment_bytes(MOMENT_BLOCK, "8bit") * MOMENT_BLOCK
 
 
 def parameter_views(flat: torch.Tensor, parameters: Iterable[Parameter]) -> dict[str, torch.Tensor]:

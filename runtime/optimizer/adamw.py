@@ -72,7 +72,7 @@ class Rehearsal(AdamW):
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _as_float(typing_context: Any, bits: Any) -> Any:
+def as_float(typing_context: Any, bits: Any) -> Any:
     """Reinterpret 32 bits as fp32, in a register."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -82,7 +82,7 @@ def _as_float(typing_context: Any, bits: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _as_bits(typing_context: Any, value: Any) -> Any:
+def as_bits(typing_context: Any, value: Any) -> Any:
     """Reinterpret fp32 as 32 bits, in a register."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -92,7 +92,7 @@ def _as_bits(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _gradient(typing_context: Any, raw: Any) -> Any:
+def as_gradient(typing_context: Any, raw: Any) -> Any:
     """fp32 gradient of an fp32 value, or of a bf16 bit pattern."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -118,14 +118,14 @@ def take(typing_context: Any, counter: Any) -> Any:
 @numba.njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
 def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
     bits = (np.uint32(high[i]) << np.uint32(16)) + np.uint32(np.int32(remainder[i]))
-    p = _as_float(bits) * decay  # type: ignore[call-arg]
+    p = as_float(bits) * decay  # type: ignore[call-arg]
     m_new = m[i] + w1 * (g - m[i])
     v_new = v[i] * beta2 + w2 * g * g
     denominator = np.sqrt(v_new) / root2 + eps
     p = p - step_size * m_new / denominator
     m[i] = m_new
     v[i] = v_new
-    bits = _as_bits(p)
+    bits = as_bits(p)
     # In a NaN the carry would run into the sign and leave a zero weight: see `split_master.split`.
     half = np.uint32(0x8000) if p == p else np.uint32(0)  # noqa: PLR0124 - false for NaN alone
     rounded = (bits + half) >> np.uint32(16)
@@ -137,7 +137,7 @@ def _update(i, high, remainder, m, v, g, decay, w1, beta2, w2, root2, eps, step_
 @compiled(nogil=True, error_model="numpy")
 def _chunk(high, remainder, m, v, gradient, decay, w1, beta2, w2, root2, eps, step_size):  # type: ignore[no-untyped-def]
     for i in range(high.size):
-        _update(i, high, remainder, m, v, _gradient(gradient[i]), decay, w1, beta2, w2, root2, eps, step_size)  # type: ignore[call-arg]
+        _update(i, high, remainder, m, v, as_gradient(gradient[i]), decay, w1, beta2, w2, root2, eps, step_size)  # type: ignore[call-arg]
 
 
 @compiled(parallel=True, nogil=True, error_model="numpy")
@@ -157,6 +157,16 @@ CHUNKS_PER_THREAD = 4  # at least, where that leaves them long enough
 LEAST_CHUNK_ELEMENTS = 1 << 12
 # What one thread does before others are awake: norms and biases alone, such as a tied head's.
 ALONE_ELEMENTS = 1 << 15
+
+
+def in_chunks(loop: Any, threads: int, block: int, high: np.ndarray, *arguments: Any) -> None:
+    """Run a compiled loop over the arrays of an update on these threads, in chunks of whole blocks of elements."""
+    of_torch = torch.get_num_threads()
+    numba.set_num_threads(threads)  # numba keeps this per calling thread
+    size = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, high.size // (threads * CHUNKS_PER_THREAD))) // block * block
+    loop(threads, size, np.zeros(1, np.int64), high, *arguments)
+    # Both count threads in the OpenMP library of the calling thread, and numba leaves all cores there.
+    torch.set_num_threads(of_torch)
 
 
 class HostUpdate:
@@ -180,18 +190,13 @@ class HostUpdate:
         Every operation is an IEEE fp32 operation in the order that `AdamW.scalars` writes down.
         """
         scalars = (np.float32(value) for value in settings.scalars(step))
-        high = _bits(weights)
-        of_gradient = gradient.numpy() if gradient.dtype is torch.float32 else _bits(gradient)
+        high = bits_of(weights)
+        of_gradient = gradient.numpy() if gradient.dtype is torch.float32 else bits_of(gradient)
         arrays = high, remainder.numpy(), moments[0].numpy(), moments[1].numpy(), of_gradient
         if high.size <= ALONE_ELEMENTS:
             _chunk(*arrays, *scalars)
             return
-        of_torch = torch.get_num_threads()
-        numba.set_num_threads(self.threads)  # numba keeps this per calling thread
-        size = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, high.size // (self.threads * CHUNKS_PER_THREAD)))
-        _adamw(self.threads, size, np.zeros(1, np.int64), *arrays, *scalars)
-        # Both count threads in the OpenMP library of the calling thread, and numba leaves all cores there.
-        torch.set_num_threads(of_torch)
+        in_chunks(_adamw, self.threads, 1, *arrays, *scalars)
 
     def compile(self) -> None:
         """Compile for both gradient dtypes now, so that no measured task pays for it.
@@ -208,6 +213,6 @@ class HostUpdate:
             )
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray:
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
     """Bit patterns of a bf16 tensor, in its memory."""
     return tensor.view(torch.int16).numpy().view(np.uint16)

@@ -7,21 +7,23 @@ from itertools import cycle
 
 import torch
 
-from runtime.handlers import gpu_update
+from runtime.handlers import updates_of
 from runtime.lanes.backend import Backend
 from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.optimizer.rounding import Draws
 from runtime.probes.timing import Effort, Work, rate_spread, timed
 from slideplan.graph.lanes import LaneKind
-from slideplan.lowering.sizes import UPDATE_STATE_TRAFFIC_BYTES
+from slideplan.lowering.sizes import MOMENT_BYTES, UPDATE_STATE_TRAFFIC_BYTES, moment_bytes, update_bytes
 from slideplan.machine.host import available_host_bytes
 from slideplan.machine.profile import Spread
 from slideplan.placement import Tier
-from slideplan.policy import GRADIENT_BYTES
+from slideplan.policy import GRADIENT_BYTES, MOMENTS_OF, StateFormat
 
 # Of one update, in the effort's elements: from a head that is a norm alone to a vocabulary.
 UPDATE_SIZES = (1 / 4096, 1 / 256, 1 / 32, 0.25, 0.5, 1, 2)
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + GRADIENT_BYTES["bf16"]  # per element
-State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # weights, remainder, moments, gradient
+CPU = torch.device("cpu")
+State = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]  # weights, remainder, moments, gradient
 
 
 class MemoryBuffers:
@@ -37,13 +39,13 @@ class MemoryBuffers:
         elements = round(effort.optimizer_elements * UPDATE_SIZES[-1])
         free = int(effort.host_share * available_host_bytes())
         self._host_states = [self._state(Tier.HOST, elements)]
-        more = free // sum(tensor.nbytes for tensor in self._host_states[0]) - 1
+        more = free // sum(tensor.nbytes for tensor in self._host_states[0] if tensor is not None) - 1
         self._host_states += [self._state(Tier.HOST, elements) for _ in range(more)]
 
     def _state(self, tier: Tier, elements: int) -> State:
         weights, gradient = (self._backend.allocate(tier, 2 * elements, copied=False).view(torch.bfloat16) for _ in range(2))
         remainder = self._backend.allocate(tier, 2 * elements, copied=False).view(torch.int16)
-        moments = self._backend.allocate(tier, 8 * elements, copied=False).view(torch.float32).view(2, elements)
+        moments = self._backend.allocate(tier, MOMENT_BYTES * elements, copied=False).view(torch.float32).view(2, elements)
         return weights, remainder, moments, gradient
 
     def copy(self, lane: LaneKind, size: int) -> Work:
@@ -54,13 +56,23 @@ class MemoryBuffers:
 
     def host_update(self, threads: int, elements: int) -> Work:
         """An update of this many elements by this many threads: of every block in turn."""
-        return elements * BF16_UPDATE_BYTES, self._update(HostUpdate(threads), self._host_states, elements)
+        return elements * BF16_UPDATE_BYTES, self._update(
+            updates_of("exact", CPU, HostUpdate(threads))[Tier.HOST], self._host_states, elements
+        )
 
     def device_update(self, threads: int) -> Work:
         """An update of the effort's elements on the device; where that is a CPU, by this many threads."""
         elements = self._effort.optimizer_elements
-        update = gpu_update(self._backend.device, HostUpdate(threads))
+        update = updates_of("exact", self._backend.device, HostUpdate(threads))[Tier.GPU]
         return elements * BF16_UPDATE_BYTES, self._update(update, [self._state(Tier.GPU, elements)], elements)
+
+    def lossy_update(self, tier: Tier, state: StateFormat, threads: int) -> Work:
+        """An update of state in another format, of the effort's elements, by the processor of a tier."""
+        elements = self._effort.optimizer_elements
+        states = self._host_states if tier is Tier.HOST else [self._state(Tier.GPU, elements)]
+        update = updates_of(state, self._backend.device, HostUpdate(threads))[tier]
+        moved_bytes = update_bytes(elements, "split", state, "bf16")
+        return moved_bytes, self._update(update, [_as(state, each, elements) for each in states], elements)
 
     @staticmethod
     def _update(update: Callable[..., None], states: list[State], elements: int) -> Callable[[], object]:
@@ -68,8 +80,10 @@ class MemoryBuffers:
 
         def act() -> None:
             weights, remainder, moments, gradient = next(turns)
-            moments = moments.view(-1)[: 2 * elements].view(2, elements)
-            update(weights[:elements], remainder[:elements], moments, gradient[:elements], AdamW(), 0)
+            if moments.dtype is torch.float32:
+                moments = moments.view(-1)[: 2 * elements].view(2, elements)
+            low = None if remainder is None else remainder[:elements]
+            update(weights[:elements], low, moments, gradient[:elements], AdamW(), 0, Draws(0))
 
         return act
 
@@ -89,3 +103,12 @@ class MemoryBuffers:
         source, destination = self._gpu[LaneKind.H2D], self._gpu[LaneKind.D2H]
         durations = timed(self._backend, LaneKind.COMPUTE, lambda: destination.copy_(source), self._effort.repeats)
         return rate_spread(2 * source.nbytes, durations)
+
+
+def _as(state: StateFormat, exact: State, elements: int) -> State:
+    """So many elements of a lossy format, in the memory of exact state."""
+    weights, remainder, moments, gradient = exact
+    content = moments.view(-1).view(torch.uint8)[: moment_bytes(elements, MOMENTS_OF[state])]
+    if state == "lean":
+        return weights, None, content, gradient
+    return weights, remainder, content.view(torch.bfloat16).view(2, elements), gradient

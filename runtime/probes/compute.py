@@ -67,7 +67,7 @@ class UnitProbe:
             state_chunks=0,
             gradient_dtype=gradient_dtype,
             kernels=kernels,
-            gpu_moments="fp32",
+            state="exact",
             gradient_norms=False,
             update_order=tuple(reversed(range(layers + 2))),
             units=tuple(units),

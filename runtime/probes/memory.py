@@ -17,7 +17,9 @@ from runtime.probes.timing import (
 )
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import TaskKind
-from slideplan.machine.profile import Curve, LaunchCost, OptimizerProfile, RatePoint, ThreadPoint
+from slideplan.machine.profile import Curve, LaunchCost, LossyRates, OptimizerProfile, RatePoint, Spread, ThreadPoint
+from slideplan.placement import Tier
+from slideplan.policy import LOSSY_SHARE, StateFormat
 
 SAMPLES = 24  # at least, of every size
 
@@ -32,6 +34,7 @@ class MemoryProbes:
     def __init__(self, backend: Backend, effort: Effort, buffers: MemoryBuffers, threads: int) -> None:
         self._backend = backend
         self._effort = effort
+        self._buffers = buffers
         sizes = [1 << 16]
         while sizes[-1] * 4 < effort.largest_copy_bytes:
             sizes.append(sizes[-1] * 4)
@@ -77,6 +80,17 @@ class MemoryProbes:
             gpu_bytes_per_s=rate_spread(on_gpu[0], timed(self._backend, LaneKind.GPU_UPDATE, on_gpu[1], self._effort.repeats)),
             by_threads=by_threads,
             host_by_bytes=by_size,
+            lossy={state: self._lossy(state, threads) for state in LOSSY_SHARE},
+        )
+
+    def _lossy(self, state: StateFormat, threads: int) -> LossyRates:
+        def rate(tier: Tier, lane: LaneKind) -> Spread:
+            moved_bytes, act = self._buffers.lossy_update(tier, state, threads)
+            act()  # compiles it
+            return rate_spread(moved_bytes, timed(self._backend, lane, act, self._effort.repeats))
+
+        return LossyRates(
+            host_bytes_per_s=rate(Tier.HOST, LaneKind.HOST_UPDATE), gpu_bytes_per_s=rate(Tier.GPU, LaneKind.GPU_UPDATE)
         )
 
     def launches(self, work: dict[LaneKind, Work]) -> list[LaunchCost]:

@@ -149,7 +149,7 @@ def with_transfers(
     passing = policy.passing_units(Tier.GPU)[::-1]  # as gradients are made
     states = iter(_arrivals(model, policy, passing))
     before[first_loss] += islice(states, policy.state_slots)
-    reads = iter(_arrivals(model, policy, [unit for unit in policy.update_order if policy.units[unit].passing]))
+    reads = iter(_arrivals(model, policy, [unit for unit in policy.update_order if policy.passing(unit)]))
     before[0] += islice(reads, policy.ssd_slots)
 
     issued: list[Action] = []
@@ -202,7 +202,7 @@ def _arrivals(model: ModelSpec, policy: Policy, units: Sequence[int]) -> Iterato
     """Chunks of passing state, on their way to where they are updated."""
     for unit in units:
         placement = policy.units[unit]
-        arrives = copy(placement.moments, placement.update, *placement.passing)
+        arrives = copy(placement.moments, placement.update, *policy.passing(unit))
         for chunk in range(policy.chunks(model, unit)):
             yield Action(arrives, unit, chunk=chunk)
 
@@ -210,10 +210,10 @@ def _arrivals(model: ModelSpec, policy: Policy, units: Sequence[int]) -> Iterato
 def _update(model: ModelSpec, policy: Policy, unit: int, arrivals: Iterator[Action]) -> Iterator[Action]:
     """An update. Of state that passes through, each chunk that leaves makes room for one of those still to come."""
     placement = policy.units[unit]
-    if not placement.passing:
+    if not policy.passing(unit):
         yield Action(update(placement.update), unit)
         return
-    leaves = copy(placement.update, placement.moments, *placement.passing)
+    leaves = copy(placement.update, placement.moments, *policy.passing(unit))
     for chunk in range(policy.chunks(model, unit)):
         yield Action(update(placement.update), unit, chunk=chunk)
         yield Action(leaves, unit, chunk=chunk)

@@ -10,8 +10,12 @@ from slideplan.graph.tasks import SlotPool
 from slideplan.lowering.sizes import BARRIER_BYTES, MASTER_BYTES, NORM_BYTES, Sizes, whole_pages
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import STATE, TensorClass, Tier
-from slideplan.policy import OURS, OtherSystem, PassageKnobs, Policy, Workload, passage
+from slideplan.policy import OURS, OtherSystem, PassageKnobs, Policy, StateFormat, Workload, passage
 
+# What slots of moments hold, by the format of state.
+MOMENTS_CLASS: dict[StateFormat, TensorClass] = {
+    "exact": TensorClass.MOMENTS, "bf16-moments": TensorClass.MOMENTS_BF16, "lean": TensorClass.MOMENTS_8BIT,
+}  # fmt: skip
 PASSING = "passing"  # group of units whose state passes through the tier that updates it
 _WORDS = {
     TensorClass.WEIGHTS: "weights",
@@ -95,6 +99,7 @@ def holders(model: ModelSpec, policy: Policy) -> dict[Holding, list[int]]:
             held.append(Holding(TensorClass.WEIGHTS, Tier.HOST, role))
         if system.staging != "none":
             held.append(Holding(TensorClass.MASTER, Tier.HOST, role))
+        # Of lean state remainders have no bytes, and so no pool.
         for tensor in STATE if system.master == "split" else (TensorClass.MOMENTS,):
             (tier,) = placement.tiers(tensor)
             passes = tensor in placement.passing and role is UnitRole.LAYER
@@ -129,19 +134,20 @@ def pool_rows(
     chunks = {tier: passage(knobs, tier).chunk_elements(sizes.model) for tier in (Tier.GPU, Tier.HOST)}
     for holding, units in counts.items():
         tensor, tier, group, update = holding
-        tensor_class = _class_of(sizes, tensor, update)
+        tensor_class = _class_of(sizes, tensor)
         if tensor is TensorClass.INNER:
             slot_bytes = sizes.held_bytes(Tier.GPU, Tier.HOST if group else Tier.GPU)
         elif tensor is TensorClass.MASTER:
             slot_bytes = MASTER_BYTES[system.master] * sizes.elements[UnitRole(group)]
         else:
             elements = chunks[update] if holding.passes else sizes.elements[UnitRole(group)] if group else 0
-            slot_bytes = _padded(sizes.of(tensor, elements, update), tensor, tier, system)
+            slot_bytes = _padded(sizes.of(tensor, elements), tensor, tier, system)
             slot_bytes = whole_pages(slot_bytes) if tier is Tier.SSD else slot_bytes
         yield Row(holding.pool, tier, tensor_class, slot_bytes, own_slots(holding, knobs, sizes.model) * units)
     for tensor, update in sorted({(holding.tensor, holding.update) for holding in counts if holding.passes}):
-        slot_bytes, slots = sizes.of(tensor, chunks[update], update), passage(knobs, update).slots
-        yield Row(passage_pool(tensor, update), update, _class_of(sizes, tensor, update), slot_bytes, slots)
+        slot_bytes, slots = sizes.of(tensor, chunks[update]), passage(knobs, update).slots
+        slot_bytes = whole_pages(slot_bytes) if update is Tier.HOST else slot_bytes
+        yield Row(passage_pool(tensor, update), update, _class_of(sizes, tensor), slot_bytes, slots)
     shared = max(sizes.elements.values()) if system.unit_slots == "uniform" else layer
     gradient, gradients = sizes.of(TensorClass.GRADIENT, shared), gradient_pool(system)
     host_gradient = _padded(gradient, TensorClass.GRADIENT, Tier.HOST, system)
@@ -178,10 +184,8 @@ def gradient_pool(system: OtherSystem) -> str:
     return "gradient.window" if system.unit_slots == "uniform" else f"gradient.{UnitRole.LAYER}"
 
 
-def _class_of(sizes: Sizes, tensor: TensorClass, update: Tier) -> TensorClass:
-    if tensor is TensorClass.MOMENTS and sizes.moments(update) == "8bit":
-        return TensorClass.MOMENTS_8BIT
-    return tensor
+def _class_of(sizes: Sizes, tensor: TensorClass) -> TensorClass:
+    return MOMENTS_CLASS[sizes.state] if tensor is TensorClass.MOMENTS else tensor
 
 
 def _padded(size_bytes: int, tensor: TensorClass, tier: Tier, system: OtherSystem) -> int:

@@ -82,10 +82,10 @@ def _copied(operation: Operation, unit: int, part: int) -> list[Use]:
 
 def _passed(operation: Operation, unit: int, chunk: int, policy: Policy) -> list[Use]:
     """A pass over a unit's memory. Of a split master the halves are weights and remainder, a staged one has its own tensor."""
-    system, passing = policy.system, policy.units[unit].passing
+    system, passing = policy.system, policy.passing(unit)
     found = []
     for role, mode in PASSES[operation.kind]:
-        if role is Role.REMAINDER and system.master != "split":
+        if role is Role.REMAINDER and not policy.split_master:
             continue
         used = Role.WEIGHTS if role is Role.MASTER and system.staging == "none" else role
         found.append(Use(used, operation.target, unit, chunk if TENSOR_OF[used] in passing else 0, mode))

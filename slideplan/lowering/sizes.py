@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from slideplan.footprint import Footprint
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import TensorClass, Tier
-from slideplan.policy import GRADIENT_BYTES, MOMENT_BLOCK, GradientDtype, Kernels, Moments
+from slideplan.policy import GRADIENT_BYTES, MOMENT_BLOCK, MOMENTS_OF, GradientDtype, Kernels, Moments, StateFormat
 from slideplan.quantities import MIB
 
 MOMENT_BYTES = 8  # fp32 m and v per element
@@ -31,24 +31,28 @@ PRODUCT_BYTES = 128 * MIB
 
 
 def moment_bytes(elements: int, moments: Moments) -> int:
-    """Both moments of a unit: in fp32; or in 8 bits each, with an fp32 scale of each for every block."""
-    return MOMENT_BYTES * elements if moments == "fp32" else 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
+    """Both moments of a unit: in fp32 or bf16; or in 8 bits each, with an fp32 scale of each for every block."""
+    if moments == "8bit":
+        return 2 * elements + 8 * -(-elements // MOMENT_BLOCK)
+    return (MOMENT_BYTES if moments == "fp32" else MOMENT_BYTES // 2) * elements
 
 
-def moments_updated(update: Tier, gpu_moments: Moments) -> Moments:
-    """Format of moments that this tier updates; the host's are exact."""
-    return gpu_moments if update is Tier.GPU else "fp32"
+def remainder_bytes(elements: int, state: StateFormat) -> int:
+    """Low halves of the fp32 master weights, where there are any."""
+    return 0 if state == "lean" else REMAINDER_BYTES * elements
 
 
-def state_bytes(elements: int, moments: Moments) -> int:
+def state_bytes(elements: int, state: StateFormat) -> int:
     """Remainder and both moments of a unit, or of a part of it."""
-    return REMAINDER_BYTES * elements + moment_bytes(elements, moments)
+    return remainder_bytes(elements, state) + moment_bytes(elements, MOMENTS_OF[state])
 
 
-def update_bytes(elements: int, master: Literal["split", "fp32", "bf16"], moments: Moments, gradient: GradientDtype) -> int:
+def update_bytes(elements: int, master: Literal["split", "fp32", "bf16"], state: StateFormat, gradient: GradientDtype) -> int:
     """What an update moves through memory: master weights and moments read and written, the gradient read."""
-    state = MASTER_BYTES[master] * elements + moment_bytes(elements, moments)
-    return 2 * state + GRADIENT_BYTES[gradient] * elements
+    weights = (
+        WEIGHT_BYTES * elements + remainder_bytes(elements, state) if master == "split" else MASTER_BYTES[master] * elements
+    )
+    return 2 * (weights + moment_bytes(elements, MOMENTS_OF[state])) + GRADIENT_BYTES[gradient] * elements
 
 
 def whole_pages(size_bytes: int) -> int:
@@ -73,8 +77,8 @@ class Formats(Protocol):
         """Of the gradient slots."""
 
     @property
-    def gpu_moments(self) -> Moments:
-        """How moments are kept that the GPU updates."""
+    def state(self) -> StateFormat:
+        """How state is kept."""
 
 
 class Sizes:
@@ -88,24 +92,17 @@ class Sizes:
         self.gradient_bytes = GRADIENT_BYTES[formats.gradient_dtype]
         self.boundary_bytes = model.boundary_bytes(self.tokens)
         self.feed_forward_bytes = model.feed_forward_bytes(self.tokens)
-        self._gpu_moments = formats.gpu_moments
+        self.state = formats.state
 
-    def moments(self, update: Tier) -> Moments:
-        """Format of moments that this tier updates."""
-        return moments_updated(update, self._gpu_moments)
-
-    def of(self, tensor: TensorClass, elements: int, update: Tier = Tier.HOST) -> int:
-        """Bytes of a class of so many elements of a unit; of an activation, those of one micro-batch.
-
-        update: the tier that updates the unit, which decides the format of its moments.
-        """
+    def of(self, tensor: TensorClass, elements: int) -> int:
+        """Bytes of a class of so many elements of a unit; of an activation, those of one micro-batch."""
         match tensor:
             case TensorClass.WEIGHTS:
                 return WEIGHT_BYTES * elements
             case TensorClass.REMAINDER:
-                return REMAINDER_BYTES * elements
+                return remainder_bytes(elements, self.state)
             case TensorClass.MOMENTS:
-                return moment_bytes(elements, self.moments(update))
+                return moment_bytes(elements, MOMENTS_OF[self.state])
             case TensorClass.GRADIENT:
                 return self.gradient_bytes * elements
             case TensorClass.BOUNDARY:

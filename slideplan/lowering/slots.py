@@ -174,11 +174,11 @@ def _bytes_moved(layout: PoolLayout, action: Action) -> int:
     master = policy.system.master
     match operation.kind:
         case TaskKind.COPY:
-            moved = [sizes.of(tensor, part, placement.update) for tensor in operation.tensors]
+            moved = [sizes.of(tensor, part) for tensor in operation.tensors]
             return sum(map(whole_pages, moved) if Tier.SSD in (operation.source, operation.target) else moved)
         case TaskKind.UPDATE:
             part = min(part, elements - (chunk or 0) * part)  # the last chunk may be smaller
-            return update_bytes(part, master, sizes.moments(operation.target), policy.gradient_dtype)
+            return update_bytes(part, master, policy.state, policy.gradient_dtype)
         case TaskKind.CLIP_GRADIENT:
             return CLIP_PASSES * sizes.of(TensorClass.GRADIENT, elements)
     return (MASTER_BYTES[master] + WEIGHT_BYTES) * elements  # casts and refreshes

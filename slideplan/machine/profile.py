@@ -14,7 +14,8 @@ from slideplan.graph.operations import GRADIENT_KINDS, TaskKind
 from slideplan.machine.handoffs import IMMEDIATE, Handoffs
 from slideplan.machine.sharing import Sharing
 from slideplan.model import ModelSpec, UnitRole
-from slideplan.policy import GradientDtype, Kernels
+from slideplan.placement import Tier
+from slideplan.policy import LOSSY_SHARE, GradientDtype, Kernels, StateFormat
 
 
 class Spread(Spec, frozen=True):
@@ -122,12 +123,20 @@ class ThreadPoint(Spec, frozen=True):
             raise ValueError(f"optimizer.by_threads: threads is {self.threads}, must be at least 1")
 
 
+class LossyRates(Spec, frozen=True):
+    """AdamW on state that is not kept exactly, by the host and by the GPU: memory traffic per second when nothing else runs."""
+
+    host_bytes_per_s: Spread
+    gpu_bytes_per_s: Spread
+
+
 class OptimizerProfile(Spec, frozen=True):
     """AdamW on split master with fp32 moments: memory traffic per second when nothing else runs.
 
     threads: of the host's optimizer, for which all other figures hold and with which plans run
     by_threads: the host's rate over thread counts, ascending; empty where it was not measured
     host_by_bytes: the host's rate over the traffic of one update; None where one size stands for all
+    lossy: rates of other formats of state; empty where they were not measured
     """
 
     threads: int
@@ -135,6 +144,18 @@ class OptimizerProfile(Spec, frozen=True):
     gpu_bytes_per_s: Spread
     by_threads: tuple[ThreadPoint, ...] = ()
     host_by_bytes: Curve | None = None
+    lossy: dict[StateFormat, LossyRates] = msgspec.field(default_factory=dict)
+
+    def share(self, state: StateFormat, tier: Tier) -> float:
+        """Of the rate of exact updates by this tier, in bytes, what those of another format reach."""
+        if state == "exact":
+            return 1.0
+        rates = self.lossy.get(state)
+        if rates is None:
+            return LOSSY_SHARE[state] if tier is Tier.HOST else 1.0
+        if tier is Tier.HOST:
+            return rates.host_bytes_per_s.p50 / self.host_bytes_per_s.p50
+        return rates.gpu_bytes_per_s.p50 / self.gpu_bytes_per_s.p50
 
 
 class SsdProfile(Spec, frozen=True):

@@ -125,18 +125,19 @@ def test_ledger_adds_up_to_the_pools(case: Case):
 
 @given(cases())
 def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
-    """Remainder and moments 10, and 2 of bf16 weights on the tier that updates them; moments of 8 bits there 6 fewer.
+    """Remainder and moments 10, and 2 of bf16 weights on the tier that updates them; moments in bf16 4 fewer, lean state 8.
 
     State that passes through another tier is cut into chunks of whole blocks, and has slots there as well.
     """
     model, policy = case.model, case.policy
     items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in Tier}
 
-    def size(tensor: TensorClass, elements: int, update: Tier) -> int:
+    def size(tensor: TensorClass, elements: int, pages: bool = False) -> int:
         if tensor is TensorClass.REMAINDER:
-            return 2 * elements
-        lossy = policy.gpu_moments == "8bit" and update is Tier.GPU
-        return 2 * elements + 8 * -(-elements // 256) if lossy else 8 * elements
+            return 0 if policy.state == "lean" else 2 * elements
+        eight_bit = 2 * elements + 8 * -(-elements // 256)
+        found = {"exact": 8 * elements, "bf16-moments": 4 * elements, "lean": eight_bit}[policy.state]
+        return -(-found // 4096) * 4096 if pages else found
 
     layer = model.flat_elements(UnitRole.LAYER)
     blocks = {Tier.GPU: (policy.state_chunks, 256), Tier.HOST: (policy.ssd_chunks, 2048)}
@@ -148,13 +149,13 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
         elements, update = model.flat_elements(model.role(unit)), placement.update
         for tensor in STATE:
             (tier,) = placement.tiers(tensor)
-            if tensor in placement.passing:
+            if tensor in policy.passing(unit):
                 shared.add((tensor, update))
-                expected[tier] += -(-elements // chunk[update]) * size(tensor, chunk[update], update)
+                expected[tier] += -(-elements // chunk[update]) * size(tensor, chunk[update], tier is Tier.SSD)
             else:
-                expected[tier] += size(tensor, elements, update)
+                expected[tier] += size(tensor, elements, tier is Tier.SSD)
     for tensor, update in shared:
-        expected[update] += slots[update] * size(tensor, chunk[update], update)
+        expected[update] += slots[update] * size(tensor, chunk[update], update is Tier.HOST)
     for tier, pools in items.items():
         assert sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name) == expected[tier]
     weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)

@@ -25,6 +25,7 @@ from slideplan.graph.operations import (
     WRITE_STATE,
     Operation,
     TaskKind,
+    copy,
 )
 from slideplan.graph.tasks import Role, TaskGraph
 from slideplan.graph.validate import validate
@@ -62,6 +63,11 @@ def test_every_task_finds_its_data_when_one_lane_runs_as_far_as_it_can(case: Cas
         run_lanes(graph, contents, 3, lambda ready, eager=eager: eager if eager in ready else ready[0])
 
 
+# Of lean state, which has no remainder.
+LOAD_MOMENTS = copy(Tier.HOST, Tier.GPU, TensorClass.MOMENTS)
+OFFLOAD_MOMENTS = copy(Tier.GPU, Tier.HOST, TensorClass.MOMENTS)
+
+
 @given(cases())
 def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
     graph, model, policy = case.graph(), case.model, case.policy
@@ -74,11 +80,11 @@ def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
     assert backward == [(unit, micro) for unit in reversed(range(model.units)) for micro in micros]
     orders = {
         UPDATE_HOST: (policy.update_order, (READ_STATE, READ_MOMENTS), (WRITE_STATE, WRITE_MOMENTS)),
-        UPDATE_GPU: (range(model.units)[::-1], (LOAD_STATE,), (OFFLOAD_STATE,)),
+        UPDATE_GPU: (range(model.units)[::-1], (LOAD_STATE, LOAD_MOMENTS), (OFFLOAD_STATE, OFFLOAD_MOMENTS)),
     }
     for operation, (order, arrivals, departures) in orders.items():
         updated = [unit for unit in order if policy.units[unit].update is operation.target]
-        passing = {unit: range(policy.chunks(model, unit)) for unit in updated if policy.units[unit].passing}
+        passing = {unit: range(policy.chunks(model, unit)) for unit in updated if policy.passing(unit)}
         found = [(task.unit, task.chunk) for task in by_kind(graph, operation)]
         assert found == [(unit, chunk) for unit in updated for chunk in passing.get(unit, (UNSET,))]
         chunks = [(unit, chunk) for unit, each in passing.items() for chunk in each]

@@ -26,7 +26,12 @@ from slideplan.quantities import MIB
 def test_twelve_bytes_a_parameter_of_exact_state() -> None:
     assert TRAINING_BYTES == 12
     assert MASTER_BYTES == {"split": 4, "fp32": 4, "bf16": 2}
-    assert state_bytes(1000, "fp32") == 10_000  # remainder 2, moments 8; the weights' 2 are not in it
+    assert state_bytes(1000, "exact") == 10_000  # remainder 2, moments 8; the weights' 2 are not in it
+
+
+def test_lossy_state_takes_eight_or_four_bytes_a_parameter_with_its_weights() -> None:
+    assert 2 * 1024 + state_bytes(1024, "bf16-moments") == 8 * 1024
+    assert 2 * 1024 + state_bytes(1024, "lean") == 4 * 1024 + 2 * 4 * 4  # and two scales for each of four blocks
 
 
 def test_moments_of_8_bits_have_two_scales_a_block() -> None:
@@ -40,12 +45,13 @@ def test_moments_of_8_bits_have_two_scales_a_block() -> None:
     [("split", "bf16", 26), ("split", "fp32", 28), ("fp32", "bf16", 26), ("bf16", "fp32", 24), ("bf16", "bf16", 22)],
 )
 def test_an_update_reads_and_writes_state_and_reads_the_gradient(master: str, gradient: str, expected: int) -> None:
-    assert update_bytes(100, master, "fp32", gradient) == 100 * expected  # type: ignore[arg-type]
+    assert update_bytes(100, master, "exact", gradient) == 100 * expected  # type: ignore[arg-type]
     assert UPDATE_STATE_TRAFFIC_BYTES == 24
 
 
-def test_lossy_moments_are_read_and_written_in_8_bits() -> None:
-    assert update_bytes(256, "split", "8bit", "bf16") == 2 * (4 * 256 + 2 * 256 + 8) + 2 * 256
+def test_lossy_state_is_read_and_written_as_it_is_kept() -> None:
+    assert update_bytes(256, "split", "lean", "bf16") == 2 * (2 * 256 + 2 * 256 + 8) + 2 * 256
+    assert update_bytes(256, "split", "bf16-moments", "bf16") == (2 * 8 + 2) * 256
 
 
 @pytest.mark.parametrize(("kernels", "tokens"), [("eager", 256 * MIB // 4000), ("fused", 512 * MIB // 2000)])
@@ -56,13 +62,12 @@ def test_logits_of_a_chunk_stay_within_their_bytes(kernels: str, tokens: int) ->
 
 def test_sizes_of_a_units_tensors() -> None:
     model = tiny_model()
-    policy = tiny_policy(model, gradient_dtype="fp32", gpu_moments="8bit")  # micro-batches of 2 x 32 tokens
+    policy = tiny_policy(model, gradient_dtype="fp32", state="lean")  # micro-batches of 2 x 32 tokens
     sizes = Sizes(model, policy, 32, Footprint(inner_bytes=10**6, workspace_bytes=0))
     assert sizes.elements[UnitRole.LAYER] == 36_992
     of_layer = {tensor: sizes.of(tensor, 256) for tensor in (TensorClass.WEIGHTS, TensorClass.REMAINDER, TensorClass.GRADIENT)}
-    assert list(of_layer.values()) == [512, 512, 1024]
-    assert sizes.of(TensorClass.MOMENTS, 256, Tier.HOST) == 8 * 256  # only the GPU's are lossy
-    assert sizes.of(TensorClass.MOMENTS, 256, Tier.GPU) == 2 * 256 + 8
+    assert list(of_layer.values()) == [512, 0, 1024]
+    assert sizes.of(TensorClass.MOMENTS, 256) == 2 * 256 + 8
     assert sizes.of(TensorClass.BOUNDARY, 1) == 2 * 64 * 64
     assert sizes.of(TensorClass.FEED_FORWARD, 1) == 2 * 2 * 64 * 128  # gate and up
     with pytest.raises(ValueError, match="workspace has no size of its own"):

@@ -68,7 +68,7 @@ def test_every_how_many_layers_an_output_is_kept(interval: int, kept: list[int],
     """Six layers between embedding, unit 0, and head, unit 7; the last layer's output is always there."""
     policy = Policy(
         micro_batch=1, micro_batches=1, window=2, prefetch_depth=1, gradient_slots=1, host_gradient_slots=1, boundary_slots=0,
-        inner_slots=0, state_slots=0, state_chunks=0, gradient_dtype="bf16", kernels="eager", gpu_moments="fp32",
+        inner_slots=0, state_slots=0, state_chunks=0, gradient_dtype="bf16", kernels="eager", state="exact",
         gradient_norms=False, update_order=(), units=(None,) * 8,  # type: ignore[arg-type]
         other=OtherSystem(name="other", checkpoint_interval=interval),
     )  # fmt: skip

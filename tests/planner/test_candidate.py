@@ -51,7 +51,7 @@ def candidates(draw: st.DrawFn) -> tuple[ModelSpec, Candidate]:
         micro_batches=micro_batches,
         gradient_dtype=draw(st.sampled_from(["bf16", "fp32"])),
         kernels=kernels,
-        gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
+        state=draw(st.sampled_from(["exact", "bf16-moments", "lean"])),
         gradient_norms=draw(st.booleans()),
         window=window,
         prefetch_depth=draw(st.integers(1, window - 1)) if window else 0,

@@ -80,7 +80,7 @@ def candidates(draw: st.DrawFn) -> tuple[SpaceBuilder, MachineProfile, Candidate
     space = builder(
         model, at, Workload(seq_len=32, global_batch=draw(st.sampled_from([1, 2, 4]))),
         placement=draw(st.sampled_from(["auto", "host"])), gradient_dtype=draw(st.sampled_from(["auto", "bf16", "fp32"])),
-        kernels=draw(st.sampled_from(["eager", "fused"])), gpu_moments=draw(st.sampled_from(["fp32", "8bit"])),
+        kernels=draw(st.sampled_from(["eager", "fused"])), state=draw(st.sampled_from(["exact", "bf16-moments", "lean"])),
     )  # fmt: skip
     fitting = space.build().fitting
     if not fitting:
@@ -102,7 +102,7 @@ def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuil
     assert {tier: sum(part.items.values()) for tier, part in memory.tiers.items()} == counted
     assert memory.fits == (min(space.spare(candidate).values()) >= 0)
 
-    times = durations(model, candidate, seq_len, at, footprint, candidate.gpu_moments)
+    times = durations(model, candidate, seq_len, at, footprint)
     bounds = BoundModel(model, times)
     priced = price(graph, model, candidate, seq_len, at)
     costs = [cost.duration_ns for cost in priced]
@@ -161,11 +161,11 @@ def test_spends_spare_gpu_memory() -> None:
 
 def test_moments_of_8_bits_leave_room_for_more_state() -> None:
     found = []
-    for moments in ("fp32", "8bit"):
+    for state in ("exact", "lean"):
         at = machine(gpu_bytes=2200 * KIB, link=10**8, optimizer=10**8)
-        plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), at, SearchOptions(gpu_moments=moments))
+        plan = search(tiny_model(), Workload(seq_len=32, global_batch=2), at, SearchOptions(state=state))
         assert isinstance(plan, Plan)
-        assert plan.policy.gpu_moments == moments
+        assert plan.policy.state == state
         found.append(plan)
     exact, lossy = found
     assert exact.offloads

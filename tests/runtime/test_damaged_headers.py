@@ -24,7 +24,7 @@ from saved_runs import UNTIED, Run, check_same, planned
 from slideplan.saving import LEAST_STAGING_BYTES
 
 SMALL = tiny_model(hidden=32, layers=1, heads=2, kv_heads=1, ffn=32)
-PLANS = {"fp32": planned(SMALL), "8bit": planned(SMALL, resident_state=(1,), gpu_moments="8bit")}
+PLANS = {"fp32": planned(SMALL), "8bit": planned(SMALL, resident_state=(1,), state="lean")}
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ def test_kernels_train_alike_by_every_policy(name: str, kernels: str, tied: bool
 def test_moments_of_8_bits_train_alike_however_activations_lie() -> None:
     model, workload = gpu_model(), tiny_workload(seq_len=128)
     found = []
-    for knobs in ({"gpu_moments": "8bit"}, {"gpu_moments": "8bit", "offload_inner": (2, 3), "kernels": "graphed"}, {}):
+    for knobs in ({"state": "lean"}, {"state": "lean", "offload_inner": (2, 3), "kernels": "graphed"}, {}):
         policy = tiny_policy(model, **{"resident_state": (0, 1, 2), "kernels": "fused", **knobs})
         found.append(trained(model, policy, workload))
     lossy, same, exact = found

@@ -22,7 +22,7 @@ from slideplan.progress import silent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Of every kind that a resume has to fill, and tasks that run from one step into the next.
-PLACED = ("streamed", "resident state", "passing", "8-bit moments", "deferred updates", "everything")
+PLACED = ("streamed", "resident state", "passing", "lean state", "deferred updates", "everything")
 KILLS = 18  # of each: 108 in all
 IN_A_ROW = 5  # most of one run, so that some come to their end
 SAVING = Saving(every=1, weights_every=2, keep=2)

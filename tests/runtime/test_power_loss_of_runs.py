@@ -36,7 +36,7 @@ from storage import CrashingDisk, PowerLoss, power_losses
 SEEDS = 3  # of each moment: only what is safe is left, everything, and what is drawn
 SMALL = tiny_model(hidden=32, layers=1, heads=2, kv_heads=1, ffn=32)
 # Moments in fp32 and in 8 bits, of units on the device and on the host.
-PLAN_BEFORE, PLAN_AFTER = planned(SMALL, resident_state=(1,), gpu_moments="8bit"), planned(SMALL, resident_state=(2,))
+PLAN_BEFORE, PLAN_AFTER = planned(SMALL, resident_state=(1,), state="lean"), planned(SMALL, resident_state=(2,))
 
 
 def describe(step: int, optimizer: bool, files: tuple[StoredFile, ...]) -> Manifest:

@@ -107,18 +107,21 @@ def test_another_global_batch_goes_on_with_the_next_sequences(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ({"resident_state": (1, 2, 3), "gpu_moments": "8bit"}, {"resident_state": (1, 2, 3)}),
-        ({"resident_state": (1, 2, 3)}, {"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 3}),
-        ({"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 10}, {"stream_state": (1, 3), "state_chunks": 3}),
+        ({"resident_state": (1, 2, 3), "state": "lean"}, {"resident_state": (1, 2, 3)}),
+        ({"resident_state": (1, 2, 3)}, {"stream_state": (1, 2, 3), "state": "lean", "state_chunks": 3}),
+        ({"stream_state": (1, 2, 3), "state": "lean", "state_chunks": 10}, {"stream_state": (1, 3), "state_chunks": 3}),
+        ({"state": "bf16-moments"}, {"ssd_state": (1, 2), "state": "lean", "ssd_chunks": 2}),
+        ({"ssd_state": (0, 5), "state": "lean"}, {"stream_state": (1, 2), "state": "bf16-moments", "state_chunks": 3}),
+        ({"state": "bf16-moments"}, {}),
     ],
 )
-def test_moments_change_their_precision_with_the_plan_and_that_is_said(tmp_path: Path, before: dict, after: dict) -> None:
-    """Both ways nearly: rounded to the nearest of eight bits, or exactly what eight bits say."""
+def test_state_changes_its_format_with_the_plan_and_that_is_said(tmp_path: Path, before: dict, after: dict) -> None:
+    """All ways nearly: rounded to the nearest of fewer bits, or exactly what fewer bits say."""
     whole, cut = Run(tmp_path / "whole", planned(UNTIED, **before)), Run(tmp_path / "cut", planned(UNTIED, **before))
     whole.train()
     cut.train(steps=CUT)
     cut.resume(plan=planned(UNTIED, **after))
-    assert "moments of 3 units are kept in another precision by this plan than in the checkpoint" in cut.notes
+    assert "state of 6 units is kept in another format by this plan than in the checkpoint" in cut.notes
     assert [each["loss"] for each in cut.metrics] == pytest.approx([each["loss"] for each in whole.metrics], rel=0.02)
 
 

@@ -44,19 +44,19 @@ ON_SSD = {
     "moments on the SSD": {"ssd_moments": UNITS},
     "some of both": {"ssd_state": (0, 2, 5), "ssd_moments": (1, 3), "ssd_chunks": 10},
 }
-PLACEMENTS = {"fp32": ON_HOST | ON_GPU | ON_SSD, "8bit": ON_GPU}
+PLACEMENTS = ON_HOST | ON_GPU | ON_SSD
 DTYPES = {"BF16": torch.bfloat16, "I16": torch.int16, "F32": torch.float32, "U8": torch.uint8}
 
 
 class Memory:
     """Slots of a placement that nothing has been written to, with the state of each unit in them."""
 
-    def __init__(self, knobs: dict, moments: str) -> None:
-        policy = tiny_policy(MODEL, **knobs, gpu_moments=moments)
+    def __init__(self, knobs: dict, state: str) -> None:
+        policy = tiny_policy(MODEL, **knobs, state=state)
         graph = lower(MODEL, policy, tiny_workload(), Footprint(inner_bytes=1, workspace_bytes=1))
         drive = Drive.for_graph(Disk(), Path(tempfile.gettempdir()), graph)
         self.buffers = Buffers(graph, CpuBackend(), policy.gradient_dtype, drive=drive)
-        self.of = [UnitState(graph, MODEL, self.buffers, unit) for unit in UNITS]
+        self.of = [UnitState(graph, MODEL, policy, self.buffers, unit) for unit in UNITS]
 
     def copy(self) -> dict[str, list[torch.Tensor]]:
         return {name: [slot.clone() for slot in slots] for name, slots in self.buffers.slots.items()}
@@ -93,30 +93,32 @@ def elements_of(unit: int, tensor: TensorClass) -> int:
     return MODEL.unit_parameter_count(role) if tensor is TensorClass.WEIGHTS else MODEL.flat_elements(role)
 
 
-def values(tensor: TensorClass, elements: int, moments: str, seed: int) -> torch.Tensor:
+def values(tensor: TensorClass, elements: int, state_format: str, seed: int) -> torch.Tensor:
     """Any, in the form in which state is read."""
     generator = torch.Generator().manual_seed(seed)
     if tensor is TensorClass.WEIGHTS:
         return torch.randn(elements, generator=generator).bfloat16()
     if tensor is TensorClass.REMAINDER:
         return torch.randint(-(1 << 15), 1 << 15, (elements,), generator=generator, dtype=torch.int16)
-    if moments == "fp32":
-        return torch.randn(2 * elements, generator=generator)
+    if state_format != "lean":
+        found = torch.randn(2 * elements, generator=generator)
+        return found if state_format == "exact" else found.bfloat16()
     codes = torch.randint(0, 256, (2, elements), generator=generator, dtype=torch.uint8)
     scales = torch.rand(2, -(-elements // MOMENT_BLOCK), generator=generator).view(torch.uint8)
     return torch.cat([codes[0], scales[0], codes[1], scales[1]])
 
 
-@pytest.mark.parametrize("moments", PLACEMENTS)
-def test_what_is_written_anywhere_is_read_there_and_can_go_anywhere_else(moments: str) -> None:
-    memories = {name: Memory(knobs, moments) for name, knobs in PLACEMENTS[moments].items()}
+@pytest.mark.parametrize("state_format", ["exact", "bf16-moments", "lean"])
+def test_what_is_written_anywhere_is_read_there_and_can_go_anywhere_else(state_format: str) -> None:
+    memories = {name: Memory(knobs, state_format) for name, knobs in PLACEMENTS.items()}
+    classes = [tensor for tensor in CLASSES if state_format != "lean" or tensor is not TensorClass.REMAINDER]
     for seed, (source, target) in enumerate(permutations(memories, 2)):
         expected = {}
         for unit in UNITS:
             state = memories[source].of[unit]
             assert state.elements == MODEL.flat_elements(MODEL.role(unit))
-            for tensor in CLASSES:
-                expected[unit, tensor] = values(tensor, elements_of(unit, tensor), moments, 100 * seed + unit)
+            for tensor in classes:
+                expected[unit, tensor] = values(tensor, elements_of(unit, tensor), state_format, 100 * seed + unit)
                 write(state, tensor, expected[unit, tensor])
         before = memories[source].copy()
         for (unit, tensor), written in expected.items():  # after all are written: no unit lies in the slots of another
@@ -130,10 +132,10 @@ def test_what_is_written_anywhere_is_read_there_and_can_go_anywhere_else(moments
             assert all(map(torch.equal, slots, before[name])), (source, name)
 
 
-@pytest.mark.parametrize("name", PLACEMENTS["fp32"])
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_master_weights_are_placed_and_found_by_parameter(name: str) -> None:
     """Piece by piece, across chunks and across placements; what belongs to no parameter is left alone."""
-    memory, source = Memory(PLACEMENTS["fp32"][name], "fp32"), RandomWeights(MODEL, seed=3, device=torch.device("cpu"))
+    memory, source = Memory(PLACEMENTS[name], "exact"), RandomWeights(MODEL, seed=3, device=torch.device("cpu"))
     for unit in UNITS:
         state, layout = memory.of[unit], MODEL.parameters(MODEL.role(unit))
         expected = {parameter.name: torch.zeros(parameter.shape) for parameter in layout}
@@ -146,7 +148,7 @@ def test_master_weights_are_placed_and_found_by_parameter(name: str) -> None:
         assert not any(padding.any() for padding in padding_views(read(state, TensorClass.REMAINDER), layout))
         # The halves are read as they are placed: joined again they are the master.
         flat = {each: read(state, each) for each in (TensorClass.WEIGHTS, TensorClass.REMAINDER)}
-        other = Memory(ON_HOST["on the host"], "fp32").of[unit]
+        other = Memory(ON_HOST["on the host"], "exact").of[unit]
         for tensor, whole in flat.items():
             write(other, tensor, whole)
         assert all(torch.equal(value, expected[each]) for each, value in other.master().items())

@@ -143,25 +143,38 @@ def test_fused_kernels_train_alike_by_every_policy(model: str, name: str) -> Non
     check_near(start, weights, eager)
 
 
-def test_moments_of_8_bits_train_nearly_as_exact_ones() -> None:
-    """Lossy where state lies on the GPU and nowhere else, and the same for every placement of all the rest."""
+LOSSY_PLACEMENTS = {
+    "streamed": {},
+    "all on the GPU": {"resident_state": (0, 1, 2, 3, 4, 5), "keep": (1, 2, 3, 4)},
+    "passing": {"resident_state": (0, 1), "stream_state": (2, 3), "state_chunks": 3},
+    "on the SSD": {"ssd_state": (0, 1, 2, 3, 4, 5), "ssd_chunks": 3},
+    "moments on the SSD": {"ssd_moments": (1, 3, 5), "ssd_chunks": 2, "update_order": (0, 1, 2, 3, 4, 5)},
+}
+
+
+@pytest.mark.parametrize("state", ["bf16-moments", "lean"])
+@pytest.mark.parametrize("name", LOSSY_PLACEMENTS)
+def test_lossy_state_trains_the_same_wherever_it_lies(state: str, name: str) -> None:
+    """Bit for bit what torch's operations make of it in memory, unit by unit: chunks, threads and tiers do not matter."""
+    model, backend, workload = MODELS["llama"], CpuBackend(), tiny_workload()
+    policy = tiny_policy(model, **LOSSY_PLACEMENTS[name], state=state)
+    losses, weights = train(session_for(plan_for(model, policy, workload, backend), backend), STEPS)
+    expected_losses, expected = plain_training(model, policy, workload, STEPS, backend.device)
+    assert losses == expected_losses
+    assert all(torch.equal(weights[parameter], value) for parameter, value in expected.items())
+
+
+def test_lossy_state_trains_nearly_as_exact_state() -> None:
     model, backend, workload, steps = MODELS["llama"], CpuBackend(), tiny_workload(), 8
     found = {}
-    for name, knobs in {
-        "exact": {},
-        "8 bits": {"gpu_moments": "8bit"},
-        "8 bits, kept": {"gpu_moments": "8bit", "keep": (1, 2, 3, 4)},
-        "8 bits, none there": {"gpu_moments": "8bit", "resident_state": ()},
-    }.items():
-        policy = tiny_policy(model, **{"resident_state": (1, 2, 3), **knobs})
-        found[name] = train(session_for(plan_for(model, policy, workload, backend), backend), steps)
-    (losses, weights), (lossy_losses, lossy) = found["exact"], found["8 bits"]
-    assert lossy_losses == pytest.approx(losses, rel=0.02)
-    assert lossy_losses[-1] < lossy_losses[0] - 0.2
-    assert any(not torch.equal(lossy[name], value) for name, value in weights.items())
-    for same, as_name in (("8 bits, kept", "8 bits"), ("8 bits, none there", "exact")):
-        assert found[same][0] == found[as_name][0]
-        assert all(torch.equal(found[same][1][name], value) for name, value in found[as_name][1].items()), same
+    for state in ("exact", "bf16-moments", "lean"):
+        policy = tiny_policy(model, resident_state=(1, 2, 3), state=state)
+        found[state] = train(session_for(plan_for(model, policy, workload, backend), backend), steps)
+    losses, weights = found.pop("exact")
+    for state, (lossy_losses, lossy) in found.items():
+        assert lossy_losses == pytest.approx(losses, rel=0.02), state
+        assert lossy_losses[-1] < lossy_losses[0] - 0.2
+        assert any(not torch.equal(lossy[name], value) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("kernels", ["eager", "fused"])

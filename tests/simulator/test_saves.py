@@ -65,19 +65,20 @@ class TestBytes:
         assert found[0] - found[1] == 2 * 33 * 10 + 10 * 384
 
     def test_of_moments_are_those_that_the_policy_keeps(self) -> None:
-        """In 8 bits with two scales for every 256 elements, where the GPU updates: also where they pass through it."""
+        """Of lean state in 8 bits with two scales for every 256 elements, and no remainder, wherever it lies."""
         model = tiny_model()
         layer, vocabulary = 36_992, 64 * 256
         exact = checkpoint_bytes(model, tiny_policy(model))
         assert exact == 2 * model.parameter_count + 10 * (4 * layer + vocabulary + 64 + vocabulary)
-        on_gpu = tiny_policy(model, resident_state=(0, 1), stream_state=(2,), gpu_moments="8bit")
-        saved = 8 * (vocabulary + 2 * layer) - 2 * (vocabulary + 2 * layer) - 8 * (vocabulary // 256 + 2 * 145)
+        lean = tiny_policy(model, resident_state=(0, 1), stream_state=(2,), state="lean")
+        elements = 4 * layer + 2 * vocabulary + 64
+        saved = 8 * elements - 8 * (4 * 145 + 2 * vocabulary // 256 + 1)
         assert layer > 144 * 256  # the last of 145 blocks is not full
-        assert checkpoint_bytes(model, on_gpu) == exact - saved
+        assert checkpoint_bytes(model, lean) == exact - saved
 
     def test_of_a_checkpoint_are_those_of_the_pools_that_hold_it(self) -> None:
         model = tiny_model()
-        for policy in (tiny_policy(model), tiny_policy(model, resident_state=(0, 1), gpu_moments="8bit")):
+        for policy in (tiny_policy(model), tiny_policy(model, resident_state=(0, 1), state="lean")):
             machine = tiny_machine()
             lowered = lower(model, policy, tiny_workload(), footprint(model, policy, 32, machine))
             state = ("remainder", "moments")

@@ -62,6 +62,7 @@ class Handlers:
         weights, remainder, moments, gradient = (
             self._buffers[task.slot(role, tier)] for role in (Role.WEIGHTS, Role.REMAINDER, Role.MOMENTS, Role.GRADIENT)
         )
+        weights = weights[: gradient.numel()]  # a slot of whole pages ends with some that are none
         if task.chunk is not UNSET:
             each = state_elements(self._buffers.pool(task.slot(Role.MOMENTS, tier)))
             weights, remainder, moments, gradient = _chunk(task.chunk, each, weights, remainder, moments, gradient)

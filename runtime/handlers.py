@@ -79,6 +79,7 @@ class Handlers:
         )
         remainder = self._buffers[task.slot(Role.REMAINDER, tier)] if task.has(Role.REMAINDER) else None
         first = 0
+        weights = weights[: gradient.numel()]  # a slot of whole pages ends with some that are none
         if task.chunk is not UNSET:
             first = task.chunk * self._chunk_elements[tier]
             weights, remainder, moments, gradient = _chunk(

@@ -7,19 +7,20 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from msgspec import UNSET
 
 from runtime.inputs.weights import Piece
 from runtime.memory.buffers import Buffers, Slot, parameter_views
-from runtime.memory.parts import MemoryPart, Part
+from runtime.memory.parts import Part
 from runtime.optimizer.split_master import join, split
 from slideplan.graph.operations import TaskKind
-from slideplan.graph.tasks import COPIED_AS, Role, TaskGraph
-from slideplan.lowering.sizes import REMAINDER_BYTES
-from slideplan.model import ModelSpec
-from slideplan.placement import STATE, TensorClass
+from slideplan.graph.tasks import COPIED_AS, TaskGraph
+from slideplan.lowering.sizes import REMAINDER_BYTES, WEIGHT_BYTES
+from slideplan.model import ModelSpec, Parameter
+from slideplan.placement import STATE, TensorClass, Tier
 from slideplan.policy import MOMENT_BLOCK, Policy, passage
 
+# From which tier tensors come to another that they pass through.
+_BEYOND = {Tier.GPU: Tier.HOST, Tier.HOST: Tier.SSD}
 # Stored names of both moments; where a moment is kept in 8 bits, what the names of its two tensors end with.
 MOMENTS, CODES, SCALES = ("exp_avg", "exp_avg_sq"), ".codes", ".scales"
 REMAINDER = "remainder"
@@ -48,29 +49,32 @@ class UnitState:
     def __init__(self, graph: TaskGraph, model: ModelSpec, policy: Policy, buffers: Buffers, unit: int) -> None:
         self._buffers = buffers
         self._layout = model.parameters(model.role(unit))
+        # Of each of its tensors, alignment between parameters included.
+        self.elements = model.flat_elements(model.role(unit))
         update = next(task for task in graph.tasks if task.kind is TaskKind.UPDATE and task.unit == unit)
-        tier = update.operation.target
-        self._weights = buffers[update.slot(Role.WEIGHTS, tier)]
-        self._chunk_elements = passage(policy, tier).chunk_elements(model)
-        self._slots = {tensor: [update.slot(COPIED_AS[tensor], tier)] for tensor in STATE if update.has(COPIED_AS[tensor])}
-        # State that passes through the tier that updates it lies where its copies come from, chunk by chunk.
-        loads = [
-            task for task in graph.tasks if task.kind is TaskKind.COPY and task.unit == unit and task.operation.target is tier
-        ]
-        for tensor in self._slots:
-            chunks = [task for task in loads if tensor in task.operation.tensors and task.chunk is not UNSET]
-            if chunks:
-                self._slots[tensor] = [task.slot(COPIED_AS[tensor], task.operation.source) for task in chunks]
-
-    @property
-    def elements(self) -> int:
-        """Of each of its tensors, alignment between parameters included."""
-        return self._weights.numel()
+        self._chunk_elements = passage(policy, update.operation.target).chunk_elements(model)
+        copies = [task for task in graph.tasks if task.kind is TaskKind.COPY and task.unit == unit]
+        self._slots: dict[TensorClass, list[Slot]] = {}
+        for tensor in (tensor for tensor in (TensorClass.WEIGHTS, *STATE) if update.has(COPIED_AS[tensor])):
+            # What passes through the tier that updates it lies where its copies come from, state chunk by chunk.
+            role, tier = COPIED_AS[tensor], update.operation.target
+            slots = [update.slot(role, tier)]
+            while tier in _BEYOND:
+                way = _BEYOND[tier], tier
+                came = [
+                    task
+                    for task in copies
+                    if tensor in task.operation.tensors and (task.operation.source, task.operation.target) == way
+                ]
+                if not came:
+                    break
+                tier = _BEYOND[tier]
+                slots = list(dict.fromkeys(task.slot(role, tier) for task in came))
+            self._slots[tensor] = slots
 
     def weights(self) -> list[StoredTensor]:
         """bf16 weights, one tensor a parameter."""
-        views = parameter_views(self._weights, self._layout)
-        return [StoredTensor(each.name, "BF16", each.shape, [MemoryPart(views[each.name])]) for each in self._layout]
+        return [StoredTensor(each.name, "BF16", each.shape, [self._parameter(each)]) for each in self._layout]
 
     def optimizer(self) -> list[StoredTensor]:
         """Remainder and moments, flat over the unit, alignment between parameters included.
@@ -90,23 +94,31 @@ class UnitState:
 
     def place(self, piece: Piece) -> None:
         """Write some rows of a parameter, given in any floating dtype, as master weights; lean ones round to the nearest."""
-        high = parameter_views(self._weights, self._layout)[piece.name][piece.rows]
-        remainder = torch.empty(high.shape, dtype=torch.int16, device=piece.values.device)
+        high, remainder = (torch.empty_like(piece.values, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
         split(piece.values, high, remainder)
+        parameter = next(each for each in self._layout if each.name == piece.name)
+        before = piece.rows.start * prod(parameter.shape[1:])
+        self._parameter(parameter).write(WEIGHT_BYTES * before, high.view(-1).view(torch.uint8))
         if not self._has_remainder:
             return
-        parameter = next(each for each in self._layout if each.name == piece.name)
-        first = REMAINDER_BYTES * (parameter.offset + piece.rows.start * prod(parameter.shape[1:]))
+        first = REMAINDER_BYTES * (parameter.offset + before)
         for part, start in _placed(self._remainder()):
             _write(part, start, first, remainder.view(-1).view(torch.uint8))
 
     def master(self) -> dict[str, torch.Tensor]:
-        """fp32 master weights by parameter name, as new tensors where the bf16 halves lie."""
-        low = torch.zeros(self.elements, dtype=torch.int16)
+        """fp32 master weights by parameter name, as new tensors on the host."""
+        low, high = (torch.zeros(self.elements, dtype=dtype) for dtype in (torch.int16, torch.bfloat16))
         for part, start in _placed(self._remainder()):
             part.read(0, low.view(torch.uint8)[start : start + part.nbytes])
-        high, remainder = (parameter_views(flat, self._layout) for flat in (self._weights, low))
-        return {name: join(high[name], remainder[name]).view(high[name].shape) for name in high}
+        remainder, weights = (parameter_views(flat, self._layout) for flat in (low, high))
+        for parameter in self._layout:
+            self._parameter(parameter).read(0, weights[parameter.name].view(-1).view(torch.uint8))
+        return {name: join(weights[name], remainder[name]).view(weights[name].shape) for name in weights}
+
+    def _parameter(self, parameter: Parameter) -> Part:
+        """Weights of a parameter."""
+        (slot,) = self._slots[TensorClass.WEIGHTS]
+        return self._buffers.part(slot, WEIGHT_BYTES * parameter.offset, WEIGHT_BYTES * parameter.elements)
 
     @property
     def _has_remainder(self) -> bool:

@@ -131,7 +131,7 @@ def _copy_ns(model: ModelSpec, policy: Policy, machine: MachineProfile) -> int:
     """How long it takes to copy a checkpoint's bytes from where they lie to other places on the host, and to hash them."""
     sizes: list[tuple[Tier, int]] = []  # of files
     for unit, placement in enumerate(policy.units):
-        sizes.append((placement.update, unit_weights_bytes(model, unit)))
+        sizes.append((placement.tiers(TensorClass.WEIGHTS)[-1], unit_weights_bytes(model, unit)))
         sizes.append((placement.moments, unit_optimizer_bytes(model, policy, unit)))
     on = {tier: sum(size for where, size in sizes if where is tier) for tier in Tier}
     curves = rates(machine)

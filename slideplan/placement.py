@@ -50,14 +50,16 @@ class Placement(Spec, frozen=True):
     A tensor that lies on another tier than the one that uses it passes through slots of that tier, and of the host where
     that is on the way: weights and activations are used on the GPU, remainder and moments where `update` says.
 
-    weights:      GPU: in a slot of the unit's own. HOST: they stream through the window. Embedding and head have slots
-                  of their own in any case, so for them `weights` equals `update`
+    weights:      GPU: in a slot of the unit's own. HOST: they stream through the window. SSD: so they do, and through host
+                  slots before, where they are updated too. Embedding and head have slots of their own in any case, so for
+                  them `weights` equals `update`
     remainder, moments: state of the unit
     boundary:     the unit's output, between forward and backward. The head has none; the last layer's output is
                   consumed at once and stays on the GPU
     inner:        inner activations, kept for backward; None: computed again in backward. Embedding and head have none
     feed_forward: the feed-forward's two wide products, most of the bytes of inner activations; None with `inner` None
-    update:       whose processor updates the unit. Weights lie there too, since the update writes them
+    update:       whose processor updates the unit. Weights lie there too, since the update writes them, or come there
+                  from the SSD
     """
 
     weights: Tier = Tier.HOST
@@ -71,7 +73,7 @@ class Placement(Spec, frozen=True):
     def tiers(self, tensor: TensorClass) -> tuple[Tier, ...]:
         """Tiers on which the unit has slots of its own for this class."""
         tier: Tier | None = getattr(self, _FIELDS[tensor])
-        if tensor is TensorClass.WEIGHTS and self.weights is not self.update:
+        if tensor is TensorClass.WEIGHTS and self.weights is Tier.GPU and self.update is not Tier.GPU:
             return self.weights, self.update
         return () if tier is None else (tier,)
 

@@ -153,6 +153,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     other:               how another system works, where the policy describes one
     ssd_slots, ssd_chunks: the same of state that lies on the SSD and passes through the host. Embedding and head have
                          chunks of the size of a layer's
+    host_weight_slots:   host slots shared by the layers whose weights lie on the SSD
     host_boundary_slots: host slots shared by the boundary activations on their way to the SSD and back
     host_inner_slots:    host slots shared by the inner activations on their way to the SSD and back
     """
@@ -176,6 +177,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     other: OtherSystem | None = None
     ssd_slots: int = 0
     ssd_chunks: int = 0
+    host_weight_slots: int = 0
     host_boundary_slots: int = 0
     host_inner_slots: int = 0
 
@@ -242,7 +244,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         if other.checkpoint_interval < 1:
             raise ValueError(f"policy.other.checkpoint_interval is {other.checkpoint_interval}, must be at least 1")
         for unit, placement in enumerate(self.units):
-            if placement.update is not Tier.HOST or placement.passing:
+            if placement.update is not Tier.HOST or placement.passing or placement.weights is Tier.SSD:
                 raise ValueError(
                     f"policy.other ({other.name}) needs all state on the host and updated there, that of unit {unit} is not"
                 )
@@ -332,6 +334,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         boundary_away, inner_away = (
             any(getattr(placement, field) is Tier.SSD for placement in self.units) for field in ("boundary", "feed_forward")
         )
+        weights_away = any(placement.weights is Tier.SSD for placement in self.units)
         state, drive = (bool(self.passing_units(tier)) for tier in (Tier.GPU, Tier.HOST))
         for knob, wanted, what in (
             ("inner_slots", inner, "inner activations of a unit wait on another tier"),
@@ -339,6 +342,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
             ("state_chunks", state, "state of a unit passes through the gpu"),
             ("ssd_slots", drive, "state of a unit lies on the ssd"),
             ("ssd_chunks", drive, "state of a unit lies on the ssd"),
+            ("host_weight_slots", weights_away, "weights of a unit lie on the ssd"),
             ("host_boundary_slots", boundary_away, "boundary activations of a unit wait on the ssd"),
             ("host_inner_slots", inner_away, "inner activations of a unit wait on the ssd"),
         ):
@@ -368,7 +372,7 @@ def _check_state(where: str, placement: Placement) -> None:
 
 # Where a unit's tensors may lie so far, and where it may be updated.
 _PLACES: dict[str, tuple[Tier | None, ...]] = {
-    "weights": (Tier.GPU, Tier.HOST),
+    "weights": (Tier.GPU, Tier.HOST, Tier.SSD),
     "remainder": (Tier.GPU, Tier.HOST, Tier.SSD),
     "moments": (Tier.GPU, Tier.HOST, Tier.SSD),
     "boundary": (Tier.GPU, Tier.HOST, Tier.SSD),
@@ -379,7 +383,7 @@ _PLACES: dict[str, tuple[Tier | None, ...]] = {
 # Knobs that count the slots of a pool that several units share.
 SHARED_SLOTS = (
     "window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots", "ssd_slots",
-    "host_boundary_slots", "host_inner_slots",
+    "host_weight_slots", "host_boundary_slots", "host_inner_slots",
 )  # fmt: skip
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (

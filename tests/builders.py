@@ -58,6 +58,7 @@ def tiny_policy(
     offload_boundaries: bool = False,
     ssd_state: tuple[int, ...] = (),
     ssd_moments: tuple[int, ...] = (),
+    ssd_weights: tuple[int, ...] = (),
     ssd_boundaries: tuple[int, ...] = (),
     ssd_inner: tuple[int, ...] = (),
     **changes: Any,
@@ -68,7 +69,8 @@ def tiny_policy(
     activations on the GPU. stream_state: with weights there, through which their state passes.
     offload_inner: units with a part of those activations on the host, which eager kernels cannot.
     ssd_state, ssd_moments: units with state, or with moments alone, on the SSD.
-    ssd_boundaries: units whose output waits on the SSD. ssd_inner: as offload_inner, with that part on the SSD.
+    ssd_weights: layers with weights there. ssd_boundaries: units whose output waits there. ssd_inner: as offload_inner,
+    with that part there.
     offload_boundaries: outputs of all layers but the last wait on the host, where nothing that is kept
     forbids it. `changes` replaces fields of the policy.
     """
@@ -85,7 +87,7 @@ def tiny_policy(
     on_ssd = {*ssd_state, *ssd_moments}
     units = tuple(
         Placement(
-            weights=Tier.GPU if unit in on_gpu else Tier.HOST,
+            weights=Tier.GPU if unit in on_gpu else Tier.SSD if unit in ssd_weights else Tier.HOST,
             remainder=Tier.GPU if unit in resident_state else Tier.SSD if unit in ssd_state else Tier.HOST,
             moments=Tier.GPU if unit in resident_state else Tier.SSD if unit in on_ssd else Tier.HOST,
             boundary=boundary(unit),
@@ -113,6 +115,7 @@ def tiny_policy(
         "state_chunks": 3 if stream_state else 0,
         "ssd_slots": 2 if on_ssd else 0,
         "ssd_chunks": 3 if on_ssd else 0,
+        "host_weight_slots": 3 if ssd_weights else 0,
         "host_boundary_slots": 2 if ssd_boundaries else 0,
         "host_inner_slots": 2 if ssd_inner else 0,
         "gradient_dtype": gradient_dtype,

@@ -11,10 +11,18 @@ from typing import Any
 from msgspec import UNSET
 
 from slideplan.graph.lanes import Lane
-from slideplan.graph.operations import CAST_WEIGHTS, CLIP_GRADIENT, LOAD_WEIGHTS, REFRESH_WEIGHTS, TaskKind
+from slideplan.graph.operations import (
+    CAST_WEIGHTS,
+    CLIP_GRADIENT,
+    LOAD_WEIGHTS,
+    READ_WEIGHTS,
+    REFRESH_WEIGHTS,
+    WRITE_WEIGHTS,
+    TaskKind,
+)
 from slideplan.graph.tasks import COPIED_AS, TENSOR_OF, Role, Task, TaskGraph
 from slideplan.model import ModelSpec
-from slideplan.placement import STATE, TensorClass
+from slideplan.placement import STATE, TensorClass, Tier
 
 STATE_ROLES = (Role.REMAINDER, Role.MOMENTS)
 Choose = Callable[[list[Lane]], Lane]
@@ -40,6 +48,8 @@ class Contents:
                     if TENSOR_OF[role] not in copied.get(task.unit, ()):
                         self.slots[self._at(task, role)] = (role, task.unit, None, 0)
                 self.slots[self._at(task, self._master(task))] = ("weights", task.unit, 0)
+            elif task.operation == READ_WEIGHTS:  # where they lie
+                self.slots[task.slot(Role.WEIGHTS, Tier.SSD)] = ("weights", task.unit, 0)
             elif task.kind is TaskKind.COPY and task.operation.target is self.updated_on[task.unit]:
                 for tensor in set(task.operation.tensors) & set(STATE):  # where it lies, before it comes for the first time
                     role = COPIED_AS[tensor]
@@ -106,7 +116,7 @@ class Contents:
         source, target = (task.slot(role, tier) for tier in (task.operation.source, task.operation.target))
         leaves = task.operation.target is not self.updated_on[unit]
         wanted = {
-            TensorClass.WEIGHTS: ("weights", unit, step),
+            TensorClass.WEIGHTS: ("weights", unit, step + (task.operation == WRITE_WEIGHTS)),
             TensorClass.BOUNDARY: ("boundary", unit, task.micro, step),
             TensorClass.FEED_FORWARD: ("wide", unit, task.micro, step),
             TensorClass.GRADIENT: self._whole_gradient(unit, step),

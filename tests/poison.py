@@ -36,7 +36,12 @@ class Poisoned:
 
 
 def _is_home_of_state(access: Access) -> bool:
-    """Where state lies between steps, also if copies take it away and bring it back. It lives as long as the run."""
+    """Where state lies between steps, also if copies take it away and bring it back. It lives as long as the run.
+
+    So do weights that lie on the SSD.
+    """
+    if access.role is Role.WEIGHTS:
+        return access.tier is Tier.SSD
     if access.role not in (Role.REMAINDER, Role.MOMENTS) or access.tier is Tier.GPU:
         return False
     return access.pool != passage_pool(TENSOR_OF[access.role], Tier.HOST)

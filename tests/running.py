@@ -57,6 +57,7 @@ EVERYTHING = {
     "gradient_norms": True,
     "ssd_state": (3,),
     "ssd_moments": (4, 5),
+    "ssd_weights": (2, 3),
 }
 
 

@@ -47,7 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
     for unit in range(model.units):
         is_layer = 0 < unit < model.head_unit
         state = draw(st.sampled_from([Tier.HOST, Tier.HOST, Tier.GPU]))
-        weights = state if not is_layer or state is Tier.GPU else draw(st.sampled_from([Tier.HOST, Tier.GPU]))
+        weights = state if not is_layer or state is Tier.GPU else draw(st.sampled_from(Tier))
         boundary = draw(st.sampled_from([Tier.HOST, Tier.GPU, Tier.SSD])) if unit < model.layers else Tier.GPU
         may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
         inner, feed_forward = INNER[draw(st.sampled_from(inners)) if may_keep else "recompute"]
@@ -65,7 +65,7 @@ def cases(draw: st.DrawFn) -> Case:
                 update=Tier.GPU if passes else state,
             )
         )
-    streams = any(units[unit].weights is Tier.HOST for unit in range(1, model.head_unit))
+    streams = any(units[unit].weights is not Tier.GPU for unit in range(1, model.head_unit))
     window = draw(st.integers(2, model.layers + 2)) if streams else 0
     arrival = [unit for unit in reversed(range(model.units)) if units[unit].update is Tier.HOST]
     order = draw(st.permutations(arrival))
@@ -92,6 +92,7 @@ def cases(draw: st.DrawFn) -> Case:
         units=tuple(units),
         ssd_slots=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
         ssd_chunks=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
+        host_weight_slots=draw(st.integers(1, 5)) if any(unit.weights is Tier.SSD for unit in units) else 0,
         host_boundary_slots=draw(st.integers(1, 3)) if Tier.SSD in boundaries else 0,
         host_inner_slots=draw(st.integers(1, 3)) if Tier.SSD in inner else 0,
     )

@@ -114,6 +114,9 @@ def policy_in_words(model: ModelSpec, policy: Policy) -> list[tuple[str, str]]:
     if streaming:
         ahead = f"loaded up to {policy.prefetch_depth} ahead"
         weights.append(f"{_named(model, streaming)} stream through {policy.window} slots, {ahead}")
+    if on_ssd := [unit for unit in streaming if units[unit].weights is Tier.SSD]:
+        slots = f"{policy.host_weight_slots} slots on the host"
+        weights.append(f"those of {_named(model, on_ssd)} lie on the SSD, and come through {slots} before")
     if resident:
         weights.append(f"{_named(model, resident)} stay on the GPU")
     boundary = [f"outputs of {_named(model, there)} wait on {_TIERS[tier]}" for tier, there in away.items() if there]

@@ -32,8 +32,12 @@ from slideplan.graph.operations import (
     OFFLOAD_BOUNDARY,
     OFFLOAD_FEED_FORWARD,
     OFFLOAD_GRADIENT,
+    READ_BOUNDARY,
+    READ_WEIGHTS,
     UPDATE_GPU,
     UPDATE_HOST,
+    WRITE_BOUNDARY,
+    WRITE_WEIGHTS,
     Operation,
     copy,
 )
@@ -101,7 +105,15 @@ def durations(
     on_drive = msgspec.structs.replace(
         streamed, ssd_layers=LAYERS_PRICED, ssd_ends=True, ssd_slots=1, ssd_chunks=state_chunks(model, Tier.HOST)
     )
-    drives = (on_drive, msgspec.structs.replace(on_drive, ssd_whole=True)) if machine.ssd is not None else ()
+    whole = msgspec.structs.replace(
+        on_drive,
+        ssd_whole=True,
+        ssd_weights=LAYERS_PRICED,
+        host_weight_slots=1,
+        ssd_outputs=LAYERS_PRICED,
+        host_boundary_slots=1,
+    )
+    drives = (on_drive, whole) if machine.ssd is not None else ()
     workload = Workload(seq_len=seq_len, global_batch=2 * micro_batch)
     offered = capacities(machine)
     found = Durations({}, {}, offered)
@@ -231,7 +243,7 @@ class BoundModel:
         held, layers, micros = candidate.holdings(self.model), self.model.layers, candidate.micro_batches
         found: dict[Way, int] = {}
         for role in UnitRole:
-            hosted = held.get(Holding(TensorClass.WEIGHTS, Tier.HOST, role), 0)
+            hosted = sum(held.get(Holding(TensorClass.WEIGHTS, tier, role), 0) for tier in (Tier.HOST, Tier.SSD))
             found |= {Way(operation, role): hosted for operation in (LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST)}
             group = PASSING if role is UnitRole.LAYER else role
             on_drive = held[Holding(TensorClass.MOMENTS, Tier.SSD, group, Tier.HOST)]
@@ -245,14 +257,20 @@ class BoundModel:
         streaming = layers - held[Holding(TensorClass.WEIGHTS, Tier.GPU, UnitRole.LAYER)]
         found[Way(LOAD_WEIGHTS, UnitRole.LAYER)] += streaming - min(candidate.window, streaming)
         # What leaves is the embedding's output and the layers', all of one size.
-        boundaries = held[Holding(TensorClass.BOUNDARY, Tier.HOST, "")]
+        far = held[Holding(TensorClass.BOUNDARY, Tier.SSD, "")]
+        boundaries = held[Holding(TensorClass.BOUNDARY, Tier.HOST, "")] + far
         products = held[Holding(TensorClass.FEED_FORWARD, Tier.HOST, "")]
         passing = held[Holding(TensorClass.MOMENTS, Tier.HOST, PASSING, Tier.GPU)]
         for operations, count in (
             ((OFFLOAD_BOUNDARY, FETCH_BOUNDARY), boundaries * micros),
+            ((WRITE_BOUNDARY, READ_BOUNDARY), far * micros),
             ((OFFLOAD_FEED_FORWARD, FETCH_FEED_FORWARD), products * micros),
         ):
             found |= {Way(operation, UnitRole.LAYER): count for operation in operations}
+        # Weights on the SSD are read before forward; once more, but for those that wait in a host slot from there on.
+        away = held[Holding(TensorClass.WEIGHTS, Tier.SSD, UnitRole.LAYER)]
+        found[Way(READ_WEIGHTS, UnitRole.LAYER)] = 2 * away - min(away, candidate.host_weight_slots)
+        found[Way(WRITE_WEIGHTS, UnitRole.LAYER)] = away
         passes = state_classes(candidate.state)
         arrive, leave = copy(Tier.HOST, Tier.GPU, *passes), copy(Tier.GPU, Tier.HOST, *passes)
         for operation in (arrive, UPDATE_GPU, leave):

@@ -32,6 +32,8 @@ class Candidate(Spec, frozen=True):
                        drive works as evenly as updates come
     ssd_ends:          whether those of embedding and head lie there too, where the host updates them
     ssd_whole:         whether the remainders of all of these lie there with their moments
+    ssd_weights:       layers whose weights lie on the SSD, of those whose weights stream: spread among them
+    ssd_outputs:       units of the offloaded outputs whose boundary activation waits on the SSD: spread among them
     weight_layers:     first layers whose weights stay on the GPU; all of the above at least
     embedding_on_gpu, head_on_gpu: whether their weights and state stay on the GPU
     offloaded_outputs: first units whose boundary activation waits on the host
@@ -68,11 +70,14 @@ class Candidate(Spec, frozen=True):
     deferred_updates: int = 0
     ssd_slots: int = 0
     ssd_chunks: int = 0
+    host_weight_slots: int = 0
     host_boundary_slots: int = 0
     host_inner_slots: int = 0
     ssd_layers: int = 0
     ssd_ends: bool = False
     ssd_whole: bool = False
+    ssd_weights: int = 0
+    ssd_outputs: int = 0
 
     def state_on_gpu(self, model: ModelSpec, unit: int) -> bool:
         if unit == 0:
@@ -90,6 +95,15 @@ class Candidate(Spec, frozen=True):
         layers = {first + number * hosted // self.ssd_layers for number in range(self.ssd_layers)}
         ends = {unit for unit in (0, model.head_unit) if self.ssd_ends and not self.state_on_gpu(model, unit)}
         return layers | ends
+
+    def weights_on_ssd(self, model: ModelSpec) -> set[int]:
+        """Layers whose weights lie on the SSD."""
+        streaming = model.layers - self.weight_layers
+        return {self.weight_layers + 1 + number * streaming // self.ssd_weights for number in range(self.ssd_weights)}
+
+    def outputs_on_ssd(self) -> set[int]:
+        """Units whose boundary activation waits on the SSD."""
+        return {number * self.offloaded_outputs // self.ssd_outputs for number in range(self.ssd_outputs)}
 
     def host_units(self, model: ModelSpec) -> int:
         """How many units the host updates."""
@@ -118,16 +132,18 @@ class Candidate(Spec, frozen=True):
         """The policy spelt out unit by unit."""
         units = []
         layers, on_ssd = self.inner(model), self.on_ssd(model)
+        weights_away, outputs_away = self.weights_on_ssd(model), self.outputs_on_ssd()
         for unit in range(model.units):
             state = Tier.GPU if self.state_on_gpu(model, unit) else Tier.HOST
             layer = model.role(unit) is UnitRole.LAYER
             inner, feed_forward = layers[unit - 1] if layer else RECOMPUTED
+            away = Tier.SSD if unit in outputs_away else Tier.HOST
             units.append(
                 Placement(
-                    weights=Tier.GPU if layer and unit <= self.weight_layers else state,
+                    weights=Tier.SSD if unit in weights_away else Tier.GPU if layer and unit <= self.weight_layers else state,
                     remainder=Tier.SSD if unit in on_ssd and self.ssd_whole else state,
                     moments=Tier.SSD if unit in on_ssd else state,
-                    boundary=Tier.HOST if unit < self.offloaded_outputs else Tier.GPU,
+                    boundary=away if unit < self.offloaded_outputs else Tier.GPU,
                     inner=inner,
                     feed_forward=feed_forward,
                     update=Tier.GPU if layer and unit <= self.gpu_updated else state,
@@ -141,7 +157,8 @@ class Candidate(Spec, frozen=True):
             gradient_dtype=self.gradient_dtype, kernels=self.kernels, state=self.state,
             gradient_norms=self.gradient_norms, update_order=self.update_order(model), units=tuple(units),
             ssd_slots=self.ssd_slots, ssd_chunks=self.ssd_chunks,
-            host_boundary_slots=self.host_boundary_slots, host_inner_slots=self.host_inner_slots,
+            host_weight_slots=self.host_weight_slots, host_boundary_slots=self.host_boundary_slots,
+            host_inner_slots=self.host_inner_slots,
         )  # fmt: skip
 
     def unit_counts(self, model: ModelSpec) -> tuple[int, ...]:
@@ -158,8 +175,10 @@ class Candidate(Spec, frozen=True):
         for moved in (self.ssd_whole, True):
             ssd = self.ssd_layers * moved
             state += (self.state_layers, hosted - ssd, self.streamed_state, ssd)
-        away, outputs = self.offloaded_inner, self.offloaded_outputs
-        return (*ends, self.weight_layers, hosted, *state, layers + 1 - outputs, outputs, self.kept_layers, away, away)
+        weights = (self.weight_layers, hosted - self.ssd_weights, self.ssd_weights)
+        away, outputs, far = self.offloaded_inner, self.offloaded_outputs, self.ssd_outputs
+        boundaries = (layers + 1 - outputs, outputs - far, far)
+        return (*ends, *weights, *state, *boundaries, self.kept_layers, away, away)
 
     def holdings(self, model: ModelSpec) -> dict[Holding, int]:
         """The same by what is held: `pools.holders` of the policy, counted."""
@@ -184,6 +203,7 @@ HOLDINGS = (
     *_of_ends(UnitRole.HEAD),
     Holding(TensorClass.WEIGHTS, Tier.GPU, UnitRole.LAYER),
     Holding(TensorClass.WEIGHTS, Tier.HOST, UnitRole.LAYER),
+    Holding(TensorClass.WEIGHTS, Tier.SSD, UnitRole.LAYER),
     *(
         Holding(tensor, tier, group, update)
         for tensor in STATE
@@ -196,6 +216,7 @@ HOLDINGS = (
     ),
     Holding(TensorClass.BOUNDARY, Tier.GPU, ""),
     Holding(TensorClass.BOUNDARY, Tier.HOST, ""),
+    Holding(TensorClass.BOUNDARY, Tier.SSD, ""),
     Holding(TensorClass.INNER, Tier.GPU, ""),
     Holding(TensorClass.INNER, Tier.GPU, "rest"),
     Holding(TensorClass.FEED_FORWARD, Tier.HOST, ""),

@@ -13,18 +13,17 @@ from typing import Literal
 
 import msgspec
 
-from planner.search.candidate import Candidate, SlotBytes
-from planner.search.counts import evenly, micro_batch_sizes, state_chunks
+from planner.search.candidate import Candidate
+from planner.search.counts import evenly, micro_batch_sizes
 from planner.search.kernels import check_kernels, faster_kernels
-from simulator import footprint
+from planner.search.room import NO_SPARE_SLOTS, SPARE_SLOTS, Room
 from slideplan.codec import Spec
-from slideplan.footprint import Footprint
 from slideplan.ledger import slot_capacities
 from slideplan.lowering.sizes import TRAINING_BYTES, WEIGHT_BYTES, state_bytes
 from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import Tier
-from slideplan.policy import ComputeKnobs, GradientDtype, Kernels, StateFormat, Workload, check_seq_len
+from slideplan.policy import GradientDtype, Kernels, StateFormat, Workload, check_seq_len
 
 WINDOWS = (2, 3, 4, 6)
 GRID = 4  # values tried for how many layers keep weights, and how many keep state
@@ -73,7 +72,7 @@ class Space(Spec, frozen=True):
     offloads: bool
 
 
-class SpaceBuilder:
+class SpaceBuilder(Room):
     """Enumerates candidates for a model, a workload and what the tiers offer to slots, in bytes."""
 
     def __init__(
@@ -86,17 +85,11 @@ class SpaceBuilder:
         options: SearchOptions,
     ) -> None:
         """`sizes`: micro-batch sizes to be tried, as of `micro_batch_sizes`."""
-        self.model = model
-        self.workload = workload
+        super().__init__(model, workload, machine, capacity)
         self._sizes = sorted(sizes)
-        self._machine = machine
-        self._footprints: dict[ComputeKnobs, Footprint] = {}
-        self._slot_bytes: dict[tuple[ComputeKnobs, int, int, bool], SlotBytes] = {}
-        self.capacity = capacity
         self.options = options
         self._too_large = 0
         self._layer = model.flat_elements(UnitRole.LAYER)
-        self._chunks = {tier: state_chunks(model, tier) for tier in (Tier.GPU, Tier.HOST)}
 
     @classmethod
     def on(
@@ -117,38 +110,20 @@ class SpaceBuilder:
         return cls(model, workload, sizes, machine, {**slot_capacities(machine), **(more or {})}, options)
 
     def build(self) -> Space:
-        """Without offloading if anything fits so; otherwise all that fits with it."""
+        """Without offloading if anything fits so; otherwise all that fits with it; of what lies on the drive, state alone
+        if anything fits so.
+        """
         resident = [*self._resident()] if self.options.placement == "auto" else []
         fitting = [candidate for candidate in resident if candidate is not None]
         if fitting:
             return Space(fitting=tuple(fitting), too_large=len(resident) - len(fitting), offloads=False)
-        found = dict.fromkeys(self._offloaded())
-        fitting = [candidate for candidate in found if candidate is not None]
+        for self.only_state in (True, False):
+            self._too_large = 0
+            found = dict.fromkeys(self._offloaded())
+            if found or not self.capacity[Tier.SSD] > 0:
+                break
+        fitting = list(found)
         return Space(fitting=tuple(fitting), too_large=self._too_large + len(resident), offloads=True)
-
-    def footprint(self, candidate: Candidate) -> Footprint:
-        """What the candidate's kernels take on the GPU beside its slots."""
-        key = ComputeKnobs.of(candidate)
-        if key not in self._footprints:
-            self._footprints[key] = footprint(self.model, candidate, self.workload.seq_len, self._machine)
-        return self._footprints[key]
-
-    def slot_bytes(self, candidate: Candidate) -> dict[Tier, int]:
-        """What the candidate's slots take in each tier."""
-        return self._sums(candidate).of(candidate)
-
-    def _sums(self, candidate: Candidate) -> SlotBytes:
-        key = ComputeKnobs.of(candidate), candidate.state_chunks, candidate.ssd_chunks, candidate.ssd_whole
-        if key not in self._slot_bytes:
-            self._slot_bytes[key] = SlotBytes(self.model, candidate, self.workload.seq_len, self.footprint(candidate))
-        return self._slot_bytes[key]
-
-    def spare(self, candidate: Candidate) -> dict[Tier, int]:
-        """Bytes of each tier that the candidate leaves; negative where it does not fit."""
-        return {tier: self.capacity[tier] - count for tier, count in self.slot_bytes(candidate).items()}
-
-    def _fits(self, candidate: Candidate) -> bool:
-        return min(self.spare(candidate).values()) >= 0
 
     def least_demanding(self) -> Iterator[Candidate]:
         """The policies with the fewest slots, one for each split of state between GPU and host."""
@@ -164,7 +139,7 @@ class SpaceBuilder:
                             offloaded_outputs=offloaded,
                         )  # fmt: skip
                         deferred = min(1, placed.host_units(self.model))
-                        yield self._with_slots(msgspec.structs.replace(placed, deferred_updates=deferred), NO_SPARE_SLOTS)
+                        yield self.with_slots(msgspec.structs.replace(placed, deferred_updates=deferred), NO_SPARE_SLOTS)
 
     def neighbours(self, candidate: Candidate) -> Iterator[Candidate]:
         """Candidates that differ from this one in one choice, and fit; what follows from a choice follows."""
@@ -185,7 +160,7 @@ class SpaceBuilder:
         changed += [{"embedding_on_gpu": embedding, "head_on_gpu": head} for embedding, head in _ENDS] if free else []
         streaming = layers - candidate.weight_layers
         changed += [{"window": window, "prefetch_depth": depth} for window, depth in self._windows(streaming)]
-        spare_slots = self._spare_slots(candidate)
+        spare_slots = self.spare_slots(candidate)
         moves = [(change, spare_slots) for change in changed]
         for knob, spare in spare_slots.items():
             moves += [({}, spare_slots | {knob: count}) for count in {max(0, spare - 1), spare + 1, spare + 2, 2 * spare + 4}]
@@ -212,7 +187,7 @@ class SpaceBuilder:
                 yield found
         for kept in {0, candidate.kept_layers // 2, candidate.kept_layers - 1} - {candidate.kept_layers, -1}:
             fewer = msgspec.structs.replace(candidate, kept_layers=kept)
-            if self._fits(fewer):
+            if self.fits(fewer):
                 yield fewer
 
     def _passing(self, candidate: Candidate) -> Iterator[dict[str, int | bool]]:
@@ -227,7 +202,7 @@ class SpaceBuilder:
 
     def leaner(self, candidate: Candidate) -> Candidate:
         """The same with as few shared slots as the order of tasks allows: slower, if anything, and smaller."""
-        return self._with_slots(candidate, NO_SPARE_SLOTS)
+        return self.with_slots(candidate, NO_SPARE_SLOTS)
 
     def dtype(self, micro_batches: int) -> GradientDtype:
         """In which gradients are summed."""
@@ -244,7 +219,7 @@ class SpaceBuilder:
             return None
         other: GradientDtype = "bf16" if candidate.gradient_dtype == "fp32" else "fp32"
         base = msgspec.structs.replace(candidate, gradient_dtype=other, kept_layers=0)
-        return self._keeping(base, self._spare_slots(candidate))
+        return self._keeping(base, self.spare_slots(candidate))
 
     # -- enumeration ---------------------------------------------------------------------------
 
@@ -288,7 +263,7 @@ class SpaceBuilder:
         """From as many as the host cannot hold to as many as the GPU can."""
         layers, on_host = self.model.layers, TRAINING_BYTES * self._layer
         on_gpu = WEIGHT_BYTES * self._layer + state_bytes(self._layer, base.state)
-        spare = self.spare(self._with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), NO_SPARE_SLOTS))
+        spare = self.spare(self.with_slots(msgspec.structs.replace(base, window=2, prefetch_depth=1), NO_SPARE_SLOTS))
         fewest = min(layers, max(0, -(spare[Tier.HOST] // on_host)))
         most = max(0, min(layers, spare[Tier.GPU] // on_gpu))
         if most + 2 >= layers:  # without any streaming layer the window is spared
@@ -301,7 +276,7 @@ class SpaceBuilder:
         free = self.options.placement == "auto"
         for window, depth in self._windows(layers - base.state_layers):
             windowed = msgspec.structs.replace(base, window=window, prefetch_depth=depth)
-            spare = self.spare(self._with_slots(windowed, NO_SPARE_SLOTS))[Tier.GPU]
+            spare = self.spare(self.with_slots(windowed, NO_SPARE_SLOTS))[Tier.GPU]
             most = min(layers - window, base.state_layers + max(0, spare) // (WEIGHT_BYTES * self._layer))
             for weights in evenly(base.state_layers, max(base.state_layers, most), GRID) if free else (0,):
                 placed = msgspec.structs.replace(windowed, weight_layers=weights)
@@ -331,7 +306,7 @@ class SpaceBuilder:
         Where the spare slots do not fit, there are none.
         """
         for spares in (spare_slots or SPARE_SLOTS, NO_SPARE_SLOTS):
-            candidate = self._with_slots(base, spares)
+            candidate = self.with_slots(base, spares)
             spare = self.spare(candidate)
             if min(spare.values()) < 0:
                 continue
@@ -339,79 +314,13 @@ class SpaceBuilder:
             room = self.model.layers - base.offloaded_outputs - base.offloaded_inner
             kept = min(room, spare[Tier.GPU] // inner) if inner else room
             # What works beside fewer kept layers may take more, or less, than beside none: from there, down or up.
-            while kept and not self._fits(msgspec.structs.replace(candidate, kept_layers=kept)):
+            while kept and not self.fits(msgspec.structs.replace(candidate, kept_layers=kept)):
                 kept -= 1
-            while kept < room and self._fits(msgspec.structs.replace(candidate, kept_layers=kept + 1)):
+            while kept < room and self.fits(msgspec.structs.replace(candidate, kept_layers=kept + 1)):
                 kept += 1
             return msgspec.structs.replace(candidate, kept_layers=kept)
         return None
 
-    def _with_slots(self, base: Candidate, spare_slots: Mapping[str, int]) -> Candidate:
-        """As few shared slots as the order of tasks allows, and some to spare, so that work overlaps."""
-        host_layers = self.model.layers - base.gpu_updated
-        least = self._least_slots(base)
-        slots = {knob: count + spare_slots[knob] if count else 0 for knob, count in least.items()}
-        slots["host_gradient_slots"] = min(host_layers, slots["host_gradient_slots"])
-        slots["gradient_slots"] = min(self.model.layers, slots["gradient_slots"])
-        slots["state_chunks"] = self._chunks[Tier.GPU] if base.streamed_state else 0
-        slots["state_slots"] = min(slots["state_chunks"] * base.streamed_state, slots["state_slots"])
-        slots["ssd_slots"] = 0
-        on_host = msgspec.structs.replace(base, **slots, ssd_layers=0, ssd_ends=False, ssd_whole=False, ssd_chunks=0)
-        return self._with_ssd(on_host, 1 + spare_slots["ssd_slots"]) if self.capacity[Tier.SSD] > 0 else on_host
-
-    def _with_ssd(self, base: Candidate, slots: int) -> Candidate:
-        """With as much state on the SSD as the host lacks room for, and no more: every byte there is read and written in
-        each step. Moments first; a byte of remainder costs as much, and takes the rest.
-        """
-        if self._host_spare(base) >= 0:
-            return base
-        layers = self.model.layers - base.gpu_updated
-        found = base
-        for whole, ends in ((False, False), (False, True), (True, True)):
-            most = msgspec.structs.replace(
-                base, ssd_slots=slots, ssd_chunks=self._chunks[Tier.HOST], ssd_whole=whole, ssd_ends=ends, ssd_layers=layers
-            )
-            if not most.on_ssd(self.model):
-                continue
-            found = most
-            if self._host_spare(found) >= 0:
-                break
-        if not found.ssd_layers:
-            return found
-        lacking = -self._host_spare(msgspec.structs.replace(found, ssd_layers=0))
-        layer_bytes = (self._host_spare(found) + lacking) // layers  # every layer gives back as many
-        return msgspec.structs.replace(found, ssd_layers=min(layers, max(0, -(-lacking // layer_bytes))))
-
-    def _host_spare(self, candidate: Candidate) -> int:
-        return self.capacity[Tier.HOST] - self._sums(candidate).on_host(candidate)
-
-    def _least_slots(self, base: Candidate) -> dict[str, int]:
-        host_layers = self.model.layers - base.gpu_updated
-        # Deferred units are the first of all that the host updates: the embedding, layers, at last the head.
-        waiting = min(host_layers, max(1, base.deferred_updates - (not base.embedding_on_gpu)))
-        boundaries = base.micro_batches + 1 if base.offloaded_outputs else 0
-        return {
-            "gradient_slots": 1, "host_gradient_slots": waiting, "boundary_slots": boundaries,
-            "inner_slots": min(1, base.offloaded_inner), "state_slots": min(1, base.streamed_state),
-            "ssd_slots": int(bool(base.ssd_layers or base.ssd_ends)),
-        }  # fmt: skip
-
-    def _spare_slots(self, candidate: Candidate) -> dict[str, int]:
-        """How many shared slots the candidate has beyond what it needs; of those that it needs none of, what is good."""
-        return {
-            knob: max(0, getattr(candidate, knob) - count) if count else FIRST_SPARE_SLOTS[knob]
-            for knob, count in self._least_slots(candidate).items()
-        }
-
-
-# Shared slots beyond the fewest: one more lets work overlap, and is where the search begins.
-NO_SPARE_SLOTS = {
-    "gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0, "state_slots": 0, "ssd_slots": 0,
-}  # fmt: skip
-SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1)
-# With one slot beside the one in use, a copy and the compute that waits for it take turns: inner activations take
-# as long to copy as several layers to compute; of state, one chunk comes, one is updated and one leaves at a time.
-FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3, "ssd_slots": 3}
 
 # Embedding and head on the GPU or not. The embedding comes first: nothing hides its update.
 _ENDS = ((False, False), (True, False), (True, True))

@@ -21,8 +21,11 @@ from slideplan.graph.operations import (
     LOAD_WEIGHTS,
     LOSS,
     OFFLOAD_GRADIENT,
+    READ_WEIGHTS,
     REFRESH_WEIGHTS,
+    WRITE_WEIGHTS,
     Operation,
+    TaskKind,
     copy,
     update,
 )
@@ -92,11 +95,16 @@ def window_slots(model: ModelSpec, policy: Policy, turns: list[Visit]) -> list[W
     last units of forward are the first of backward. Otherwise it takes the slot whose unit is needed
     farthest in the future (Belady's rule), the one left longest ago among equals.
     """
-    assert policy.prefetch_depth < max(1, policy.window), "a slot must be free for the load that is issued ahead"
-    never = len(turns)
     needs = [_streamed(model, policy, visit, now) for now, visit in enumerate(turns)]
-    holds: list[int | None] = [None] * policy.window
-    used_at = [-never] * policy.window
+    return _in_slots(needs, policy.window, policy.prefetch_depth)
+
+
+def _in_slots(needs: Sequence[int | None], slots: int, depth: int) -> list[WindowUse | None]:
+    """For each turn that needs a unit's weights, its slot: by Belady's rule, each load issued `depth` turns ahead."""
+    assert depth < max(1, slots), "a slot must be free for the load that is issued ahead"
+    never = len(needs)
+    holds: list[int | None] = [None] * slots
+    used_at = [-never - depth] * slots
     found: list[WindowUse | None] = []
     for now, needed in enumerate(needs):
         if needed is None:
@@ -109,8 +117,8 @@ def window_slots(model: ModelSpec, policy: Policy, turns: list[Visit]) -> list[W
                 never if unit is None else next((later for later in range(now, never) if needs[later] == unit), never)
                 for unit in holds
             ]
-            # A load is issued `prefetch_depth` visits ahead: slots that those visits read are not free yet.
-            free = [slot for slot in range(policy.window) if used_at[slot] < now - policy.prefetch_depth]
+            # A load is issued `depth` turns ahead: slots that those turns use are not free yet.
+            free = [slot for slot in range(slots) if used_at[slot] < now - depth]
             slot, load = min(free, key=lambda s: (-next_use[s], used_at[s], s)), True
         holds[slot], used_at[slot] = needed, now
         found.append(WindowUse(needed, slot, load))
@@ -170,6 +178,38 @@ def with_transfers(
                 issued += _host_updates(model, policy, arrived, waiting_updates, reads)
     assert not waiting_updates, "every unit's gradient arrives within the step"
     return issued
+
+
+def with_host_weights(policy: Policy, issued: Sequence[Action]) -> list[Action]:
+    """Pass 2, where weights lie on the SSD: the step's actions with their way between there and the host.
+
+    A load or an update that does not find them in a host slot has them read, one such use ahead, into the slot whose unit
+    is needed farthest in the future, as in the window. So they stay from a backward's load to an update that follows soon,
+    where slots are enough. The update changes them in the host slot, from which they are written back once.
+    """
+    away = {unit for unit, placement in enumerate(policy.units) if placement.weights is Tier.SSD}
+    uses: list[tuple[int, int]] = []  # unit, and where the use begins
+    last_update: dict[int, int] = {}
+    for place, (operation, unit, _, _) in enumerate(issued):
+        if unit in away and (operation == LOAD_WEIGHTS or operation.kind is TaskKind.UPDATE):
+            if not uses or uses[-1][0] != unit:
+                uses.append((unit, place))
+            if operation.kind is TaskKind.UPDATE:
+                last_update[unit] = place
+    if not uses:
+        return list(issued)
+    depth = int(policy.host_weight_slots > 1)
+    before: dict[int, list[Action]] = {}
+    for number, found in enumerate(_in_slots([unit for unit, _ in uses], policy.host_weight_slots, depth)):
+        if found is not None and found.load:
+            before.setdefault(uses[max(0, number - depth)][1], []).append(Action(READ_WEIGHTS, found.unit))
+    actions: list[Action] = []
+    for place, action in enumerate(issued):
+        actions += before.get(place, ())
+        actions.append(action)
+        if last_update.get(action.unit) == place:
+            actions.append(Action(WRITE_WEIGHTS, action.unit))
+    return actions
 
 
 def _loads(policy: Policy, turns: list[Visit], windows: Sequence[WindowUse | None]) -> Iterator[tuple[int, Action]]:

@@ -78,6 +78,8 @@ class SlotKnobs(PassageKnobs, Protocol):
     @property
     def inner_slots(self) -> int: ...
     @property
+    def host_weight_slots(self) -> int: ...
+    @property
     def host_boundary_slots(self) -> int: ...
     @property
     def host_inner_slots(self) -> int: ...
@@ -96,7 +98,8 @@ def holders(model: ModelSpec, policy: Policy) -> dict[Holding, list[int]]:
         if not policy.streams_weights(unit):
             held.append(Holding(TensorClass.WEIGHTS, Tier.GPU, role))
         if on_host and system.staging != "per_load":
-            held.append(Holding(TensorClass.WEIGHTS, Tier.HOST, role))
+            there = Tier.SSD if placement.weights is Tier.SSD else Tier.HOST
+            held.append(Holding(TensorClass.WEIGHTS, there, role))
         if system.staging != "none":
             held.append(Holding(TensorClass.MASTER, Tier.HOST, role))
         # Of lean state remainders have no bytes, and so no pool.
@@ -160,6 +163,7 @@ def pool_rows(
     yield Row("gpu.boundary_gradient", Tier.GPU, TensorClass.BOUNDARY, boundary, knobs.micro_batches)
     yield Row("gpu.feed_forward", Tier.GPU, TensorClass.FEED_FORWARD, sizes.feed_forward_bytes, knobs.inner_slots)
     for tensor, slots in (
+        (TensorClass.WEIGHTS, knobs.host_weight_slots),
         (TensorClass.BOUNDARY, knobs.host_boundary_slots),
         (TensorClass.FEED_FORWARD, knobs.host_inner_slots),
     ):
@@ -224,12 +228,14 @@ class PoolLayout:
         """The pool whose slots units take in turn for this class on this tier."""
         if tensor is TensorClass.GRADIENT:
             return f"{tier}.{gradient_pool(self.policy.system)}"
+        if self.policy.system.staging == "per_load" and (tensor, tier) == (TensorClass.WEIGHTS, Tier.HOST):
+            return "host.staging"
         return _SHARED[tensor, tier]
 
 
 _SHARED = {
     (TensorClass.WEIGHTS, Tier.GPU): "gpu.weights.window",
-    (TensorClass.WEIGHTS, Tier.HOST): "host.staging",
+    (TensorClass.WEIGHTS, Tier.HOST): "host.weights.ssd",
     (TensorClass.BOUNDARY, Tier.GPU): "gpu.boundary.cycle",
     (TensorClass.BOUNDARY, Tier.HOST): "host.boundary.ssd",
     (TensorClass.FEED_FORWARD, Tier.GPU): "gpu.feed_forward",

@@ -25,6 +25,7 @@ from slideplan.policy import passage
 # Which knob says how many slots of a pool there are.
 _KNOBS = {
     TensorClass.GRADIENT: {Tier.GPU: "gradient_slots", Tier.HOST: "host_gradient_slots"},
+    TensorClass.WEIGHTS: {Tier.HOST: "host_weight_slots"},
     TensorClass.BOUNDARY: {Tier.GPU: "boundary_slots", Tier.HOST: "host_boundary_slots"},
     TensorClass.FEED_FORWARD: {Tier.GPU: "inner_slots", Tier.HOST: "host_inner_slots"},
     **{tensor: {Tier.GPU: "state_slots", Tier.HOST: "ssd_slots"} for tensor in STATE},

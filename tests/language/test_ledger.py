@@ -158,6 +158,13 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
         expected[update] += slots[update] * size(tensor, chunk[update], update is Tier.HOST)
     for tier, pools in items.items():
         assert sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name) == expected[tier]
-    weights = sum(taken for name, taken in items[Tier.HOST].items() if ".weights." in name)
-    updated_there = [model.role(unit) for unit in range(model.units) if policy.units[unit].update is Tier.HOST]
-    assert weights == 2 * sum(map(model.flat_elements, updated_there))
+    weights = {
+        tier: sum(taken for name, taken in items.get(tier, {}).items() if ".weights." in name) for tier in (Tier.HOST, Tier.SSD)
+    }
+    hosted = [unit for unit, placement in enumerate(policy.units) if placement.update is Tier.HOST]
+    away = [unit for unit in hosted if policy.units[unit].weights is Tier.SSD]
+    there = [model.role(unit) for unit in hosted if unit not in away]
+    page = 4096
+    slot = -(-2 * model.flat_elements(UnitRole.LAYER) // page) * page  # passed on to a drive, or lying there
+    assert weights[Tier.HOST] == 2 * sum(map(model.flat_elements, there)) + policy.host_weight_slots * slot
+    assert weights[Tier.SSD] == len(away) * slot

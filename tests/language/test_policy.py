@@ -78,7 +78,17 @@ def test_refusals_name_the_knob(knobs: dict, message: str):
             {"remainder": Tier.SSD},
             "policy.units[3] (layer002): remainder and moments must lie on one tier, or moments alone",
         ),
-        (3, {"weights": Tier.SSD}, "policy.units[3] (layer002).weights is ssd; the runtime can have it on gpu or host"),
+        (
+            3,
+            {"weights": Tier.SSD},
+            "policy.host_weight_slots is 0; it must be 1 or more where weights of a unit lie on the ssd",
+        ),
+        (
+            3,
+            {"weights": Tier.SSD} | STATE_ON_GPU | UPDATED,
+            "policy.units[3] (layer002): an update on the gpu needs weights on",
+        ),
+        (0, {"weights": Tier.SSD}, "policy.units[0] (embedding): weights must lie where they are updated"),
         (3, ON_SSD, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
         (3, {"moments": Tier.SSD}, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
         (3, ON_SSD | {"weights": Tier.GPU} | UPDATED, "policy.units[3] (layer002): state on the ssd is updated by the host"),

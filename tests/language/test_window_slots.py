@@ -7,8 +7,11 @@ from functools import cache
 import pytest
 
 from builders import tiny_model, tiny_policy, tiny_workload
+from slideplan.graph.operations import READ_WEIGHTS, WRITE_WEIGHTS
+from slideplan.lowering.lower import lower
 from slideplan.lowering.order import WindowUse, compute_order, visits, window_slots
 from slideplan.policy import Policy
+from strategies import FOOTPRINT
 
 
 def policy_of(layers: int, window: int, depth: int, interval: int, **knobs: object) -> Policy:
@@ -87,3 +90,16 @@ def test_a_load_takes_no_slot_that_the_visits_before_it_read(depth: int) -> None
     assert len(loads) > 7
     for now in loads:
         assert found[now].slot not in {use.slot for use in found[max(0, now - depth) : now] if use}
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(1, 15), (2, 14), (3, 9), (4, 8), (5, 7), (6, 6), (9, 6)])
+def test_weights_on_the_ssd_are_read_where_no_host_slot_has_them(slots: int, expected: int):
+    """Before forward, backward and update of six layers, two of which turn around in the window.
+
+    From three slots on, updates find what backward was loaded from, and slots save one read each at the turn.
+    """
+    model = tiny_model(layers=6)
+    policy = tiny_policy(model, ssd_weights=tuple(range(1, 7)), host_weight_slots=slots, micro_batches=1, micro_batch=4)
+    operations = [task.operation for task in lower(model, policy, tiny_workload(), FOOTPRINT).tasks]
+    assert operations.count(READ_WEIGHTS) == expected
+    assert operations.count(WRITE_WEIGHTS) == 6

@@ -46,6 +46,7 @@ def candidates(draw: st.DrawFn) -> tuple[ModelSpec, Candidate]:
     on_host = hosted + (not embedding) + (not head)
     ssd_layers, ssd_ends = draw(st.integers(0, hosted)), not (embedding and head) and draw(st.booleans())
     on_ssd = bool(ssd_layers or ssd_ends)
+    ssd_weights, ssd_outputs = draw(st.integers(0, layers - weights)), draw(st.integers(0, outputs))
     return model, Candidate(
         micro_batch=draw(st.integers(1, 2)),
         micro_batches=micro_batches,
@@ -75,6 +76,10 @@ def candidates(draw: st.DrawFn) -> tuple[ModelSpec, Candidate]:
         ssd_layers=ssd_layers,
         ssd_ends=ssd_ends,
         ssd_whole=on_ssd and draw(st.booleans()),
+        ssd_weights=ssd_weights,
+        ssd_outputs=ssd_outputs,
+        host_weight_slots=draw(st.integers(1, 4)) if ssd_weights else 0,
+        host_boundary_slots=draw(st.integers(1, 4)) if ssd_outputs else 0,
     )
 
 
@@ -102,7 +107,7 @@ def test_bytes_of_slots_are_those_of_the_lowered_graph(
     alike = msgspec.structs.replace(
         candidate, window=7, gradient_slots=9, host_gradient_slots=3, boundary_slots=5, inner_slots=2, state_slots=11,
         state_layers=0, streamed_state=0, weight_layers=1, kept_layers=1, offloaded_inner=0, offloaded_outputs=0,
-        ssd_slots=5, ssd_layers=0, ssd_ends=False,
+        ssd_slots=5, ssd_layers=0, ssd_ends=False, ssd_weights=0, ssd_outputs=0, host_weight_slots=3, host_boundary_slots=2,
     )  # fmt: skip
     for asked in (candidate, alike):
         assert SlotBytes(model, asked, SEQ_LEN, footprint).of(candidate) == expected
@@ -120,7 +125,9 @@ def test_policies_of_candidates_are_legal_and_say_what_they_count(case: tuple[Mo
     on_ssd = [unit for unit in policy.units if unit.moments is Tier.SSD]
     assert {unit.remainder for unit in on_ssd} <= {Tier.SSD if candidate.ssd_whole else Tier.HOST}
     assert sum(layer.weights is Tier.GPU for layer in layers) == candidate.weight_layers
-    assert sum(unit.boundary is Tier.HOST for unit in policy.units) == candidate.offloaded_outputs
+    assert sum(layer.weights is Tier.SSD for layer in layers) == candidate.ssd_weights
+    assert sum(unit.boundary is Tier.SSD for unit in policy.units) == candidate.ssd_outputs
+    assert sum(unit.boundary is not Tier.GPU for unit in policy.units) == candidate.offloaded_outputs
     inner = [(layer.inner, layer.feed_forward) for layer in layers]
     assert inner == candidate.inner(model)
     assert (inner.count(KEPT), inner.count(AWAY)) == (candidate.kept_layers, candidate.offloaded_inner)

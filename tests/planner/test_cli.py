@@ -125,15 +125,15 @@ def test_simulate_json_is_all_that_stdout_holds(planner: Any) -> None:
 
 
 def test_a_model_that_does_not_fit_is_exit_code_3(planner: Any) -> None:
-    outcome = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "-o", "plan.json")
+    outcome = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "--ssd-memory", "0", "-o", "plan.json")
     assert outcome.code == 3
     assert outcome.out.splitlines()[0].startswith("mistral-large-123b: does not fit: lacks ")
     assert "GiB of HOST memory" in outcome.out.splitlines()[0]
     assert "rtx4090-256gib" in " ".join(outcome.out.split())
-    assert "rtx4090-2tib would do" in " ".join(outcome.out.split())
+    assert "rtx4090-2tib, rtx4090-64gib would do" in " ".join(outcome.out.split())  # with their drives
     assert not Path("plan.json").exists()
     assert "not written" in outcome.err
-    as_json = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "--json")
+    as_json = planner("simulate", "--model", "123b", "--machine", "rtx4090-128gib", "--ssd-memory", "0", "--json")
     assert as_json.code == 3
     assert json.loads(as_json.out)["document"] == "does_not_fit"
 
@@ -244,7 +244,7 @@ def test_compare_json_is_all_that_stdout_holds(planner: Any) -> None:
 
 
 def test_compare_without_a_plan_is_exit_code_3_and_says_what_each_lacks(planner: Any) -> None:
-    outcome = planner("compare", "--model", "123b", "--machine", "rtx4090-128gib")
+    outcome = planner("compare", "--model", "123b", "--machine", "rtx4090-128gib", "--ssd-memory", "0")
     assert outcome.code == 3
     assert outcome.out.startswith("mistral-large-123b: does not fit, nor does any of the others")
     assert outcome.out.count("does not fit: lacks") >= 4

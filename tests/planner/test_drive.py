@@ -12,6 +12,7 @@ from rich.console import Console
 from builders import SSD, tiny_machine, tiny_model
 from planner.reports.answer import print_answer
 from planner.search.best import search
+from planner.search.shortfall import DoesNotFit
 from planner.search.space import SearchOptions
 from slideplan import codec
 from slideplan.graph.lanes import LaneKind
@@ -61,6 +62,39 @@ def test_all_that_lies_on_the_drive_is_read_and_written_once_a_step() -> None:
     wear = plan.prediction.drive
     assert wear is not None
     assert wear.read_bytes == wear.write_bytes == sum(plan.ledger.tiers[Tier.SSD].items.values())
+
+
+def on_drive(host_kib: int) -> dict[str, int]:
+    """How many units of eight layers and two ends have what there, at this much host memory."""
+    found = search(tiny_model(layers=8), Workload(seq_len=32, global_batch=2), machine(host_kib=host_kib))
+    assert isinstance(found, Plan)
+    fields = ("moments", "remainder", "weights", "boundary")
+    return {field: sum(getattr(unit, field) is Tier.SSD for unit in found.policy.units) for field in fields}
+
+
+def test_weights_go_there_where_the_host_does_not_hold_them_beside_no_state_at_all() -> None:
+    """And only there: with more memory, state alone does."""
+    small, more, much = on_drive(650), on_drive(1500), on_drive(2500)
+    assert small["weights"] > 0
+    assert small["moments"] == small["remainder"] >= 8
+    assert more["weights"] == more["boundary"] == 0 < more["moments"]
+    assert much["weights"] == much["boundary"] == 0 < much["moments"] <= more["moments"]
+
+
+def test_the_host_memory_asked_for_counts_on_weights_there_too() -> None:
+    workload, model = Workload(seq_len=32, global_batch=2), tiny_model(layers=8)
+    answer = search(model, workload, machine(host_kib=100))
+    assert isinstance(answer, DoesNotFit)
+    needed = answer.bytes_needed[Tier.HOST]
+    assert needed is not None
+    at = machine(host_kib=100)
+    enough, short = (
+        msgspec.structs.replace(at, host=msgspec.structs.replace(at.host, memory_bytes=size)) for size in (needed, needed - 3)
+    )
+    plan = search(model, workload, enough)
+    assert isinstance(plan, Plan)
+    assert sum(unit.weights is Tier.SSD for unit in plan.policy.units) == 8
+    assert isinstance(search(model, workload, short), DoesNotFit)
 
 
 def test_the_report_and_the_file_say_it() -> None:

@@ -107,7 +107,11 @@ def test_byte_count_agrees_with_the_ledger_and_bounds_hold(case: tuple[SpaceBuil
     priced = price(graph, model, candidate, seq_len, at)
     costs = [cost.duration_ns for cost in priced]
     counted_lanes = {lane: busy for lane, busy in bounds.lanes(candidate).items() if busy}
-    assert counted_lanes == {lane.kind: sum(costs[number] for number in queue) for lane, queue in graph.lanes.items()}
+    busy = {lane.kind: sum(costs[number] for number in queue) for lane, queue in graph.lanes.items()}
+    if candidate.ssd_weights:  # how often host slots still have weights is known once a graph is lowered
+        assert counted_lanes[LaneKind.SSD_READ] <= busy[LaneKind.SSD_READ]
+        del counted_lanes[LaneKind.SSD_READ], busy[LaneKind.SSD_READ]
+    assert counted_lanes == busy
     longest_path, _ = replay(graph, costs)
     proven = lower_bound(graph, priced, capacities(at))
     assert bounds.bound(candidate).step_ns <= max(longest_path, proven)

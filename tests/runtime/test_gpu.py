@@ -46,6 +46,21 @@ POLICIES = {
     "one micro-batch": {"micro_batch": 4, "micro_batches": 1, "gradient_dtype": "bf16"},
     "boundaries on the host": {"offload_boundaries": True},
     "boundaries on the SSD": {"ssd_boundaries": (0, 1, 2, 3), "window": 3},
+    "weights on the SSD": {"ssd_weights": (1, 2, 3, 4), "window": 3},
+    "weights on the SSD through one slot": {"ssd_weights": (1, 3), "host_weight_slots": 1},
+    "weights on the SSD through many slots": {"ssd_weights": (1, 2, 3, 4), "host_weight_slots": 6, "window": 4},
+    "layers on the SSD, in order of need": {
+        "ssd_weights": (1, 2, 3, 4),
+        "ssd_state": (0, 1, 2, 3, 4, 5),
+        "update_order": (0, 1, 2, 3, 4, 5),
+        "host_weight_slots": 2,
+    },
+    "all on the SSD": {
+        "ssd_weights": (1, 2, 3, 4),
+        "ssd_state": (0, 1, 2, 3, 4, 5),
+        "ssd_boundaries": (0, 1, 2, 3),
+        "host_weight_slots": 4,
+    },
     "inner activations kept": {"keep": (2, 3, 4)},
     "resident weights": {"resident_weights": (1, 2)},
     "resident state": {"resident_state": (0, 1, 2)},
@@ -60,6 +75,13 @@ OFFLOADED = {
     "inner activations on the SSD": {"ssd_inner": (1, 2, 4), "offload_inner": (3,), "window": 3},
     "all of them through one host slot": {"ssd_inner": (1, 2, 3, 4), "inner_slots": 3, "host_inner_slots": 1},
     "all of them through one slot": {"offload_inner": (1, 2, 3, 4), "inner_slots": 1, "window": 3},
+    "everything on the SSD": {
+        "ssd_weights": (1, 2, 3, 4),
+        "ssd_state": (0, 1, 2, 3, 4, 5),
+        "ssd_boundaries": (0,),
+        "ssd_inner": (2, 3, 4),
+        "window": 3,
+    },
     "everything": EVERYTHING,
 }
 

@@ -31,6 +31,8 @@ POLICIES = {
     "inner activations on the host": {"kernels": "fused", "offload_inner": (1, 2), "keep": (3,)},
     "state passing through": {"stream_state": (1, 2, 3), "state_slots": 2, "gradient_slots": 1},
     "activations on the SSD": {"kernels": "fused", "ssd_boundaries": (0,), "ssd_inner": (2, 3), "host_inner_slots": 1},
+    "weights on the SSD": {"ssd_weights": (1, 2, 3), "host_weight_slots": 2},
+    "layers on the SSD": {"ssd_weights": (1, 3), "ssd_state": (1, 2, 3), "host_weight_slots": 3, "window": 3},
     "state on the SSD": {"ssd_state": (0, 2), "ssd_moments": (1, 3, 4), "ssd_slots": 2},
     "fused": {"kernels": "fused", "resident_state": (1,), "keep": (3,), "offload_boundaries": True},
     "everything": {"kernels": "fused", **EVERYTHING},

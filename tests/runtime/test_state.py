@@ -41,6 +41,8 @@ ON_GPU = {
 ON_SSD = {
     "on the SSD": {"ssd_state": UNITS},
     "on the SSD in one chunk": {"ssd_state": UNITS, "ssd_chunks": 1},
+    "on the SSD with weights": {"ssd_state": UNITS, "ssd_weights": LAYERS},
+    "weights on the SSD": {"ssd_weights": LAYERS, "host_weight_slots": 1},
     "moments on the SSD": {"ssd_moments": UNITS},
     "some of both": {"ssd_state": (0, 2, 5), "ssd_moments": (1, 3), "ssd_chunks": 10},
 }

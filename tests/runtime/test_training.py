@@ -47,6 +47,21 @@ POLICIES = {
     "bf16 sums": {"gradient_dtype": "bf16"},
     "window of 3": {"window": 3},
     "boundaries on the host": {"offload_boundaries": True},
+    "weights on the SSD": {"ssd_weights": (1, 2, 3, 4), "window": 3},
+    "weights on the SSD through one slot": {"ssd_weights": (1, 3), "host_weight_slots": 1},
+    "weights on the SSD through many slots": {"ssd_weights": (1, 2, 3, 4), "host_weight_slots": 6, "window": 4},
+    "layers on the SSD, in order of need": {
+        "ssd_weights": (1, 2, 3, 4),
+        "ssd_state": (0, 1, 2, 3, 4, 5),
+        "update_order": (0, 1, 2, 3, 4, 5),
+        "host_weight_slots": 2,
+    },
+    "all on the SSD": {
+        "ssd_weights": (1, 2, 3, 4),
+        "ssd_state": (0, 1, 2, 3, 4, 5),
+        "ssd_boundaries": (0, 1, 2, 3),
+        "host_weight_slots": 4,
+    },
     "inner activations kept": {"keep": (2, 3, 4)},
     "resident weights": {"resident_weights": (1, 2)},
     "resident state": {"resident_state": (0, 1, 2)},
@@ -78,6 +93,13 @@ FUSED_POLICIES = POLICIES | {
     "all of them through one host slot": {"ssd_inner": (1, 2, 3, 4), "inner_slots": 3, "host_inner_slots": 1},
     "all of them through one slot": {"offload_inner": (1, 2, 3, 4), "inner_slots": 1, "gradient_dtype": "bf16"},
     "many slots": {"offload_inner": (1, 3), "inner_slots": 7, "offload_boundaries": True},
+    "everything on the SSD": {
+        "ssd_weights": (1, 2, 3, 4),
+        "ssd_state": (0, 1, 2, 3, 4, 5),
+        "ssd_boundaries": (0,),
+        "ssd_inner": (2, 3, 4),
+        "window": 3,
+    },
     "everything": EVERYTHING,
 }
 

@@ -30,10 +30,15 @@ import torch
 
 from runtime.memory.host_memory import host_buffer, placement
 from runtime.optimizer.adamw import CHUNK_ELEMENTS, AdamW, HostUpdate, take
+from runtime.optimizer.host_lossy import LossyHostUpdate
+from runtime.optimizer.lossy import lean_parts
+from runtime.optimizer.rounding import Draws
 from runtime.probes.buffers import BF16_UPDATE_BYTES
 from slideplan import __version__
+from slideplan.lowering.sizes import moment_bytes, update_bytes
 from slideplan.machine.host import cpu_name, usable_cores
 from slideplan.model import ALIGN_ELEMENTS, COLLIDING_ELEMENTS
+from slideplan.policy import MOMENTS_OF, StateFormat
 
 PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
 
@@ -57,10 +62,47 @@ def triad(threads, size, taken, high, remainder, m, v, gradient):  # type: ignor
             start = take(taken) * size
 
 
-def bytes_per_s(action: Callable[[], object], elements: int) -> float:
+@numba.njit(nogil=True)
+def lean_chunk(high, codes_m, codes_v, gradient):  # type: ignore[no-untyped-def]
+    for i in range(high.size):
+        high[i] = high[i] + gradient[i]
+        codes_m[i] = codes_m[i] + np.uint8(1)
+        codes_v[i] = codes_v[i] + np.uint8(1)
+
+
+@numba.njit(parallel=True, nogil=True)
+def lean_triad(threads, size, taken, high, codes_m, codes_v, gradient):  # type: ignore[no-untyped-def]
+    for _ in numba.prange(threads):
+        start = take(taken) * size
+        while start < high.size:
+            c = slice(start, min(start + size, high.size))
+            lean_chunk(high[c], codes_m[c], codes_v[c], gradient[c])
+            start = take(taken) * size
+
+
+@numba.njit(nogil=True)
+def bf16_chunk(high, remainder, m, v, gradient):  # type: ignore[no-untyped-def]
+    for i in range(high.size):
+        high[i] = high[i] + gradient[i]
+        remainder[i] = remainder[i] + np.int16(1)
+        m[i] = m[i] + np.int16(1)
+        v[i] = v[i] + np.int16(1)
+
+
+@numba.njit(parallel=True, nogil=True)
+def bf16_triad(threads, size, taken, high, remainder, m, v, gradient):  # type: ignore[no-untyped-def]
+    for _ in numba.prange(threads):
+        start = take(taken) * size
+        while start < high.size:
+            c = slice(start, min(start + size, high.size))
+            bf16_chunk(high[c], remainder[c], m[c], v[c], gradient[c])
+            start = take(taken) * size
+
+
+def bytes_per_s(action: Callable[[], object], moved_bytes: int) -> float:
     started = time.perf_counter()
     action()
-    return BF16_UPDATE_BYTES * elements / (time.perf_counter() - started)
+    return moved_bytes / (time.perf_counter() - started)
 
 
 def measured(n: int, threads: int, rounds: int) -> dict[str, Any]:
@@ -84,11 +126,41 @@ def measured(n: int, threads: int, rounds: int) -> dict[str, Any]:
             # What the triad leaves would be subnormal or huge, which is slow or endless.
             for each, value in ((gradient, 0.5), (weights, 0.25), (both, 1e-3)):
                 each.fill_(value)
-            rates[name].append(bytes_per_s(action, n) / 1e9)
+            rates[name].append(bytes_per_s(action, BF16_UPDATE_BYTES * n) / 1e9)
     gb_per_s = {name: np.percentile(values[2:], (10, 50, 90)).round(1).tolist() for name, values in rates.items()}
     return {
         "threads": update.threads, "gb_per_s_p10_p50_p90": gb_per_s,
         "adamw_of_triad": round(gb_per_s["adamw"][1] / gb_per_s["triad"][1], 3),
+    }  # fmt: skip
+
+
+def measured_lossy(state: StateFormat, n: int, threads: int, rounds: int) -> dict[str, Any]:
+    """AdamW over state in a lossy format, and a triad of the same bytes."""
+    weights, gradient = (host_buffer(2 * n).view(torch.bfloat16).normal_() for _ in range(2))
+    remainder = None if state == "lean" else host_buffer(2 * n).view(torch.int16)
+    moments = host_buffer(moment_bytes(n, MOMENTS_OF[state]))
+    high, of_gradient = (each.view(torch.int16).numpy() for each in (weights, gradient))
+    if remainder is None:
+        loop, arrays = lean_triad, (high, *lean_parts(moments, n)[0].numpy(), of_gradient)
+    else:
+        moments = moments.view(torch.bfloat16).view(2, n)
+        loop, arrays = bf16_triad, (high, remainder.numpy(), *moments.view(torch.int16).numpy(), of_gradient)
+    update, moved_bytes = LossyHostUpdate(HostUpdate(threads)), update_bytes(n, "split", state, "bf16")
+    actions = {
+        "triad": lambda: loop(update.threads, CHUNK_ELEMENTS, np.zeros(1, np.int64), *arrays),
+        "adamw": lambda: update(weights, remainder, moments, gradient, AdamW(), 1, Draws(1)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds + 2):
+        for name, action in actions.items():
+            numba.set_num_threads(update.threads)
+            for each, value in ((gradient, 0.5), (weights, 0.25), (moments, 0)):
+                each.fill_(value)
+            rates[name].append(bytes_per_s(action, moved_bytes) / 1e9)
+    gb_per_s = {name: np.percentile(values[2:], (10, 50, 90)).round(1).tolist() for name, values in rates.items()}
+    return {
+        "gb_per_s_p10_p50_p90": gb_per_s, "adamw_of_triad": round(gb_per_s["adamw"][1] / gb_per_s["triad"][1], 3),
+        "parameters_per_s": round(gb_per_s["adamw"][1] * 1e9 * n / moved_bytes),
     }  # fmt: skip
 
 
@@ -128,6 +200,8 @@ def main() -> None:
         }
     else:
         result["here"] = measured(options.elements, options.threads, options.rounds)
+        for state in ("bf16-moments", "lean"):
+            result[state] = measured_lossy(state, options.elements, options.threads, options.rounds)
     print(json.dumps(result, indent=1))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

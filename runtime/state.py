@@ -53,10 +53,11 @@ class UnitState:
         update = next(task for task in graph.tasks if task.kind is TaskKind.UPDATE and task.unit == unit)
         copies = [task for task in graph.tasks if task.kind is TaskKind.COPY and task.unit == unit]
         self._slots: dict[TensorClass, list[Slot]] = {}
+        self._passes_by: dict[TensorClass, Slot] = {}  # what its update uses
         for tensor in (TensorClass.WEIGHTS, *STATE):
             # What passes through the tier that updates it lies where its copies come from, state chunk by chunk.
             role, tier = COPIED_AS[tensor], update.operation.target
-            slots = [update.slot(role, tier)]
+            slots = [here := update.slot(role, tier)]
             while tier in _BEYOND:
                 way = _BEYOND[tier], tier
                 came = [
@@ -69,6 +70,7 @@ class UnitState:
                 tier = _BEYOND[tier]
                 slots = list(dict.fromkeys(task.slot(role, tier) for task in came))
             self._slots[tensor] = slots
+            self._passes_by[tensor] = here
 
     def weights(self) -> list[StoredTensor]:
         """bf16 weights, one tensor a parameter."""
@@ -132,8 +134,7 @@ class UnitState:
     def _chunks(self, tensor: TensorClass) -> list[tuple[Slot, int]]:
         """Slots of a class, each with the number of the unit's elements in it."""
         slots = self._slots[tensor]
-        pool = self._buffers.pool(slots[0])
-        each = self.elements if len(slots) == 1 else state_elements(pool)
+        each = self.elements if len(slots) == 1 else state_elements(self._buffers.pool(self._passes_by[tensor]))
         return [(slot, min(each, self.elements - each * place)) for place, slot in enumerate(slots)]
 
 

@@ -41,6 +41,7 @@ PLACEMENTS = {
     "8-bit moments that pass": {"stream_state": (1, 2, 3), "gpu_moments": "8bit", "state_chunks": 3},
     "state on the SSD": {"ssd_state": (0, 1, 2, 3, 4, 5)},
     "layers on the SSD": {"ssd_state": (0, 1, 2, 3), "ssd_weights": (1, 2, 4)},
+    "8-bit moments that pass from the SSD": {"ssd_stream": (1, 2), "gpu_moments": "8bit"},
     "moments on the SSD": {"ssd_moments": (1, 3, 5), "ssd_chunks": 2},
     "everything": EVERYTHING | {"kernels": "fused"},
 }

@@ -155,6 +155,7 @@ def _state(model: ModelSpec, policy: Policy) -> list[str]:
     for (moments, remainder, update), units in sorted(groups.items(), key=lambda item: item[0], reverse=True):
         where = _TIERS[moments] if moments is remainder else f"{_TIERS[remainder]}, moments on {_TIERS[moments]}"
         through = f" through {passage(policy, update).slots} slots" if moments is not update else ""
+        through += f" and {policy.host_state_slots} on the host" if (moments, update) == (Tier.SSD, Tier.GPU) else ""
         lossy = ", moments in 8 bits (lossy)" if update is Tier.GPU and policy.gpu_moments == "8bit" else ""
         found.append(f"{_named(model, units)} on {where}, updated by the {_PROCESSORS[update]}{through}{lossy}")
     return found

@@ -143,18 +143,23 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     chunk = {update: -(-layer // (block * chunks)) * block for update, (chunks, block) in blocks.items() if chunks}
     slots = {Tier.GPU: policy.state_slots, Tier.HOST: policy.ssd_slots}
     expected = dict.fromkeys(Tier, 0)
-    shared = set()
+    shared, far = set(), {}
     for unit, placement in enumerate(policy.units):
         elements, update = model.flat_elements(model.role(unit)), placement.update
         for tensor in STATE:
             (tier,) = placement.tiers(tensor)
             if tensor in placement.passing:
                 shared.add((tensor, update))
-                expected[tier] += -(-elements // chunk[update]) * size(tensor, chunk[update], update)
+                each = size(tensor, chunk[update], update)
+                if (tier, update) == (Tier.SSD, Tier.GPU):
+                    each = -(-each // 4096) * 4096
+                    far[tensor] = policy.host_state_slots * each
+                expected[tier] += -(-elements // chunk[update]) * each
             else:
                 expected[tier] += size(tensor, elements, update)
     for tensor, update in shared:
         expected[update] += slots[update] * size(tensor, chunk[update], update)
+    expected[Tier.HOST] += sum(far.values())
     for tier, pools in items.items():
         assert sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name) == expected[tier]
     weights = {

@@ -153,6 +153,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     other:               how another system works, where the policy describes one
     ssd_slots, ssd_chunks: the same of state that lies on the SSD and passes through the host. Embedding and head have
                          chunks of the size of a layer's
+    host_state_slots:    host slots shared by the chunks of state on their way from the SSD to the GPU and back
     host_weight_slots:   host slots shared by the layers whose weights lie on the SSD
     host_boundary_slots: host slots shared by the boundary activations on their way to the SSD and back
     host_inner_slots:    host slots shared by the inner activations on their way to the SSD and back
@@ -177,6 +178,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     other: OtherSystem | None = None
     ssd_slots: int = 0
     ssd_chunks: int = 0
+    host_state_slots: int = 0
     host_weight_slots: int = 0
     host_boundary_slots: int = 0
     host_inner_slots: int = 0
@@ -334,14 +336,16 @@ class Policy(Spec, frozen=True, omit_defaults=True):
         boundary_away, inner_away = (
             any(getattr(placement, field) is Tier.SSD for placement in self.units) for field in ("boundary", "feed_forward")
         )
+        state_far = any(self.units[unit].moments is Tier.SSD for unit in self.passing_units(Tier.GPU))
         weights_away = any(placement.weights is Tier.SSD for placement in self.units)
         state, drive = (bool(self.passing_units(tier)) for tier in (Tier.GPU, Tier.HOST))
         for knob, wanted, what in (
             ("inner_slots", inner, "inner activations of a unit wait on another tier"),
             ("state_slots", state, "state of a unit passes through the gpu"),
             ("state_chunks", state, "state of a unit passes through the gpu"),
-            ("ssd_slots", drive, "state of a unit lies on the ssd"),
-            ("ssd_chunks", drive, "state of a unit lies on the ssd"),
+            ("ssd_slots", drive, "state of a unit lies on the ssd, updated by the host"),
+            ("ssd_chunks", drive, "state of a unit lies on the ssd, updated by the host"),
+            ("host_state_slots", state_far, "state of a unit passes from the ssd through the gpu"),
             ("host_weight_slots", weights_away, "weights of a unit lie on the ssd"),
             ("host_boundary_slots", boundary_away, "boundary activations of a unit wait on the ssd"),
             ("host_inner_slots", inner_away, "inner activations of a unit wait on the ssd"),
@@ -364,8 +368,8 @@ def _check_state(where: str, placement: Placement) -> None:
         raise ValueError(f"{where}: remainder and moments must lie on one tier, or moments alone on the ssd")
     if placement.update is Tier.HOST and placement.moments is Tier.GPU:
         raise ValueError(f"{where}: state on the gpu is updated there; set update to gpu")
-    if placement.update is Tier.GPU and placement.moments is Tier.SSD:
-        raise ValueError(f"{where}: state on the ssd is updated by the host; set update to host")
+    if placement.update is Tier.GPU and placement.remainder is not placement.moments:
+        raise ValueError(f"{where}: an update on the gpu needs remainder and moments on one tier")
     if placement.update is Tier.GPU and placement.weights is not Tier.GPU:
         raise ValueError(f"{where}: an update on the gpu needs weights on the gpu")
 
@@ -383,7 +387,7 @@ _PLACES: dict[str, tuple[Tier | None, ...]] = {
 # Knobs that count the slots of a pool that several units share.
 SHARED_SLOTS = (
     "window", "gradient_slots", "host_gradient_slots", "boundary_slots", "inner_slots", "state_slots", "ssd_slots",
-    "host_weight_slots", "host_boundary_slots", "host_inner_slots",
+    "host_state_slots", "host_weight_slots", "host_boundary_slots", "host_inner_slots",
 )  # fmt: skip
 # Master format and how the bf16 weights come about from it.
 _WEIGHT_FORMATS = (

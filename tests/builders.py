@@ -58,6 +58,7 @@ def tiny_policy(
     offload_boundaries: bool = False,
     ssd_state: tuple[int, ...] = (),
     ssd_moments: tuple[int, ...] = (),
+    ssd_stream: tuple[int, ...] = (),
     ssd_weights: tuple[int, ...] = (),
     ssd_boundaries: tuple[int, ...] = (),
     ssd_inner: tuple[int, ...] = (),
@@ -69,13 +70,14 @@ def tiny_policy(
     activations on the GPU. stream_state: with weights there, through which their state passes.
     offload_inner: units with a part of those activations on the host, which eager kernels cannot.
     ssd_state, ssd_moments: units with state, or with moments alone, on the SSD.
+    ssd_stream: as stream_state, with that state there.
     ssd_weights: layers with weights there. ssd_boundaries: units whose output waits there. ssd_inner: as offload_inner,
     with that part there.
     offload_boundaries: outputs of all layers but the last wait on the host, where nothing that is kept
     forbids it. `changes` replaces fields of the policy.
     """
-    on_gpu = {*resident_weights, *resident_state, *stream_state}
-    updated_there = {*resident_state, *stream_state}
+    on_gpu = {*resident_weights, *resident_state, *stream_state, *ssd_stream}
+    updated_there = {*resident_state, *stream_state, *ssd_stream}
     away = {**dict.fromkeys(offload_inner, Tier.HOST), **dict.fromkeys(ssd_inner, Tier.SSD)}
     kept = {*keep, *away}
 
@@ -85,11 +87,12 @@ def tiny_policy(
         return Tier.HOST if offload_boundaries and unit < model.layers and unit + 1 not in kept else Tier.GPU
 
     on_ssd = {*ssd_state, *ssd_moments}
+    from_ssd = {*on_ssd, *ssd_stream}
     units = tuple(
         Placement(
             weights=Tier.GPU if unit in on_gpu else Tier.SSD if unit in ssd_weights else Tier.HOST,
-            remainder=Tier.GPU if unit in resident_state else Tier.SSD if unit in ssd_state else Tier.HOST,
-            moments=Tier.GPU if unit in resident_state else Tier.SSD if unit in on_ssd else Tier.HOST,
+            remainder=Tier.GPU if unit in resident_state else Tier.SSD if unit in from_ssd - {*ssd_moments} else Tier.HOST,
+            moments=Tier.GPU if unit in resident_state else Tier.SSD if unit in from_ssd else Tier.HOST,
             boundary=boundary(unit),
             inner=Tier.GPU if unit in kept else None,
             feed_forward=away.get(unit, Tier.GPU if unit in keep else None),
@@ -111,8 +114,9 @@ def tiny_policy(
         "host_gradient_slots": host_layers if "update_order" in changes else min(2, host_layers),
         "boundary_slots": micro_batches + 2 if any(unit.boundary is not Tier.GPU for unit in units) else 0,
         "inner_slots": 2 if away else 0,
-        "state_slots": 2 if stream_state else 0,
-        "state_chunks": 3 if stream_state else 0,
+        "state_slots": 2 if stream_state or ssd_stream else 0,
+        "state_chunks": 3 if stream_state or ssd_stream else 0,
+        "host_state_slots": 2 if ssd_stream else 0,
         "ssd_slots": 2 if on_ssd else 0,
         "ssd_chunks": 3 if on_ssd else 0,
         "host_weight_slots": 3 if ssd_weights else 0,

@@ -21,6 +21,7 @@ from slideplan.graph.operations import (
     TaskKind,
 )
 from slideplan.graph.tasks import COPIED_AS, TENSOR_OF, Role, Task, TaskGraph
+from slideplan.lowering.pools import transit_pool
 from slideplan.model import ModelSpec
 from slideplan.placement import STATE, TensorClass, Tier
 
@@ -36,7 +37,6 @@ class Contents:
         self.micros = range(micro_batches)
         self.slots: dict[tuple[str, int], Any] = {}
         self.last_chunk = {task.unit: task.chunk for task in graph.tasks if task.chunk is not UNSET}
-        self.updated_on = {task.unit: task.operation.target for task in graph.tasks if task.kind is TaskKind.UPDATE}
         self.clips = any(task.operation == CLIP_GRADIENT for task in graph.tasks)
         self.copied = copied = {}
         for task in graph.tasks:
@@ -50,7 +50,7 @@ class Contents:
                 self.slots[self._at(task, self._master(task))] = ("weights", task.unit, 0)
             elif task.operation == READ_WEIGHTS:  # where they lie
                 self.slots[task.slot(Role.WEIGHTS, Tier.SSD)] = ("weights", task.unit, 0)
-            elif task.kind is TaskKind.COPY and task.operation.target is self.updated_on[task.unit]:
+            elif task.kind is TaskKind.COPY and self._from_home(task):
                 for tensor in set(task.operation.tensors) & set(STATE):  # where it lies, before it comes for the first time
                     role = COPIED_AS[tensor]
                     self.slots[task.slot(role, task.operation.source)] = (role, task.unit, task.chunk, 0)
@@ -58,6 +58,17 @@ class Contents:
                 self.slots[self._at(task, Role.WEIGHTS)] = ("weights", task.unit, 0)
             if task.has(Role.BARRIER):
                 self.slots[self._at(task, Role.BARRIER)] = ("updated", 0)
+
+    @staticmethod
+    def _leaves(task: Task) -> bool:
+        """Whether a copy leads away from the GPU, be it from the host on."""
+        line = list(Tier)
+        return line.index(task.operation.source) < line.index(task.operation.target)
+
+    def _from_home(self, task: Task) -> bool:
+        """Whether a copy brings state from where it lies: all the way from the SSD, or from the host."""
+        in_transit = {access.pool for access in task.accesses} & {transit_pool(tensor) for tensor in STATE}
+        return not self._leaves(task) and (task.operation.source is Tier.SSD or not in_transit)
 
     @staticmethod
     def _at(task: Task, role: Role) -> tuple[str, int]:
@@ -114,7 +125,7 @@ class Contents:
         """What a class of the unit must be when it is copied; whatever it is, the copy is the same."""
         role, unit = COPIED_AS[tensor], task.unit
         source, target = (task.slot(role, tier) for tier in (task.operation.source, task.operation.target))
-        leaves = task.operation.target is not self.updated_on[unit]
+        leaves = self._leaves(task)
         wanted = {
             TensorClass.WEIGHTS: ("weights", unit, step + (task.operation == WRITE_WEIGHTS)),
             TensorClass.BOUNDARY: ("boundary", unit, task.micro, step),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from runtime.lanes.executor import Handler
 from runtime.memory.buffers import Buffers
 from slideplan.graph.tasks import TENSOR_OF, Access, Role, Task, TaskGraph
-from slideplan.lowering.pools import passage_pool
+from slideplan.lowering.pools import passage_pool, transit_pool
 from slideplan.placement import Tier
 
 POISON, POISON_INTEGER = float("nan"), 0x5555
@@ -44,7 +44,8 @@ def _is_home_of_state(access: Access) -> bool:
         return access.tier is Tier.SSD
     if access.role not in (Role.REMAINDER, Role.MOMENTS) or access.tier is Tier.GPU:
         return False
-    return access.pool != passage_pool(TENSOR_OF[access.role], Tier.HOST)
+    tensor = TENSOR_OF[access.role]
+    return access.pool not in (passage_pool(tensor, Tier.HOST), transit_pool(tensor))
 
 
 def _readers_of_writes(graph: TaskGraph) -> dict[tuple[str, tuple[str, int]], int]:

@@ -42,6 +42,7 @@ PLACEMENTS = {
     "moments in bf16": {"resident_state": (1,), "stream_state": (2,), "state": "bf16-moments"},
     "state on the SSD": {"ssd_state": (0, 1, 2, 3, 4, 5)},
     "layers on the SSD": {"ssd_state": (0, 1, 2, 3), "ssd_weights": (1, 2, 4)},
+    "lean state that passes from the SSD": {"ssd_stream": (1, 2), "state": "lean"},
     "moments on the SSD": {"ssd_moments": (1, 3, 5), "ssd_chunks": 2},
     "everything": EVERYTHING | {"kernels": "fused"},
 }

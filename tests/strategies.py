@@ -52,8 +52,10 @@ def cases(draw: st.DrawFn) -> Case:
         may_keep = is_layer and units[unit - 1].boundary is Tier.GPU
         inner, feed_forward = INNER[draw(st.sampled_from(inners)) if may_keep else "recompute"]
         passes = is_layer and (weights, state) == (Tier.GPU, Tier.HOST) and draw(st.booleans())
-        may_leave = state is Tier.HOST and not passes
-        remainder, moments = draw(st.sampled_from(SSD)) if may_leave and draw(st.booleans()) else (state, state)
+        may_leave = state is Tier.HOST
+        remainder, moments = (
+            draw(st.sampled_from(SSD[:1] if passes else SSD)) if may_leave and draw(st.booleans()) else (state, state)
+        )
         units.append(
             Placement(
                 weights=weights,
@@ -73,6 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
     in_order = list(order) == arrival and host_layers > 0
     boundaries, inner = ({getattr(unit, field) for unit in units} for field in ("boundary", "feed_forward"))
     passes_on = {unit.update for unit in units if unit.passing}
+    far = any(unit.update is Tier.GPU and unit.moments is Tier.SSD for unit in units)
     policy = Policy(
         micro_batch=micro_batch,
         micro_batches=micro_batches,
@@ -92,6 +95,7 @@ def cases(draw: st.DrawFn) -> Case:
         units=tuple(units),
         ssd_slots=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
         ssd_chunks=draw(st.integers(1, 4)) if Tier.HOST in passes_on else 0,
+        host_state_slots=draw(st.integers(1, 3)) if far else 0,
         host_weight_slots=draw(st.integers(1, 5)) if any(unit.weights is Tier.SSD for unit in units) else 0,
         host_boundary_slots=draw(st.integers(1, 3)) if Tier.SSD in boundaries else 0,
         host_inner_slots=draw(st.integers(1, 3)) if Tier.SSD in inner else 0,

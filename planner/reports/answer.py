@@ -159,6 +159,7 @@ def _state(model: ModelSpec, policy: Policy) -> list[str]:
             else f"{_TIERS[remainder]}, moments on {_TIERS[moments]}"
         )
         through = f" through {passage(policy, update).slots} slots" if moments is not update else ""
+        through += f" and {policy.host_state_slots} on the host" if (moments, update) == (Tier.SSD, Tier.GPU) else ""
         found.append(f"{_named(model, units)} on {where}, updated by the {_PROCESSORS[update]}{through}{LOSSY[policy.state]}")
     return found
 

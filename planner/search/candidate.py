@@ -70,6 +70,7 @@ class Candidate(Spec, frozen=True):
     deferred_updates: int = 0
     ssd_slots: int = 0
     ssd_chunks: int = 0
+    host_state_slots: int = 0
     host_weight_slots: int = 0
     host_boundary_slots: int = 0
     host_inner_slots: int = 0
@@ -157,8 +158,8 @@ class Candidate(Spec, frozen=True):
             gradient_dtype=self.gradient_dtype, kernels=self.kernels, state=self.state,
             gradient_norms=self.gradient_norms, update_order=self.update_order(model), units=tuple(units),
             ssd_slots=self.ssd_slots, ssd_chunks=self.ssd_chunks,
-            host_weight_slots=self.host_weight_slots, host_boundary_slots=self.host_boundary_slots,
-            host_inner_slots=self.host_inner_slots,
+            host_state_slots=self.host_state_slots, host_weight_slots=self.host_weight_slots,
+            host_boundary_slots=self.host_boundary_slots, host_inner_slots=self.host_inner_slots,
         )  # fmt: skip
 
     def unit_counts(self, model: ModelSpec) -> tuple[int, ...]:

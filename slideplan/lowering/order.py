@@ -8,7 +8,7 @@ issued. Both give plain action lists; slots and edges come later (`slots`, `edge
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from slideplan.graph.operations import (
@@ -156,9 +156,9 @@ def with_transfers(
         before[issue].append(fetch)
     passing = policy.passing_units(Tier.GPU)[::-1]  # as gradients are made
     states = iter(_arrivals(model, policy, passing))
-    before[first_loss] += islice(states, policy.state_slots)
+    before[first_loss] += chain.from_iterable(islice(states, policy.state_slots))
     reads = iter(_arrivals(model, policy, [unit for unit in policy.update_order if policy.passing(unit)]))
-    before[0] += islice(reads, policy.ssd_slots)
+    before[0] += chain.from_iterable(islice(reads, policy.ssd_slots))
 
     issued: list[Action] = []
     waiting_updates = list(policy.update_order)
@@ -238,26 +238,42 @@ def _offloads(policy: Policy, action: Action) -> Iterator[Action]:
             yield Action(copy(source, target, tensor), action.unit, action.micro)
 
 
-def _arrivals(model: ModelSpec, policy: Policy, units: Sequence[int]) -> Iterator[Action]:
-    """Chunks of passing state, on their way to where they are updated."""
+def _arrivals(model: ModelSpec, policy: Policy, units: Sequence[int]) -> Iterator[list[Action]]:
+    """Chunks of passing state, on their way to where they are updated: the copies of each, in this order.
+
+    What is on its way from the SSD to the GPU is read into the host as far ahead as it has slots, but for one: through that
+    one, chunks come back.
+    """
+    ahead = policy.host_state_slots - 1
+    ways: list[list[Action]] = []
     for unit in units:
         placement = policy.units[unit]
-        arrives = copy(placement.moments, placement.update, *policy.passing(unit))
-        for chunk in range(policy.chunks(model, unit)):
-            yield Action(arrives, unit, chunk=chunk)
+        copies = [copy(*hop, *policy.passing(unit)) for hop in hops(placement.moments, placement.update)]
+        ways += [[Action(each, unit, chunk=chunk) for each in copies] for chunk in range(policy.chunks(model, unit))]
+    reads = iter([way[0] for way in ways if len(way) > 1])
+    first = [*islice(reads, max(0, ahead))]
+    for way in ways:
+        if len(way) == 1:
+            yield way
+        elif ahead:
+            yield [*first, way[-1], *islice(reads, 1)]
+            first = []
+        else:
+            yield way
 
 
-def _update(model: ModelSpec, policy: Policy, unit: int, arrivals: Iterator[Action]) -> Iterator[Action]:
+def _update(model: ModelSpec, policy: Policy, unit: int, arrivals: Iterator[list[Action]]) -> Iterator[Action]:
     """An update. Of state that passes through, each chunk that leaves makes room for one of those still to come."""
     placement = policy.units[unit]
     if not policy.passing(unit):
         yield Action(update(placement.update), unit)
         return
-    leaves = copy(placement.update, placement.moments, *policy.passing(unit))
+    leaves = [copy(*hop, *policy.passing(unit)) for hop in hops(placement.update, placement.moments)]
     for chunk in range(policy.chunks(model, unit)):
         yield Action(update(placement.update), unit, chunk=chunk)
-        yield Action(leaves, unit, chunk=chunk)
-        yield from islice(arrivals, 1)
+        for each in leaves:
+            yield Action(each, unit, chunk=chunk)
+        yield from chain.from_iterable(islice(arrivals, 1))
 
 
 def _fetches(model: ModelSpec, policy: Policy, actions: list[Action], first_loss: int) -> Iterator[tuple[int, Action]]:
@@ -304,7 +320,7 @@ def _returns(tensor: TensorClass, wanted: Sequence[_Return], host_slots: int, fi
 
 
 def _host_updates(
-    model: ModelSpec, policy: Policy, arrived: set[int], waiting: list[int], reads: Iterator[Action]
+    model: ModelSpec, policy: Policy, arrived: set[int], waiting: list[int], reads: Iterator[list[Action]]
 ) -> list[Action]:
     """What the CPU can be told to do now that these gradients have arrived; units updated leave `waiting`."""
     issued: list[Action] = []

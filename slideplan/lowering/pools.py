@@ -39,7 +39,9 @@ class Holding(NamedTuple):
 
     @property
     def pool(self) -> str:
-        return f"{self.tier}.{_WORDS[self.tensor]}" + (f".{self.group}" if self.group else "")
+        # State on the SSD is cut by the tier that updates it.
+        far = f".{self.update}" if (self.tier, self.update) == (Tier.SSD, Tier.GPU) else ""
+        return f"{self.tier}.{_WORDS[self.tensor]}" + (f".{self.group}" if self.group else "") + far
 
     @property
     def passes(self) -> bool:
@@ -77,6 +79,8 @@ class SlotKnobs(PassageKnobs, Protocol):
     def boundary_slots(self) -> int: ...
     @property
     def inner_slots(self) -> int: ...
+    @property
+    def host_state_slots(self) -> int: ...
     @property
     def host_weight_slots(self) -> int: ...
     @property
@@ -151,6 +155,13 @@ def pool_rows(
         slot_bytes, slots = sizes.of(tensor, chunks[update]), passage(knobs, update).slots
         slot_bytes = whole_pages(slot_bytes) if update is Tier.HOST else slot_bytes
         yield Row(passage_pool(tensor, update), update, _class_of(sizes, tensor), slot_bytes, slots)
+    for tensor in STATE:
+        if any(
+            holding.passes and (holding.tensor, holding.tier, holding.update) == (tensor, Tier.SSD, Tier.GPU)
+            for holding in counts
+        ):
+            slot_bytes = whole_pages(sizes.of(tensor, chunks[Tier.GPU]))
+            yield Row(transit_pool(tensor), Tier.HOST, _class_of(sizes, tensor), slot_bytes, knobs.host_state_slots)
     shared = max(sizes.elements.values()) if system.unit_slots == "uniform" else layer
     gradient, gradients = sizes.of(TensorClass.GRADIENT, shared), gradient_pool(system)
     host_gradient = _padded(gradient, TensorClass.GRADIENT, Tier.HOST, system)
@@ -181,6 +192,11 @@ def pool_rows(
 def passage_pool(tensor: TensorClass, update: Tier) -> str:
     """Name of the pool through whose slots state passes on the tier that updates it."""
     return f"{update}.{_WORDS[tensor]}.{PASSING if update is Tier.GPU else Tier.SSD}"
+
+
+def transit_pool(tensor: TensorClass) -> str:
+    """Name of the pool through whose slots state passes on the host, on its way from the SSD to the GPU and back."""
+    return f"{Tier.HOST}.{_WORDS[tensor]}.transit"
 
 
 def gradient_pool(system: OtherSystem) -> str:
@@ -224,8 +240,10 @@ class PoolLayout:
         """Pool and first slot of what the unit has there for itself; None where it shares slots with other units."""
         return self._own.get((tensor, tier, unit))
 
-    def shared(self, tensor: TensorClass, tier: Tier) -> str:
-        """The pool whose slots units take in turn for this class on this tier."""
+    def shared(self, tensor: TensorClass, tier: Tier, unit: int) -> str:
+        """The pool whose slots the unit, and others in turn, takes for this class on this tier."""
+        if tensor in STATE and tier is Tier.HOST and self.policy.units[unit].update is Tier.GPU:
+            return transit_pool(tensor)
         if tensor is TensorClass.GRADIENT:
             return f"{tier}.{gradient_pool(self.policy.system)}"
         if self.policy.system.staging == "per_load" and (tensor, tier) == (TensorClass.WEIGHTS, Tier.HOST):

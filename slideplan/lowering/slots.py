@@ -15,7 +15,7 @@ from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import CAST_WEIGHTS, COMPUTE_KINDS, LOAD_WEIGHTS, Operation, TaskKind
 from slideplan.graph.tasks import TENSOR_OF, Access, Role, Task
 from slideplan.lowering.order import Action, WindowUse
-from slideplan.lowering.pools import PoolLayout
+from slideplan.lowering.pools import PoolLayout, transit_pool
 from slideplan.lowering.recipes import Use, uses
 from slideplan.lowering.sizes import CLIP_PASSES, MASTER_BYTES, WEIGHT_BYTES, update_bytes, whole_pages
 from slideplan.model import UnitRole
@@ -92,7 +92,7 @@ class _Assignment:
         own = self._layout.own(tensor, tier, owner)
         if own is not None:
             return Access(role, tier, own[0], own[1] + part, mode)
-        pool, value = self._layout.shared(tensor, tier), (tensor, tier, owner, part)
+        pool, value = self._layout.shared(tensor, tier, owner), (tensor, tier, owner, part)
         if mode == "w":
             self._held[value] = self._take(tensor, tier, owner, pool)
         slot = self._held[value]
@@ -104,7 +104,7 @@ class _Assignment:
         if tensor is TensorClass.WEIGHTS and tier is Tier.GPU:
             return self._loads[owner].popleft()
         if not self._free[pool]:
-            knob = _KNOBS[tensor][tier]
+            knob = "host_state_slots" if pool == transit_pool(tensor) else _KNOBS[tensor][tier]
             raise ValueError(f"policy.{knob} is too small for this order of tasks: pool {pool} runs out of slots")
         return self._free[pool].popleft()
 

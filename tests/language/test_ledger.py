@@ -133,10 +133,10 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     items = {tier: {p.name: p.total_bytes for p in case.graph().pools if p.tier is tier} for tier in Tier}
 
     def size(tensor: TensorClass, elements: int, pages: bool = False) -> int:
-        if tensor is TensorClass.REMAINDER:
-            return 0 if policy.state == "lean" else 2 * elements
         eight_bit = 2 * elements + 8 * -(-elements // 256)
         found = {"exact": 8 * elements, "bf16-moments": 4 * elements, "lean": eight_bit}[policy.state]
+        if tensor is TensorClass.REMAINDER:
+            found = 0 if policy.state == "lean" else 2 * elements
         return -(-found // 4096) * 4096 if pages else found
 
     layer = model.flat_elements(UnitRole.LAYER)
@@ -144,18 +144,22 @@ def test_state_bytes_are_twelve_per_element_wherever_they_lie(case: Case):
     chunk = {update: -(-layer // (block * chunks)) * block for update, (chunks, block) in blocks.items() if chunks}
     slots = {Tier.GPU: policy.state_slots, Tier.HOST: policy.ssd_slots}
     expected = dict.fromkeys(Tier, 0)
-    shared = set()
+    shared, far = set(), {}
     for unit, placement in enumerate(policy.units):
         elements, update = model.flat_elements(model.role(unit)), placement.update
         for tensor in STATE:
             (tier,) = placement.tiers(tensor)
             if tensor in policy.passing(unit):
                 shared.add((tensor, update))
-                expected[tier] += -(-elements // chunk[update]) * size(tensor, chunk[update], tier is Tier.SSD)
+                each = size(tensor, chunk[update], tier is Tier.SSD)
+                if (tier, update) == (Tier.SSD, Tier.GPU):
+                    far[tensor] = policy.host_state_slots * each
+                expected[tier] += -(-elements // chunk[update]) * each
             else:
                 expected[tier] += size(tensor, elements, tier is Tier.SSD)
     for tensor, update in shared:
         expected[update] += slots[update] * size(tensor, chunk[update], update is Tier.HOST)
+    expected[Tier.HOST] += sum(far.values())
     for tier, pools in items.items():
         assert sum(taken for name, taken in pools.items() if ".moments." in name or ".remainder." in name) == expected[tier]
     weights = {

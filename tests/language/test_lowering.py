@@ -89,7 +89,12 @@ def test_each_unit_is_computed_and_updated_once_per_step(case: Case):
         assert found == [(unit, chunk) for unit in updated for chunk in passing.get(unit, (UNSET,))]
         chunks = [(unit, chunk) for unit, each in passing.items() for chunk in each]
         for moves in (arrivals, departures):
-            assert [(task.unit, task.chunk) for task in graph.tasks if task.operation in moves] == chunks
+            moved = [task for task in graph.tasks if task.operation in moves and task.unit in passing]
+            assert [(task.unit, task.chunk) for task in moved] == chunks
+        from_drive = [(unit, chunk) for unit, chunk in chunks if policy.units[unit].moments is Tier.SSD]
+        for moves in ((READ_STATE, READ_MOMENTS), (WRITE_STATE, WRITE_MOMENTS)):
+            moved = [task for task in graph.tasks if task.operation in moves and task.unit in passing]
+            assert [(task.unit, task.chunk) for task in moved] == from_drive
 
 
 @given(cases())

@@ -89,9 +89,22 @@ def test_refusals_name_the_knob(knobs: dict, message: str):
             "policy.units[3] (layer002): an update on the gpu needs weights on",
         ),
         (0, {"weights": Tier.SSD}, "policy.units[0] (embedding): weights must lie where they are updated"),
-        (3, ON_SSD, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
-        (3, {"moments": Tier.SSD}, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd"),
-        (3, ON_SSD | {"weights": Tier.GPU} | UPDATED, "policy.units[3] (layer002): state on the ssd is updated by the host"),
+        (3, ON_SSD, "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd, updated by"),
+        (
+            3,
+            {"moments": Tier.SSD},
+            "policy.ssd_slots is 0; it must be 1 or more where state of a unit lies on the ssd, updated by",
+        ),
+        (
+            3,
+            {"moments": Tier.SSD, "weights": Tier.GPU} | UPDATED,
+            "policy.units[3] (layer002): an update on the gpu needs remainder and moments on one tier",
+        ),
+        (
+            0,
+            ON_SSD | {"weights": Tier.GPU} | UPDATED,
+            "policy.units[0] (embedding): only layers' state can pass through the gpu",
+        ),
         (3, {"boundary": Tier.SSD}, "policy.boundary_slots is 0, must be at least micro_batches + 1 = 3"),
         (3, {"inner": Tier.HOST}, "policy.units[3] (layer002).inner is host; the runtime can have it on gpu or none"),
         (4, {"boundary": Tier.HOST}, "policy.units[4].boundary must be gpu: the head consumes it at once"),
@@ -161,6 +174,16 @@ def test_offloaded_inner_activations_need_a_slot_and_our_kernels():
     message = refusal(msgspec.structs.replace(policy, kernels="eager"))
     assert "policy.units[2] (layer001): feed_forward is on the host" in message
     assert "set policy.kernels to fused" in message
+
+
+def test_state_from_the_ssd_needs_host_slots_on_its_way_to_the_gpu():
+    model = tiny_model()
+    policy = tiny_policy(model, ssd_stream=(2,))
+    policy.check(model, tiny_workload())
+    assert "policy.host_state_slots is 0; it must be 1 or more where state of a unit passes from the ssd" in refusal(
+        msgspec.structs.replace(policy, host_state_slots=0)
+    )
+    assert "policy.host_state_slots is 1; it must be" in refusal(with_knobs(host_state_slots=1))
 
 
 def test_no_window_where_nothing_streams():

@@ -33,6 +33,7 @@ POLICIES = {
     "activations on the SSD": {"kernels": "fused", "ssd_boundaries": (0,), "ssd_inner": (2, 3), "host_inner_slots": 1},
     "weights on the SSD": {"ssd_weights": (1, 2, 3), "host_weight_slots": 2},
     "layers on the SSD": {"ssd_weights": (1, 3), "ssd_state": (1, 2, 3), "host_weight_slots": 3, "window": 3},
+    "state from the SSD through the GPU": {"ssd_stream": (1, 3), "stream_state": (2,), "ssd_state": (0,), "gradient_slots": 1},
     "state on the SSD": {"ssd_state": (0, 2), "ssd_moments": (1, 3, 4), "ssd_slots": 2},
     "fused": {"kernels": "fused", "resident_state": (1,), "keep": (3,), "offload_boundaries": True},
     "everything": {"kernels": "fused", **EVERYTHING},

@@ -32,6 +32,13 @@ ON_HOST = {
 }
 # Updated by the GPU: layers of 144 blocks and a half, which three and ten chunks do not divide.
 ON_GPU = {
+    "passing from the SSD": {"ssd_stream": LAYERS, "resident_state": (0, 5)},
+    "passing from the SSD in ten chunks": {
+        "ssd_stream": (1, 3),
+        "stream_state": (2, 4),
+        "resident_state": (0, 5),
+        "state_chunks": 10,
+    },
     "on the GPU": {"resident_state": UNITS},
     "passing in one chunk": {"stream_state": LAYERS, "resident_state": (0, 5), "state_chunks": 1, "state_slots": 1},
     "passing in three chunks": {"stream_state": LAYERS, "resident_state": (0, 5), "state_chunks": 3},

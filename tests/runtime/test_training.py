@@ -62,6 +62,21 @@ POLICIES = {
         "ssd_boundaries": (0, 1, 2, 3),
         "host_weight_slots": 4,
     },
+    "state from the SSD through the GPU": {"ssd_stream": (1, 2, 4), "host_state_slots": 3},
+    "state from the SSD through one slot each": {
+        "ssd_stream": (1, 3),
+        "stream_state": (2,),
+        "host_state_slots": 1,
+        "state_slots": 1,
+    },
+    "state from the SSD by either way": {
+        "ssd_stream": (1, 2),
+        "ssd_state": (0, 3),
+        "ssd_moments": (5,),
+        "ssd_weights": (3, 4),
+        "state_chunks": 5,
+        "state_slots": 4,
+    },
     "inner activations kept": {"keep": (2, 3, 4)},
     "resident weights": {"resident_weights": (1, 2)},
     "resident state": {"resident_state": (0, 1, 2)},
@@ -171,6 +186,7 @@ LOSSY_PLACEMENTS = {
     "passing": {"resident_state": (0, 1), "stream_state": (2, 3), "state_chunks": 3},
     "on the SSD": {"ssd_state": (0, 1, 2, 3, 4, 5), "ssd_chunks": 3},
     "moments on the SSD": {"ssd_moments": (1, 3, 5), "ssd_chunks": 2, "update_order": (0, 1, 2, 3, 4, 5)},
+    "from the SSD to the GPU": {"ssd_stream": (1, 2), "state_chunks": 3},
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from slideplan.codec import Spec
 from slideplan.model import ModelSpec, UnitRole
@@ -13,9 +13,7 @@ from slideplan.placement import STATE, Placement, TensorClass, Tier
 Kernels = Literal["eager", "fused", "graphed"]
 # How state is kept, on every tier: exactly, or by choice in fewer bytes and rounded at random.
 StateFormat = Literal["exact", "bf16-moments", "lean"]
-# Share of the exact host update's rate, in bytes a second, that updates of a format reach where none was measured: they
-# compute more for every byte (benchmarks/host_update.py).
-LOSSY_SHARE: dict[StateFormat, float] = {"bf16-moments": 0.85, "lean": 0.6}
+STATE_FORMATS: tuple[StateFormat, ...] = get_args(StateFormat)
 Moments = Literal["fp32", "bf16", "8bit"]
 MOMENTS_OF: dict[StateFormat, Moments] = {"exact": "fp32", "bf16-moments": "bf16", "lean": "8bit"}
 GradientDtype = Literal["bf16", "fp32"]

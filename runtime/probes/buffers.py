@@ -22,7 +22,6 @@ from slideplan.policy import GRADIENT_BYTES, MOMENTS_OF, StateFormat
 # Of one update, in the effort's elements: from a head that is a norm alone to a vocabulary.
 UPDATE_SIZES = (1 / 4096, 1 / 256, 1 / 32, 0.25, 0.5, 1, 2)
 BF16_UPDATE_BYTES = UPDATE_STATE_TRAFFIC_BYTES + GRADIENT_BYTES["bf16"]  # per element
-CPU = torch.device("cpu")
 State = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]  # weights, remainder, moments, gradient
 
 
@@ -55,24 +54,23 @@ class MemoryBuffers:
         return size, lambda: destination[lane][:size].copy_(source[lane][:size], non_blocking=True)
 
     def host_update(self, threads: int, elements: int) -> Work:
-        """An update of this many elements by this many threads: of every block in turn."""
-        return elements * BF16_UPDATE_BYTES, self._update(
-            updates_of("exact", CPU, HostUpdate(threads))[Tier.HOST], self._host_states, elements
-        )
+        """An exact update of this many elements by this many threads: of every block in turn."""
+        return self._work(Tier.HOST, "exact", threads, self._host_states, elements)
 
     def device_update(self, threads: int) -> Work:
-        """An update of the effort's elements on the device; where that is a CPU, by this many threads."""
-        elements = self._effort.optimizer_elements
-        update = updates_of("exact", self._backend.device, HostUpdate(threads))[Tier.GPU]
-        return elements * BF16_UPDATE_BYTES, self._update(update, [self._state(Tier.GPU, elements)], elements)
+        """An exact update of the effort's elements on the device; where that is a CPU, by this many threads."""
+        return self.update(Tier.GPU, "exact", threads)
 
-    def lossy_update(self, tier: Tier, state: StateFormat, threads: int) -> Work:
-        """An update of state in another format, of the effort's elements, by the processor of a tier."""
+    def update(self, tier: Tier, state: StateFormat, threads: int) -> Work:
+        """An update of the effort's elements by the processor of a tier."""
         elements = self._effort.optimizer_elements
         states = self._host_states if tier is Tier.HOST else [self._state(Tier.GPU, elements)]
+        return self._work(tier, state, threads, states, elements)
+
+    def _work(self, tier: Tier, state: StateFormat, threads: int, states: list[State], elements: int) -> Work:
         update = updates_of(state, self._backend.device, HostUpdate(threads))[tier]
-        moved_bytes = update_bytes(elements, "split", state, "bf16")
-        return moved_bytes, self._update(update, [_as(state, each, elements) for each in states], elements)
+        kept = [_as(state, each, elements) for each in states]
+        return update_bytes(elements, "split", state, "bf16"), self._update(update, kept, elements)
 
     @staticmethod
     def _update(update: Callable[..., None], states: list[State], elements: int) -> Callable[[], object]:
@@ -80,8 +78,6 @@ class MemoryBuffers:
 
         def act() -> None:
             weights, remainder, moments, gradient = next(turns)
-            if moments.dtype is torch.float32:
-                moments = moments.view(-1)[: 2 * elements].view(2, elements)
             low = None if remainder is None else remainder[:elements]
             update(weights[:elements], low, moments, gradient[:elements], AdamW(), 0, Draws(0))
 
@@ -106,9 +102,10 @@ class MemoryBuffers:
 
 
 def _as(state: StateFormat, exact: State, elements: int) -> State:
-    """So many elements of a lossy format, in the memory of exact state."""
+    """So many elements of a format, in the memory of exact state."""
     weights, remainder, moments, gradient = exact
     content = moments.view(-1).view(torch.uint8)[: moment_bytes(elements, MOMENTS_OF[state])]
     if state == "lean":
         return weights, None, content, gradient
-    return weights, remainder, content.view(torch.bfloat16).view(2, elements), gradient
+    dtype = torch.float32 if state == "exact" else torch.bfloat16
+    return weights, remainder, content.view(dtype).view(2, elements), gradient

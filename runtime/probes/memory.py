@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from runtime.lanes.backend import Backend
 from runtime.probes.buffers import BF16_UPDATE_BYTES, UPDATE_SIZES, MemoryBuffers
 from runtime.probes.timing import (
@@ -17,10 +19,11 @@ from runtime.probes.timing import (
 )
 from slideplan.graph.lanes import LaneKind
 from slideplan.graph.operations import TaskKind
-from slideplan.machine.profile import Curve, LaunchCost, LossyRates, OptimizerProfile, RatePoint, Spread, ThreadPoint
+from slideplan.machine.profile import Curve, LaunchCost, LossyShares, OptimizerProfile, RatePoint, ThreadPoint
 from slideplan.placement import Tier
-from slideplan.policy import LOSSY_SHARE, StateFormat
+from slideplan.policy import STATE_FORMATS, StateFormat
 
+LOSSY_TURNS = 9  # of updates of every format
 SAMPLES = 24  # at least, of every size
 
 
@@ -80,18 +83,23 @@ class MemoryProbes:
             gpu_bytes_per_s=rate_spread(on_gpu[0], timed(self._backend, LaneKind.GPU_UPDATE, on_gpu[1], self._effort.repeats)),
             by_threads=by_threads,
             host_by_bytes=by_size,
-            lossy={state: self._lossy(state, threads) for state in LOSSY_SHARE},
+            lossy=self._lossy(threads),
         )
 
-    def _lossy(self, state: StateFormat, threads: int) -> LossyRates:
-        def rate(tier: Tier, lane: LaneKind) -> Spread:
-            moved_bytes, act = self._buffers.lossy_update(tier, state, threads)
-            act()  # compiles it
-            return rate_spread(moved_bytes, timed(self._backend, lane, act, self._effort.repeats))
-
-        return LossyRates(
-            host_bytes_per_s=rate(Tier.HOST, LaneKind.HOST_UPDATE), gpu_bytes_per_s=rate(Tier.GPU, LaneKind.GPU_UPDATE)
-        )
+    def _lossy(self, threads: int) -> dict[StateFormat, LossyShares]:
+        """Shares of the exact update's rate, of runs in turns."""
+        found = {}
+        for tier, lane in ((Tier.HOST, LaneKind.HOST_UPDATE), (Tier.GPU, LaneKind.GPU_UPDATE)):
+            works = [self._buffers.update(tier, state, threads) for state in STATE_FORMATS]
+            turns = timed_in_turns(self._backend, lane, [act for _, act in works], LOSSY_TURNS)
+            found[tier] = [moved_bytes / median(durations) for (moved_bytes, _), durations in zip(works, turns, strict=True)]
+        return {
+            state: LossyShares(
+                host=found[Tier.HOST][place] / found[Tier.HOST][0], gpu=found[Tier.GPU][place] / found[Tier.GPU][0]
+            )
+            for place, state in enumerate(STATE_FORMATS)
+            if place
+        }
 
     def launches(self, work: dict[LaneKind, Work]) -> list[LaunchCost]:
         """Host time to queue a copy or an update on its stream; nothing where handlers return when all is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from itertools import chain
 from typing import Literal
@@ -15,7 +16,7 @@ from slideplan.machine.handoffs import IMMEDIATE, Handoffs
 from slideplan.machine.sharing import Sharing
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import Tier
-from slideplan.policy import LOSSY_SHARE, GradientDtype, Kernels, StateFormat
+from slideplan.policy import GradientDtype, Kernels, StateFormat
 
 
 class Spread(Spec, frozen=True):
@@ -123,11 +124,26 @@ class ThreadPoint(Spec, frozen=True):
             raise ValueError(f"optimizer.by_threads: threads is {self.threads}, must be at least 1")
 
 
-class LossyRates(Spec, frozen=True):
-    """AdamW on state that is not kept exactly, by the host and by the GPU: memory traffic per second when nothing else runs."""
+class LossyShares(Spec, frozen=True):
+    """AdamW on state that is not kept exactly: its memory traffic per second as a share of the exact update's, by processor.
 
-    host_bytes_per_s: Spread
-    gpu_bytes_per_s: Spread
+    Each the median of runs of both in turns: what else the machine does slows down both alike.
+    """
+
+    host: float
+    gpu: float
+
+    def __post_init__(self) -> None:
+        for field in ("host", "gpu"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"optimizer.lossy: {field} is {getattr(self, field)}, must be positive")
+
+
+# Of formats that were not measured on a machine: as measured on an Intel host with an H200 (benchmarks/host_update.py).
+LOSSY_SHARES: dict[StateFormat, LossyShares] = {
+    "bf16-moments": LossyShares(host=0.9, gpu=1.0),
+    "lean": LossyShares(host=0.5, gpu=0.4),
+}
 
 
 class OptimizerProfile(Spec, frozen=True):
@@ -136,7 +152,7 @@ class OptimizerProfile(Spec, frozen=True):
     threads: of the host's optimizer, for which all other figures hold and with which plans run
     by_threads: the host's rate over thread counts, ascending; empty where it was not measured
     host_by_bytes: the host's rate over the traffic of one update; None where one size stands for all
-    lossy: rates of other formats of state; empty where they were not measured
+    lossy: shares of other formats of state; empty where they were not measured
     """
 
     threads: int
@@ -144,18 +160,14 @@ class OptimizerProfile(Spec, frozen=True):
     gpu_bytes_per_s: Spread
     by_threads: tuple[ThreadPoint, ...] = ()
     host_by_bytes: Curve | None = None
-    lossy: dict[StateFormat, LossyRates] = msgspec.field(default_factory=dict)
+    lossy: dict[StateFormat, LossyShares] = msgspec.field(default_factory=dict)
 
     def share(self, state: StateFormat, tier: Tier) -> float:
         """Of the rate of exact updates by this tier, in bytes, what those of another format reach."""
         if state == "exact":
             return 1.0
-        rates = self.lossy.get(state)
-        if rates is None:
-            return LOSSY_SHARE[state] if tier is Tier.HOST else 1.0
-        if tier is Tier.HOST:
-            return rates.host_bytes_per_s.p50 / self.host_bytes_per_s.p50
-        return rates.gpu_bytes_per_s.p50 / self.gpu_bytes_per_s.p50
+        shares = self.lossy.get(state, LOSSY_SHARES[state])
+        return shares.host if tier is Tier.HOST else shares.gpu
 
 
 class SsdProfile(Spec, frozen=True):

@@ -13,6 +13,7 @@ from slideplan.placement import STATE, Placement, TensorClass, Tier
 Kernels = Literal["eager", "fused", "graphed"]
 # How state is kept, on every tier: exactly, or by choice in fewer bytes and rounded at random.
 StateFormat = Literal["exact", "bf16-moments", "lean"]
+# From what takes most to what takes least.
 STATE_FORMATS: tuple[StateFormat, ...] = get_args(StateFormat)
 Moments = Literal["fp32", "bf16", "8bit"]
 MOMENTS_OF: dict[StateFormat, Moments] = {"exact": "fp32", "bf16-moments": "bf16", "lean": "8bit"}

@@ -96,6 +96,8 @@ def _advice(answer: DoesNotFit) -> list[tuple[str, str]]:
     if host is None and ssd is None and gpu is None:
         need = (f"{format_bytes(tier.capacity_bytes - tier.headroom_bytes)} of {name.upper()}" for name, tier in tiers.items())
         found.append(("together", f"about {' and '.join(need)} memory"))
+    if answer.states:
+        found.append(("state", f"{' or '.join(f'--state {state}' for state in answer.states)}, which is lossy"))
     if answer.global_batch is not None:
         found.append(("workload", f"a global batch of at most {answer.global_batch} at this sequence length"))
     known = ", ".join(answer.machines) or "none of the known machines has the memory"

@@ -18,7 +18,7 @@ from slideplan.machine.profile import MachineProfile
 from slideplan.model import ModelSpec
 from slideplan.placement import Tier
 from slideplan.plan import MachineReference
-from slideplan.policy import Policy, Workload
+from slideplan.policy import STATE_FORMATS, Policy, StateFormat, Workload
 
 
 class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
@@ -27,6 +27,7 @@ class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
     policy, ledger:    the least demanding policy (fits the GPU if any does; lacks least) and its memory
     bytes_needed:      of each tier, with which the model would fit while all others are what they are; None: no amount.
                        Of a drive also where the machine has none
+    states:            leaner formats of state with which it would fit, all lossy
     global_batch:      largest divisor of the global batch that fits; None: none
     machines:          known profiles on which it fits
     """
@@ -40,6 +41,7 @@ class DoesNotFit(Document, frozen=True, tag="does_not_fit"):
     bytes_needed: dict[Tier, int | None]
     global_batch: int | None
     machines: tuple[str, ...]
+    states: tuple[StateFormat, ...] = ()
 
 
 def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
@@ -65,6 +67,7 @@ def shortfall(builder: SpaceBuilder, machine: MachineProfile) -> DoesNotFit:
         },
         global_batch=_largest_batch(builder, machine),
         machines=_fitting_machines(builder, machine),
+        states=_fitting_states(builder, machine),
     )
 
 
@@ -104,6 +107,16 @@ def _largest_batch(builder: SpaceBuilder, machine: MachineProfile) -> int | None
             if _fits(SpaceBuilder.on(builder.model, workload, machine, builder.options)):
                 return smaller
     return None
+
+
+def _fitting_states(builder: SpaceBuilder, machine: MachineProfile) -> tuple[StateFormat, ...]:
+    """Of the formats that take less than the one asked for, those with which some policy fits."""
+    found = []
+    for state in STATE_FORMATS[STATE_FORMATS.index(builder.options.state) + 1 :]:
+        options = msgspec.structs.replace(builder.options, state=state)
+        if _fits(SpaceBuilder.on(builder.model, builder.workload, machine, options)):
+            found.append(state)
+    return tuple(found)
 
 
 def _fitting_machines(builder: SpaceBuilder, machine: MachineProfile) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -17,14 +19,21 @@ import torch
 from builders import tiny_model
 from runtime import rehearsal
 from runtime.checkpoints.manifest import Saving
-from runtime.lanes.clock import LaneError
-from runtime.memory.drive import PIECE_BYTES, Drive
+from runtime.lanes import patience, watchdog
+from runtime.lanes.backend import CpuBackend
+from runtime.lanes.clock import Hung, LaneError
+from runtime.lanes.helpers import held_up
+from runtime.memory.drive import Drive
+from runtime.memory.speeds import measured_speeds
+from runtime.memory.striping import Striping
+from runtime.memory.volume import PIECE_BYTES
 from runtime.storage.calls import Calls, OpenFile
 from runtime.storage.disk import Disk
 from saved_runs import CUT, Run, check_same, notes_of, planned
 from slideplan.graph.tasks import SlotPool
 from slideplan.placement import TensorClass, Tier
-from storage import Fault, FaultyDisk, open_descriptors, small_drive
+from slideplan.progress import Progress
+from storage import DelayedCalls, Fault, FaultyDisk, open_descriptors, small_drive
 
 PAGE = 4096
 POOLS = [
@@ -62,8 +71,9 @@ def filled(slot: tuple[str, int], seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("disk", [{}, {"most_bytes": 1000}, {"direct": False}], ids=["whole", "short moves", "buffered"])
 def test_slots_hold_what_was_written_and_zeros_before(tmp_path: Path, disk: dict[str, Any]) -> None:
     before = open_descriptors()
-    drive = Drive(FaultyDisk(**disk), tmp_path, POOLS)
-    assert drive.direct == (disk.get("direct", True) and drive.direct)
+    drive = Drive(FaultyDisk(**disk), [tmp_path], POOLS)
+    if not disk.get("direct", True):
+        assert drive.buffered == [tmp_path]
     assert not any(tmp_path.iterdir())  # the file has no name: nothing stays of a process that is killed
     for slot in SLOTS:
         into = aligned(size_of(slot)).fill_(1)
@@ -82,7 +92,7 @@ def test_slots_hold_what_was_written_and_zeros_before(tmp_path: Path, disk: dict
 
 def test_parts_are_read_and_written_at_any_byte(tmp_path: Path) -> None:
     """And leave what lies beside them alone."""
-    drive, chance = Drive(Disk(), tmp_path, POOLS), random.Random(0)
+    drive, chance = Drive(Disk(), [tmp_path], POOLS), random.Random(0)
     expected = {slot: noise(size_of(slot), seed) for seed, slot in enumerate(SLOTS)}
     for seed, slot in enumerate(SLOTS):
         drive.write(slot, filled(slot, seed))
@@ -108,8 +118,9 @@ def test_parts_are_read_and_written_at_any_byte(tmp_path: Path) -> None:
 
 def test_a_drive_without_room_leaves_nothing(tmp_path: Path) -> None:
     before = open_descriptors()
+    (tmp_path / "small").mkdir()
     with small_drive(tmp_path / "small", 1 << 20), pytest.raises(OSError) as refused:
-        Drive(Disk(), tmp_path / "small", POOLS)
+        Drive(Disk(), [tmp_path / "small"], POOLS)
     assert refused.value.errno == errno.ENOSPC
     assert open_descriptors() == before
 
@@ -118,47 +129,105 @@ def test_a_drive_without_room_leaves_nothing(tmp_path: Path) -> None:
 SCRATCH = ".scratch-*"
 
 
+class Armed(list[Progress]):
+    """What a run shows. `on` from the step on in whose midst the lanes are then, and no save."""
+
+    def __init__(self, step: int = 3) -> None:
+        self.on = threading.Event()
+        self._step = step
+
+    def append(self, shown: Progress) -> None:
+        super().append(shown)
+        if shown.phase == "training" and shown.done == self._step:
+            self.on.set()
+
+
 class FailingCalls(Calls):
-    """One of the moves of a lane fails; parts that are filled or saved go by other threads."""
+    """The next move of this kind fails, once lanes move slots: with an error; or `short`, from the midst of the slot on."""
 
-    def __init__(self, operation: str, code: int, number: int) -> None:
-        self._operation, self._code, self._left = operation, code, number
-        self._lock = threading.Lock()  # protects the count, which the lanes' threads lower
+    def __init__(self, operation: str, code: int, armed: Armed, short: bool = False) -> None:
+        self._operation, self._code, self._armed, self._short = operation, code, armed, short
+        self._lock = threading.Lock()  # protects what is left to do, by the drive's threads
+        self._half = False
 
-    def _fail(self, operation: str, file: OpenFile) -> None:
-        if operation != self._operation or not threading.current_thread().name.startswith("drive"):
-            return
+    def _fails(self, operation: str, file: OpenFile, block: memoryview) -> memoryview:
+        if operation != self._operation or not self._armed.on.is_set() or not file.path.match(SCRATCH):
+            return block
         with self._lock:
-            self._left -= 1
-            if self._left == 0:
-                raise OSError(self._code, os.strerror(self._code), str(file.path))
+            if self._short and not self._half and len(block) > PAGE:
+                self._half = True
+                return block[:PAGE]
+            self._armed.on.clear()
+            raise OSError(self._code, os.strerror(self._code), str(file.path))
 
     def read(self, file: OpenFile, block: memoryview, offset: int) -> int:
-        self._fail("read", file)
-        return super().read(file, block, offset)
+        return super().read(file, self._fails("read", file, block), offset)
 
     def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
-        self._fail("write", file)
-        return super().write(file, block, offset)
+        return super().write(file, self._fails("write", file, block), offset)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+EVERY = Saving(every=2)
+
+
+@pytest.mark.parametrize("folders", [1, 2])
+@pytest.mark.parametrize("short", [False, True], ids=["at once", "after a short move"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.ESTALE])
 @pytest.mark.parametrize(("operation", "move"), [("read", "ssd>host"), ("write", "host>ssd")])
-def test_a_drive_that_fails_in_mid_run_ends_it_by_name(tmp_path: Path, operation: str, move: str, code: int) -> None:
+def test_a_drive_that_fails_in_mid_run_ends_it_by_name(
+    tmp_path: Path, whole: Run, operation: str, move: str, code: int, short: bool, folders: int
+) -> None:
     """Once: what was saved is whole, and the run goes on from there bit for bit."""
-    whole, cut = Run(tmp_path / "whole", PLAN, Saving(every=1)), Run(tmp_path / "cut", PLAN, Saving(every=1))
-    whole.train()
+    cut = Run(tmp_path / "cut", PLAN, EVERY)
+    cut.shown = armed = Armed()
+    ssd = several(tmp_path, folders)
     with pytest.raises(LaneError) as raised:
-        cut.train(disk=Disk(FailingCalls(operation, code, number=60)))
+        cut.train(disk=Disk(FailingCalls(operation, code, armed, short)), ssd=ssd)
     lane = "ssd_read" if operation == "read" else "ssd_write"
     said = str(raised.value)
-    assert said.startswith(f"lane {lane}, step ")
-    assert f" {move}/" in said
-    assert ", unit " in said
-    assert f"{os.strerror(code)}: '{tmp_path}/.scratch-" in said
-    assert notes_of(raised.value).startswith(f"`runtime resume {cut.folder}` goes on from step-0000000")
+    assert re.match(rf"lane {lane}, step [234], task \w+ {move}/\w+.*, unit \d: ", said), said
+    assert re.search(rf"{os.strerror(code)}: '({'|'.join(map(str, ssd))})/.scratch-\w+'$", said), said
+    assert notes_of(raised.value) == f"`runtime resume {cut.folder}` goes on from step-00000002"
     cut.resume()
     check_same(whole, cut)
+
+
+class EndingCalls(Calls):
+    """A file that ends in the midst of a slot once lanes read: another program has cut it."""
+
+    def __init__(self, armed: Armed) -> None:
+        self._armed = armed
+
+    def read(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        if self._armed.on.is_set() and file.path.match(SCRATCH):
+            return 0
+        return super().read(file, block, offset)
+
+
+def test_a_read_that_finds_the_end_of_the_file_ends_the_run_by_name(tmp_path: Path, whole: Run) -> None:
+    cut = Run(tmp_path / "cut", PLAN, EVERY)
+    cut.shown = armed = Armed()
+    with pytest.raises(LaneError, match=r"^lane ssd_read, step \d, task .*, unit \d: OSError: .* ends at byte \d+ instead of"):
+        cut.train(disk=Disk(EndingCalls(armed)))
+    cut.resume()
+    check_same(whole, cut)
+
+
+def several(folder: Path, count: int) -> list[Path]:
+    found = [folder / f"drive-{number}" for number in range(count)]
+    for each in found:
+        each.mkdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "LEAST_REHEARSAL_NS", 1)
+        run = Run(tmp_path_factory.mktemp("whole") / "whole", PLAN, EVERY)
+        run.train()
+    return run
 
 
 def test_the_drive_may_be_another_one_after_a_resume_and_none_where_nothing_lies_there(tmp_path: Path) -> None:
@@ -166,22 +235,22 @@ def test_the_drive_may_be_another_one_after_a_resume_and_none_where_nothing_lies
     whole.train()
     cut.train(steps=CUT)
     on_host = planned(tiny_model(vocabulary=256), kernels="fused")
-    cut.resume(plan=on_host, ssd=None, steps=CUT + 1)
+    cut.resume(plan=on_host, ssd=(), steps=CUT + 1)
     (tmp_path / "other").mkdir()
-    cut.resume(plan=PLAN, ssd=tmp_path / "other")
+    cut.resume(plan=PLAN, ssd=[tmp_path / "other"])
     check_same(whole, cut)
 
 
 def test_a_plan_with_state_on_the_ssd_asks_for_a_folder_with_room(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", PLAN)
     with pytest.raises(ValueError, match=r" of state lie on the ssd; name a folder on that drive with --ssd$"):
-        run.train(ssd=None)
+        run.train(ssd=())
     with pytest.raises(ValueError, match=r"^--ssd .*/nowhere: is not a folder; name one on the drive"):
-        run.train(ssd=tmp_path / "nowhere")
+        run.train(ssd=[tmp_path / "nowhere"])
     with pytest.raises(
         ValueError, match=r"^--ssd .* needs .* there, 0 B are free: lacks .*; free some, name a folder on another"
     ):
-        run.train(ssd=tmp_path, disk=FaultyDisk(free_bytes=0))
+        run.train(ssd=[tmp_path], disk=FaultyDisk(free_bytes=0))
     with pytest.raises(ValueError, match=r"cannot be written: Permission denied"):
         run.train(disk=FaultyDisk(Fault("create_scratch", errno.EACCES)))
     assert not (run.folder / "metrics.jsonl").exists()
@@ -225,3 +294,233 @@ def test_buffered_moves_are_said(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", PLAN)
     run.train(disk=FaultyDisk(direct=False), steps=1)
     assert "its filesystem refuses direct I/O; reads and writes go through the system's page cache" in run.notes
+
+
+def named(folder: Path, *names: str) -> list[Path]:
+    found = [folder / name for name in names]
+    for each in found:
+        each.mkdir()
+    return found
+
+
+def test_shares_follow_speeds(tmp_path: Path) -> None:
+    """A drive that takes three times as long for a piece gets about a third of what the other one gets."""
+    folders = named(tmp_path, "quick", "slow")
+    quick, slow = measured_speeds(Disk(DelayedCalls(quick=0.02, slow=0.06)), folders)
+    assert 2 < quick / slow < 3.5
+    pools = [SlotPool("ssd.moments", Tier.SSD, TensorClass.MOMENTS, 37 * PIECE_BYTES // 4 + PAGE, 30)]
+    sizes = Striping(pools, (quick, slow)).sizes
+    assert sum(sizes) == pools[0].total_bytes
+    assert sizes[0] / sizes[1] == pytest.approx(quick / slow, rel=0.05)
+
+
+@pytest.mark.parametrize("speeds", [(1.0,), (1.0, 1.0), (5.0, 1.0), (1.0, 7.0, 2.0), (1.0, 1000.0)])
+def test_every_byte_has_one_place(speeds: tuple[float, ...]) -> None:
+    """On whole pages, and in parts of a MiB at least but for the end of a slot."""
+    pools = [
+        SlotPool("ssd.small", Tier.SSD, TensorClass.MOMENTS, 3 * PAGE, 5),
+        SlotPool("ssd.odd", Tier.SSD, TensorClass.REMAINDER, PIECE_BYTES + PAGE, 7),
+        SlotPool("ssd.large", Tier.SSD, TensorClass.MOMENTS, 9 * PIECE_BYTES - PAGE, 6),
+    ]
+    striping = Striping(pools, speeds)
+    taken: list[list[tuple[int, int]]] = [[] for _ in speeds]
+    for pool in pools:
+        for number in range(pool.count):
+            slot = pool.name, number
+            assert striping.slot_bytes(slot) == pool.slot_bytes
+            place = 0
+            for extent in striping.extents(slot, 0, pool.slot_bytes, 1 << 40):
+                assert extent.first_byte == place
+                assert extent.offset % PAGE == extent.size_bytes % PAGE == 0
+                place += extent.size_bytes
+                assert extent.size_bytes >= 1 << 20 or place == pool.slot_bytes
+                taken[extent.drive].append((extent.offset, extent.size_bytes))
+            assert place == pool.slot_bytes
+            if pool.name == "ssd.large" and max(speeds) / min(speeds) < 9:
+                assert len(striping.extents(slot, 0, pool.slot_bytes, 1 << 40)) == len(speeds), "one slot keeps all busy"
+    for drive, size in zip(taken, striping.sizes, strict=True):
+        place = 0
+        for offset, length in sorted(drive):
+            assert offset == place
+            place += length
+        assert place == size
+    total = sum(striping.sizes)
+    for speed, size in zip(speeds, striping.sizes, strict=True):
+        assert size == pytest.approx(total * speed / sum(speeds), abs=2 << 20)
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 1.0), (1.0, 3.0, 2.0)])
+def test_slots_and_parts_are_the_same_on_several_drives(tmp_path: Path, speeds: tuple[float, ...]) -> None:
+    drive = Drive(Disk(), several(tmp_path, len(speeds)), POOLS, speeds)
+    chance = random.Random(0)
+    expected = {slot: noise(size_of(slot), seed) for seed, slot in enumerate(SLOTS)}
+    for seed, slot in enumerate(SLOTS):
+        drive.write(slot, filled(slot, seed))
+    for number in range(30):
+        slot = chance.choice(SLOTS)
+        first = chance.randrange(size_of(slot))
+        values = noise(chance.randint(1, size_of(slot) - first), 1000 + number)
+        drive.part(slot, first, len(values)).write(0, values)
+        expected[slot][first : first + len(values)] = values
+    for slot, values in expected.items():
+        into = aligned(size_of(slot))
+        drive.read(slot, into)
+        assert torch.equal(into, values)
+    assert drive.close()
+
+
+def test_bits_do_not_depend_on_drives(tmp_path: Path, whole: Run) -> None:
+    """Two drives, one after a resume, then three."""
+    run = Run(tmp_path / "run", PLAN, EVERY)
+    run.train(steps=2, ssd=several(tmp_path, 2))
+    assert "drives, read and written at once: " in run.notes
+    assert "are on one device: both together are no faster than one of them" in run.notes
+    run.resume(steps=4)
+    run.resume(ssd=named(tmp_path, "a", "b", "c"))
+    check_same(whole, run)
+
+
+def test_folders_of_several_drives_are_checked(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", PLAN)
+    one, other = named(tmp_path, "one", "other")
+    (tmp_path / "link").symlink_to(one)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^--ssd .*/one, --ssd .*/link: are the same folder; name each drive once$"):
+        run.train(ssd=[one, other, tmp_path / "link"])
+    with pytest.raises(ValueError, match=r"^--ssd .*/file: is not a folder"):
+        run.train(ssd=[one, tmp_path / "file"])
+    refused = FaultyDisk(Fault("create_scratch", errno.EROFS, path="other/*"))
+    with pytest.raises(ValueError, match=r"/other: cannot be written: Read-only file system$"):
+        run.train(ssd=[one, other], disk=refused)
+    full = FaultyDisk(Fault("allocate", errno.ENOSPC, path="other/*"))
+    with pytest.raises(ValueError, match=r"^--ssd .*/other: 64.0 MiB are needed to measure the drive, .* are free; free some"):
+        run.train(ssd=[one, other], disk=full)
+    taken = FaultyDisk(Fault("allocate", errno.ENOSPC, number=2, path="other/*"))
+    with pytest.raises(
+        ValueError,
+        match=r"^--ssd .*/other: plan.json needs .* there \(of .*, shared out by the drives' speeds\), and the filesystem "
+        r"gives no room for it \(No space left on device\), .* are free now; free some",
+    ):
+        run.train(ssd=[one, other], disk=taken)
+    assert not (run.folder / "metrics.jsonl").exists()
+
+
+class BlockedCalls(Calls):
+    """A drive that answers nothing any more once the event is set, until it is let go."""
+
+    def __init__(self, blocked: threading.Event, operation: str) -> None:
+        self.let_go, self.reached = threading.Event(), threading.Event()
+        self._blocked, self._operation = blocked, operation
+
+    def _pass(self, operation: str, file: OpenFile) -> None:
+        if operation == self._operation and file.path.match(SCRATCH) and self._blocked.is_set():
+            self.reached.set()
+            assert self.let_go.wait(60)
+
+    def read(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        self._pass("read", file)
+        return super().read(file, block, offset)
+
+    def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        self._pass("write", file)
+        return super().write(file, block, offset)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "LOOK_NS", 100_000_000)
+    monkeypatch.setattr(watchdog, "LEAST_PATIENCE_NS", 1_000_000_000)
+    monkeypatch.setattr(patience, "PATIENCE_NS", 1_000_000_000)
+
+
+def check_threads_end(before: set[threading.Thread]) -> None:
+    end = time.monotonic() + 60
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+@pytest.mark.usefixtures("impatient")
+def test_a_drive_that_never_answers_is_not_waited_for_before_the_first_step(tmp_path: Path, operation: str) -> None:
+    """Nor where weights are filled in."""
+    always, before = threading.Event(), set(threading.enumerate())
+    always.set()
+    run, held = Run(tmp_path / "run", PLAN), BlockedCalls(always, operation)
+    with pytest.raises(Hung, match=rf"^the drive has not answered for 1,.* ms, asked for {tmp_path}/.scratch-\w+$"):
+        run.train(disk=Disk(held))
+    assert "rehearsing the drive" in [each.phase for each in run.shown]
+    assert "training" not in [each.phase for each in run.shown]
+    held.let_go.set()
+    check_threads_end(before)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_drives_that_never_answer_are_not_measured_for_ever(tmp_path: Path) -> None:
+    always, before = threading.Event(), set(threading.enumerate())
+    always.set()
+    held = BlockedCalls(always, "read")
+    with pytest.raises(Hung, match=r"asked for .*/one/.scratch-\w+, .*/other/.scratch-\w+$"):
+        measured_speeds(Disk(held), named(tmp_path, "one", "other"))
+    held.let_go.set()
+    check_threads_end(before)
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+@pytest.mark.usefixtures("impatient")
+def test_a_lane_whose_drive_never_answers_ends_the_run_by_name(tmp_path: Path, whole: Run, operation: str) -> None:
+    cut, before = Run(tmp_path / "cut", PLAN, EVERY), set(threading.enumerate())
+    cut.shown = armed = Armed()
+    held = BlockedCalls(armed.on, operation)
+    with pytest.raises(Hung) as raised:
+        cut.train(disk=Disk(held))
+    said = (
+        rf"lane ssd_{operation}, step [234], task .*, unit \d: has not moved for 1,.* ms \(planned: .*\); the drive does not "
+    )
+    assert re.search(rf"{said}answer, asked for {tmp_path}/.scratch-\w+", str(raised.value))
+    assert notes_of(raised.value) == f"`runtime resume {cut.folder}` goes on from step-00000002"
+    held.let_go.set()
+    check_threads_end(before)
+    cut.resume()
+    check_same(whole, cut)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_save_that_copies_from_a_slow_drive_is_waited_for(tmp_path: Path) -> None:
+    """As long as the drive answers; so is the rest that comes through parts."""
+    run = Run(tmp_path / "run", PLAN)
+    run.shown = armed = Armed(1)
+    run.train(steps=1, ssd=named(tmp_path, "one"), disk=Disk(DelayedCalls(armed.on, one=0.1)))
+    assert float(re.search(r"training paused for ([\d,.]+ (?:s|ms))", run.notes)[1].split()[0].replace(",", "")) > 1.2
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_an_interrupt_leaves_lanes_that_the_drive_holds_up(
+    tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """The second one, that is; the memory that the drive still fills stays, and the page locks of all memory with it."""
+    cut, before, closed = Run(tmp_path / "cut", PLAN, EVERY), set(threading.enumerate()), []
+    monkeypatch.setattr(CpuBackend, "close", closed.append)
+    cut.shown = armed = Armed()
+    held = BlockedCalls(armed.on, operation)
+
+    def interrupt() -> None:
+        assert held.reached.wait(60)
+        time.sleep(0.3)
+        for _ in range(2):  # the first one waits for the end of the step
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    user = threading.Thread(target=interrupt)
+    user.start()
+    with pytest.raises(KeyboardInterrupt) as raised:
+        cut.train(disk=Disk(held))
+    user.join()
+    assert not closed
+    assert held_up()
+    assert notes_of(raised.value) == f"`runtime resume {cut.folder}` goes on from step-00000002"
+    held.let_go.set()
+    check_threads_end(before)
+    monkeypatch.undo()
+    cut.resume()
+    check_same(whole, cut)

@@ -81,8 +81,7 @@ class RunRequest:
 
     def resumed(self) -> RunRequest:
         """The same with what its newest checkpoint says that no resume changes."""
-        folder, manifest = self.found[0]
-        run = manifest.run
+        folder, run = self.found[0].folder, self.found[0].manifest.run
         return replace(self, weights=folder, seed=run.seed, byte_tokens=run.byte_tokens, document_end=run.document_end)
 
     @property
@@ -140,7 +139,8 @@ def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightS
     """Where a new run begins, none for one that goes on; and what checkpoints hold beside the state."""
     model = request.plan.model
     if request.found:
-        return None, contents_at(model, *request.found[0])
+        candidate = request.found[0]
+        return None, contents_at(model, candidate.folder, candidate.files)
     if request.weights is None:
         return RandomWeights(model, request.seed, backend.device), contents_of(model)
     source = SafetensorsWeights(model, request.weights)

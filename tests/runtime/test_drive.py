@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -9,6 +10,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,18 @@ from runtime.checkpoints.manifest import Saving
 from runtime.lanes import patience, watchdog
 from runtime.lanes.backend import CpuBackend
 from runtime.lanes.clock import Hung, LaneError
+from runtime.lanes.executor import Executor
 from runtime.lanes.helpers import held_up
+from runtime.memory import drive as drive_module
 from runtime.memory.drive import Drive
-from runtime.memory.speeds import measured_speeds
+from runtime.memory.speeds import MEASURED_BYTES, measured_speeds
 from runtime.memory.striping import Striping
-from runtime.memory.volume import PIECE_BYTES
+from runtime.memory.volume import PIECE_BYTES, THREADS, Move
 from runtime.storage.calls import Calls, OpenFile
 from runtime.storage.disk import Disk
-from saved_runs import CUT, Run, check_same, notes_of, planned
-from slideplan.graph.tasks import SlotPool
+from saved_runs import CUT, STEPS, Run, check_same, notes_of, planned
+from slideplan.graph.lanes import LaneKind
+from slideplan.graph.tasks import Dependency, SlotPool, Task, TaskGraph, tier_bytes
 from slideplan.placement import TensorClass, Tier
 from slideplan.progress import Progress
 from storage import DelayedCalls, Fault, FaultyDisk, open_descriptors, small_drive
@@ -380,6 +385,54 @@ def test_bits_do_not_depend_on_drives(tmp_path: Path, whole: Run) -> None:
     check_same(whole, run)
 
 
+class JitteringCalls(Calls):
+    """Pieces end in any order."""
+
+    def __init__(self) -> None:
+        self._chance = random.Random(0)
+
+    def read(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        time.sleep(self._chance.random() * 5e-3)
+        return super().read(file, block, offset)
+
+    def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        time.sleep(self._chance.random() * 5e-3)
+        return super().write(file, block, offset)
+
+
+def test_bits_do_not_depend_on_which_piece_ends_first(tmp_path: Path, whole: Run) -> None:
+    """Slots are issued ahead, in pieces of a page."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive_module, "PIECE_BYTES", 4 * PAGE)
+        run = Run(tmp_path / "run", PLAN, EVERY)
+        run.train(disk=Disk(JitteringCalls()))
+    check_same(whole, run)
+
+
+def test_lanes_keep_a_drive_busy_between_slots(tmp_path: Path) -> None:
+    """Slots of five pieces, four of which move at a time: one by one each slot would take as long as eight."""
+    pool = SlotPool("ssd.moments", Tier.SSD, TensorClass.MOMENTS, 5 * PIECE_BYTES, 12)
+    copy = next(task for task in PLAN.graph.tasks if task.lane.kind is LaneKind.SSD_READ)
+    tasks = tuple(
+        msgspec.structs.replace(copy, name=f"copy {number}", dependencies=(), accesses=(), chunk=number)
+        for number in range(pool.count)
+    )
+    compute = next(task for task in PLAN.graph.tasks if task.lane.kind is LaneKind.COMPUTE)
+    last = msgspec.structs.replace(compute, dependencies=(Dependency(task=len(tasks) - 1, distance=0),))
+    drive = Drive(Disk(DelayedCalls(**{tmp_path.name: 0.05})), [tmp_path], [pool])
+    into = aligned(pool.slot_bytes)
+
+    def handler(task: Task, step: int) -> Move | None:
+        return drive.begin("read", [((pool.name, task.chunk), into)]) if task.lane == copy.lane else None
+
+    begun = time.perf_counter()
+    list(Executor(TaskGraph(pools=(pool,), tasks=(*tasks, last)), CpuBackend(), handler, 1))
+    took_s = time.perf_counter() - begun
+    assert drive.close()
+    rounds = 5 * pool.count / THREADS
+    assert took_s < 1.35 * rounds * 0.05, "1.6 times as long where each slot waits for the one before"
+
+
 def test_folders_of_several_drives_are_checked(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", PLAN)
     one, other = named(tmp_path, "one", "other")
@@ -523,4 +576,123 @@ def test_an_interrupt_leaves_lanes_that_the_drive_holds_up(
     check_threads_end(before)
     monkeypatch.undo()
     cut.resume()
+    check_same(whole, cut)
+
+
+# Real filesystems that are small: a tmpfs, mounted by root, or an ext4 in a file.
+NEED = tier_bytes(PLAN.graph.pools, Tier.SSD)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    with contextlib.ExitStack() as stack:
+
+        def mounted(size_bytes: int) -> Path:
+            folder = tmp_path / f"small-{size_bytes}"
+            folder.mkdir()
+            stack.enter_context(small_drive(folder, size_bytes))
+            return folder
+
+        yield mounted
+
+
+def test_a_small_filesystem_that_has_no_room_is_refused(tmp_path: Path, small: Callable[[int], Path]) -> None:
+    folder = small(NEED // PAGE * PAGE - 16 * PAGE)
+    with pytest.raises(
+        ValueError, match=rf"^--ssd {folder}: plan.json needs .* there, .* are free: lacks .* KiB; free some, name"
+    ):
+        Run(tmp_path / "run", PLAN).train(ssd=[folder])
+    assert not list(folder.glob(".scratch*"))
+
+
+def test_a_second_run_on_one_folder_needs_room_of_its_own(tmp_path: Path, small: Callable[[int], Path], whole: Run) -> None:
+    """What the first one has reserved counts, though no file shows it and little was written there."""
+    folder = small(NEED * 3 // 2 // PAGE * PAGE + (1 << 20))
+    first, second = Run(tmp_path / "first", PLAN, EVERY), Run(tmp_path / "second", PLAN, EVERY)
+    refused: list[str] = []
+
+    class Beside(list[Progress]):
+        def append(self, shown: Progress) -> None:
+            super().append(shown)
+            if shown.phase == "training" and shown.done == 3:
+                assert not list(folder.glob(".scratch*"))
+                with pytest.raises(ValueError) as error:
+                    second.train(ssd=[folder])
+                refused.append(str(error.value))
+
+    first.shown = Beside()
+    first.train(ssd=[folder])
+    assert re.match(rf"^--ssd {folder}: plan.json needs .* there, .* are free: lacks .*; free some, name a folder", refused[0])
+    check_same(whole, first)
+    second.train(ssd=[folder])
+    check_same(whole, second)
+
+
+def test_a_folder_that_is_removed_and_a_filesystem_that_others_fill_harm_no_run(
+    tmp_path: Path, small: Callable[[int], Path], whole: Run
+) -> None:
+    """What it needs was reserved before."""
+    folder = small(NEED + (2 << 20))
+    inner = folder / "inner"
+    inner.mkdir()
+    cut = Run(tmp_path / "cut", PLAN, EVERY)
+
+    class Removing(list[Progress]):
+        def append(self, shown: Progress) -> None:
+            super().append(shown)
+            if shown.phase == "training" and shown.done == 3:
+                inner.rmdir()
+                with pytest.raises(OSError, match="No space left"), (folder / "others").open("wb") as file:
+                    while True:
+                        file.write(bytes(1 << 16))
+                        file.flush()
+
+    cut.shown = Removing()
+    cut.train(ssd=[inner])
+    check_same(whole, cut)
+    with pytest.raises(ValueError, match=rf"^--ssd {inner}: is not a folder"):
+        cut.resume(ssd=[inner], steps=STEPS + 1)
+
+
+def test_drives_that_are_two_filesystems_are_shared_out(tmp_path: Path, small: Callable[[int], Path], whole: Run) -> None:
+    one, large, little = tmp_path / "one", small(96 << 20), small(MEASURED_BYTES + (8 << 20))
+    one.mkdir()
+    run = Run(tmp_path / "run", PLAN, EVERY)
+    run.train(ssd=[one, large])
+    assert "on one device" not in run.notes
+    assert f"{one} moves " in run.notes
+    check_same(whole, run)
+    (little / "others").write_bytes(bytes(8 << 20))
+    with pytest.raises(ValueError, match=rf"^--ssd {little}: 64.0 MiB are needed to measure the drive, .* are free; free some"):
+        Run(tmp_path / "refused", PLAN).train(ssd=[one, little])
+
+
+def test_a_filesystem_that_promises_no_room_and_fills_in_mid_run_ends_the_run(
+    tmp_path: Path, small: Callable[[int], Path], whole: Run
+) -> None:
+    """What is written there fails by name; the checkpoint is whole, and the run goes on once there is room."""
+    folder = small(NEED + (2 << 20))
+    cut = Run(tmp_path / "cut", PLAN, EVERY)
+    cut.shown = armed = Armed()
+
+    class Promising(Calls):
+        """Writes no block twice, as some filesystems do: another program takes what is given back."""
+
+        def allocate(self, file: OpenFile, size_bytes: int) -> None:
+            pass
+
+        def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
+            if armed.on.is_set() and file.path.match(SCRATCH):
+                size = os.fstat(file.descriptor).st_size
+                os.ftruncate(file.descriptor, offset)
+                os.ftruncate(file.descriptor, size)
+                with contextlib.suppress(OSError), (folder / "others").open("ab", buffering=0) as others:
+                    while others.write(bytes(PAGE)):
+                        pass
+            return super().write(file, block, offset)
+
+    with pytest.raises(LaneError, match=rf"^lane ssd_write, step \d, task .*, unit \d: .*No space left.*'{folder}/.scratch-"):
+        cut.train(ssd=[folder], disk=Disk(Promising()))
+    (folder / "others").unlink()
+    cut.resume(ssd=[folder])
     check_same(whole, cut)

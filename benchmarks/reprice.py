@@ -117,7 +117,10 @@ def manifest_of(report: Path) -> Manifest:
     """The runs of a report, of whatever version since 0.4.0."""
     found = json.loads(gzip.decompress((report / "manifest.json.gz").read_bytes()))
     for entry in found["entries"]:
-        entry["policy"]["units"] = [placement(unit) for unit in entry["policy"]["units"]]
+        policy = entry["policy"]
+        policy["units"] = [placement(unit) for unit in policy["units"]]
+        policy.setdefault("state", "exact")  # until 0.10.0 the GPU's moments alone had another format; no campaign drew one
+        policy.pop("gpu_moments", None)
     return msgspec.convert(found, Manifest)
 
 

@@ -52,7 +52,7 @@ def timed(move: Move, slots: list[tuple[str, int]], slot_bytes: int, until_bytes
 
 def raw(graph: TaskGraph, folder: Path, until_bytes: int, apart: bool) -> Rates:
     """Rates of the drive alone, through the class that runs use: both directions at once, and before that each `apart`."""
-    drive = Drive.for_graph(Disk(), folder, graph)
+    drive = Drive.for_graph(Disk(), [folder], graph)
     assert drive is not None, "the plan has state on the SSD"
     pool = max((pool for pool in graph.pools if pool.tier is Tier.SSD), key=lambda pool: pool.total_bytes)
     slots = [(pool.name, number) for number in range(pool.count)]

@@ -136,8 +136,8 @@ def readme(result: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(
         [
             f"# What lossy state costs, {result['date'][:10]}", "",
-            f"`{result['command']}` on {result['device']}, slideplan {__version__}: {result['model']}, {result['steps']} steps of "
-            f"{BATCH} x {SEQ_LEN} bytes, lr {result['lr']:g}.", "",
+            f"`{result['command']}` on {result['device']}, slideplan {__version__}: {result['model']}, "
+            f"{result['steps']} steps of {BATCH} x {SEQ_LEN} bytes, lr {result['lr']:g}.", "",
             f"| state | first loss | mean of the last {last} | against exact | held out | against exact |",
             "|---|---|---|---|---|---|", *rows, missing, "![losses](losses.png)", "",
         ]

@@ -1,4 +1,4 @@
-"""What can be refused before a run takes memory: the request, the machine, the room on the drive."""
+"""What can be refused before a run takes memory: the request, the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from runtime.checkpoints.manifest import Saving
 from runtime.lanes.backend import Backend
 from runtime.machine import identity
-from runtime.storage.disk import Disk
 from slideplan.graph.tasks import tier_bytes
 from slideplan.hf_config import model_from_config
 from slideplan.machine.host import available_host_bytes
@@ -84,23 +83,6 @@ def check_machine(plan: Plan, backend: Backend, where: str) -> None:
                 f"{where}: needs {format_bytes(need)} of {tier} memory, {format_bytes(max(0, available))} are free: lacks "
                 f"{format_bytes(need - available)}; free some, or plan with a smaller --{tier}-memory"
             )
-
-
-def check_drive(plan: Plan, ssd: Path | None, disk: Disk, where: str) -> None:
-    """Raise ValueError where what the plan has on the SSD has no folder, or no room there."""
-    need = tier_bytes(plan.graph.pools, Tier.SSD)
-    if not need:
-        return
-    if ssd is None:
-        raise ValueError(f"{where}: {format_bytes(need)} of state lie on the ssd; name a folder on that drive with --ssd")
-    if not ssd.is_dir():
-        raise ValueError(f"--ssd {ssd}: is not a folder; name one on the drive that the plan was made for")
-    free = disk.free_bytes(ssd)
-    if need > free:
-        raise ValueError(
-            f"--ssd {ssd}: {where} needs {format_bytes(need)} there, {format_bytes(free)} are free: "
-            f"lacks {format_bytes(need - free)}; free some, name a folder on another drive, or plan with a smaller --ssd-memory"
-        )
 
 
 def staging_bytes(plan: Plan, saving: Saving | None) -> int:

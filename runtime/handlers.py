@@ -10,6 +10,7 @@ from msgspec import UNSET
 from runtime.compute.handlers import ComputeHandlers
 from runtime.memory.buffers import Buffers
 from runtime.memory.drive import Drive
+from runtime.memory.volume import Move
 from runtime.optimizer.adamw import ALONE_ELEMENTS, AdamW, HostUpdate
 from runtime.optimizer.host_lossy import LossyHostUpdate, blank_state
 from runtime.optimizer.rounding import Draws
@@ -46,25 +47,33 @@ class Handlers:
         self._chunk_elements = {tier: passage(plan.policy, tier).chunk_elements(plan.model) for tier in (Tier.GPU, Tier.HOST)}
 
     def __call__(self, task: Task, step: int) -> None:
-        """Issue one task."""
+        """Issue one task, and wait for the drive where that does it."""
+        move = self.issue(task, step)
+        if move is not None:
+            move.wait()
+
+    def issue(self, task: Task, step: int) -> Move | None:
+        """Issue one task; what goes on where the drive does it."""
         match task.kind:
             case TaskKind.COPY:
-                self._copy(task)
+                return self._copy(task)
             case TaskKind.UPDATE:
                 self.update(task, step, self._settings)
             case _:
                 self._compute(task, step)
+        return None
 
-    def _copy(self, task: Task) -> None:
+    def _copy(self, task: Task) -> Move | None:
         operation, buffers = task.operation, self._buffers
-        for role in (COPIED_AS[tensor] for tensor in operation.tensors):
-            source, target = (task.slot(role, tier) for tier in (operation.source, operation.target))
-            if operation.source is Tier.SSD:
-                self._drive.read(source, buffers[target])
-            elif operation.target is Tier.SSD:
-                self._drive.write(target, buffers[source])
-            else:
-                _copy_common(buffers[source], buffers[target])
+        roles = [COPIED_AS[tensor] for tensor in operation.tensors]
+        copies = [(task.slot(role, operation.source), task.slot(role, operation.target)) for role in roles]
+        if operation.source is Tier.SSD:
+            return self._drive.begin("read", [(source, buffers[target]) for source, target in copies])
+        if operation.target is Tier.SSD:
+            return self._drive.begin("write", [(target, buffers[source]) for source, target in copies])
+        for source, target in copies:
+            _copy_common(buffers[source], buffers[target])
+        return None
 
     @property
     def _drive(self) -> Drive:

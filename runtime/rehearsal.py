@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import cycle
 from statistics import median
 
 from runtime.lanes.clock import RunError
+from runtime.lanes.helpers import Helper
+from runtime.memory.volume import Move
 from runtime.optimizer.adamw import Rehearsal
 from runtime.session import Session
 from slideplan.graph.lanes import LaneKind
@@ -56,15 +56,22 @@ def rehearse(session: Session, show: Show) -> int | None:
 def rehearse_drive(session: Session, show: Show) -> None:
     """Read and write state on the SSD for a moment, both at once as steps do, and say where the drive is slower than planned.
 
-    It comes before the session begins: all slots are zero and stay so. Raises RunError, naming the task, if a copy fails.
+    It comes before the session begins: all slots are zero and stay so. Raises RunError, naming the task, if a copy fails, and
+    Hung if the drive does not answer; what is asked of it goes on then, and where an interrupt ends this.
     """
     graph, record = session.plan.graph, session.plan.prediction.record
     lanes = [queue for kind in (LaneKind.SSD_READ, LaneKind.SSD_WRITE) if (queue := graph.queue(kind))]
     if not lanes:
         return
     show(Progress("rehearsing the drive", 0, 1))
-    with ThreadPoolExecutor(len(lanes)) as pool:
-        found = sum(pool.map(partial(_moved_per_s, session), lanes))
+    moves = [_Moves(session, queue) for queue in lanes]
+    threads = [Helper("drive-rehearsal", each.run) for each in moves]
+    for thread in threads:
+        thread.start()
+    assert session.buffers.drive is not None, "a graph with copies from and to the SSD has slots there"
+    for thread in threads:
+        session.buffers.drive.patience.wait(thread.wait)
+    found = sum(each.per_s() for each in moves)
     # Both lanes are planned to be busy beside each other for as long as the busier one.
     planned_ns = max(sum(record.spans[number].duration_ns for number in queue) for queue in lanes)
     planned = sum(graph.tasks[number].bytes_moved for queue in lanes for number in queue) * 1e9 / planned_ns
@@ -77,17 +84,44 @@ def rehearse_drive(session: Session, show: Show) -> None:
     show(Progress("rehearsing the drive", 1, 1, note=note))
 
 
-def _moved_per_s(session: Session, queue: Sequence[int]) -> float:
-    """Bytes/s of a lane's copies, one after the other."""
-    started, moved = time.perf_counter_ns(), 0
-    for number in cycle(queue):
-        task = session.plan.graph.tasks[number]
+class _Moves:
+    """Copies of a lane, each issued while the one before goes on, as lanes do it."""
+
+    def __init__(self, session: Session, queue: Sequence[int]) -> None:
+        self._session = session
+        self._tasks = [session.plan.graph.tasks[number] for number in queue]
+        self._moved, self._took_ns = 0, 1
+        self._error: RunError | None = None
+
+    def per_s(self) -> float:
+        """Bytes. Raises RunError."""
+        if self._error is not None:
+            raise self._error
+        return self._moved * 1e9 / self._took_ns
+
+    def run(self) -> None:
+        """Move for a while."""
+        try:
+            started, before = time.perf_counter_ns(), None
+            for task in cycle(self._tasks):
+                with _named(task):
+                    move = self._session.handlers.issue(task, 0)
+                assert move is not None, "the drive does it"
+                if before is not None:
+                    self._wait(*before)
+                before = task, move
+                if self._moved and time.perf_counter_ns() - started >= LEAST_REHEARSAL_NS:
+                    break
+            assert before is not None, "a lane has tasks"
+            self._wait(*before)
+            self._took_ns = max(1, time.perf_counter_ns() - started)
+        except RunError as error:
+            self._error = error
+
+    def _wait(self, task: Task, move: Move) -> None:
         with _named(task):
-            session.handlers(task, 0)
-        moved += task.bytes_moved
-        if (took_ns := time.perf_counter_ns() - started) >= LEAST_REHEARSAL_NS:
-            return moved * 1e9 / took_ns
-    raise AssertionError("a cycle does not end")
+            move.wait()
+        self._moved += task.bytes_moved
 
 
 def _pass_ns(session: Session, updates: list[Task]) -> int:

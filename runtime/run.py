@@ -16,7 +16,8 @@ from runtime.checkpoints.layout import CHECKPOINTS
 from runtime.checkpoints.manifest import Manifest, RunRecord, Saving, StoredFile
 from runtime.checkpoints.resuming import Candidate, Resume, clear, leave_newer
 from runtime.checkpoints.staging import Staging
-from runtime.checks import MARGIN_BYTES, check_drive, check_machine, check_model, check_numbers, check_plan, staging_bytes
+from runtime.checks import MARGIN_BYTES, check_machine, check_model, check_numbers, check_plan, staging_bytes
+from runtime.drives import find_drives
 from runtime.folder import begin_part, open_metrics
 from runtime.inputs.data import TokenWindows
 from runtime.inputs.prepare import DataRequest, PreparedData, prepare
@@ -33,7 +34,7 @@ from runtime.session import Session, Start
 from runtime.storage.disk import Disk
 from runtime.training import Stop, train
 from slideplan import __version__
-from slideplan.codec import digest, save, unwritable
+from slideplan.codec import digest, save
 from slideplan.entry import first_stop
 from slideplan.graph.tasks import tier_bytes
 from slideplan.measurement import Measurement
@@ -55,7 +56,7 @@ class RunRequest:
     found: checkpoints to go on from, the newest first; none: a new run
     data_changed: the data may be others than those of the checkpoint
     disk: through which everything is written
-    ssd: folder on the drive, for state that lies there
+    ssd: folders, one on each drive, for state that lies there
     """
 
     plan: Plan
@@ -76,12 +77,11 @@ class RunRequest:
     found: Sequence[Candidate] = ()
     data_changed: bool = False
     disk: Disk = field(default_factory=Disk)
-    ssd: Path | None = None
+    ssd: Sequence[Path] = ()
 
     def resumed(self) -> RunRequest:
         """The same with what its newest checkpoint says that no resume changes."""
-        folder, manifest = self.found[0]
-        run = manifest.run
+        folder, run = self.found[0].folder, self.found[0].manifest.run
         return replace(self, weights=folder, seed=run.seed, byte_tokens=run.byte_tokens, document_end=run.document_end)
 
     @property
@@ -100,7 +100,7 @@ class RunRequest:
             seed=self.seed,
             settings=self.settings,
             saving=self.saving or Saving(),
-            ssd=_absolute(self.ssd),
+            ssd=tuple(os.path.abspath(folder) for folder in self.ssd),  # noqa: PTH100 - links are kept
         )
 
 
@@ -139,7 +139,8 @@ def _weights(request: RunRequest, backend: Backend, show: Show) -> tuple[WeightS
     """Where a new run begins, none for one that goes on; and what checkpoints hold beside the state."""
     model = request.plan.model
     if request.found:
-        return None, contents_at(model, *request.found[0])
+        candidate = request.found[0]
+        return None, contents_at(model, candidate.folder, candidate.files)
     if request.weights is None:
         return RandomWeights(model, request.seed, backend.device), contents_of(model)
     source = SafetensorsWeights(model, request.weights)
@@ -209,11 +210,11 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     plan = request.plan
     backend = make_backend(request.device)
     check_machine(plan, backend, request.plan_path)
-    check_drive(plan, request.ssd, request.disk, request.plan_path)
+    drives = find_drives(plan, request.ssd, request.disk, request.plan_path, show)
     source, contents = _weights(request, backend, show)
     if request.saving is not None:
         kept = sum(step <= request.done for step, _ in checkpoints(request.out / CHECKPOINTS))
-        taken_bytes = _taken_bytes(request)
+        taken_bytes = 0 if drives is None else drives.taken_bytes(request.out)
         check_room(request.disk, request.out, plan, request.saving, contents, request.done, request.steps, kept, taken_bytes)
     data = _prepared(request, show)
     windows = _windows(request, data)
@@ -227,7 +228,7 @@ def execute(request: RunRequest, show: Show) -> Measurement:
     backend.limit_gpu_bytes(on_gpu.capacity_bytes, on_gpu.fixed_bytes)
     keeper: Keeper | None = None
     stop = Stop()
-    drive = _drive(request, show)
+    drive = None if drives is None else drives.reserve(request.disk, show)
     try:
         session = Session(plan, backend, windows, request.settings, host_update, show, drive, request.seed)
         rehearsed_ns = rehearse(session, show)
@@ -244,7 +245,8 @@ def execute(request: RunRequest, show: Show) -> Measurement:
             stored = Stored(plan.model, session.states, contents)
             describe = _describe(request, data.record.digest, windows)
             cost = plan.prediction.save
-            keeper = Keeper(request.out, request.disk, stored, staging, backend, describe, request.saving.keep, cost, show)
+            keep, patience = request.saving.keep, None if drive is None else drive.patience
+            keeper = Keeper(request.out, request.disk, stored, staging, backend, describe, keep, cost, show, patience)
             if said := said_of_saves(plan, request.saving):
                 show(Progress(PHASE, note=said))
         found = _trained(request, session, keeper, rehearsed_ns, stop, show)
@@ -264,27 +266,6 @@ def _with_remedy(cause: KeyboardInterrupt, request: RunRequest, done: int, saves
         goes_on, is_over = f"`runtime resume {request.out}` goes on", f"`runtime export {request.out} -o DIR` takes the weights"
         cause.add_note(f"{done} steps are saved in {last}; {goes_on if done < request.steps else is_over}")
     return cause
-
-
-def _taken_bytes(request: RunRequest) -> int:
-    """What state on the SSD will take of the drive that the run folder is on."""
-    if request.ssd is None or request.ssd.stat().st_dev != request.out.stat().st_dev:
-        return 0
-    return tier_bytes(request.plan.graph.pools, Tier.SSD)
-
-
-def _drive(request: RunRequest, show: Show) -> Drive | None:
-    """Room on the drive for the state that lies there, where any does."""
-    if request.ssd is None:
-        return None
-    try:
-        drive = Drive.for_graph(request.disk, request.ssd, request.plan.graph)
-    except OSError as error:
-        raise unwritable(request.ssd, error) from None
-    if drive is not None and not drive.direct:
-        note = f"--ssd {request.ssd}: its filesystem refuses direct I/O; reads and writes go through the system's page cache"
-        show(Progress("reserving memory", note=note))
-    return drive
 
 
 def _end(error: BaseException, keeper: Keeper | None, backend: Backend, drive: Drive | None) -> None:
@@ -309,12 +290,14 @@ def _end(error: BaseException, keeper: Keeper | None, backend: Backend, drive: D
             over = keeper.close()
         for remedy in keeper.remedy():
             failure.add_note(remedy)
-    if over and not hangs:  # what hangs is left alone
+    if drive is not None:
+        ended = False
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            ended = drive.close()
+        over = over and ended
+    if over and not hangs:  # what hangs is left alone, with its memory
         with contextlib.suppress(Exception, KeyboardInterrupt):
             backend.close()
-        with contextlib.suppress(Exception, KeyboardInterrupt):
-            if drive is not None:
-                drive.close()
     if failure is not error:
         raise failure from error
 

@@ -116,14 +116,15 @@ class Session:
 
     def executor(self, steps: int) -> Executor:
         """An executor of the next `steps` steps: data and optimizer go on where the last one ended."""
-        prediction = self.plan.prediction.record
+        prediction, drive = self.plan.prediction.record, self.buffers.drive
         self._executor = Executor(
             self.plan.graph,
             self.backend,
-            self.handlers,
+            self.handlers.issue,
             steps,
             self.steps_done,
             patience_ns(prediction.step_ns),
             [span.duration_ns for span in prediction.spans],
+            None if drive is None else drive.patience,
         )
         return self._executor

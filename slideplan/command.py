@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,22 @@ def path(text: str) -> Path:
     Where there is no such home it stays in the path, which will then not be found.
     """
     return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's takes ./~ for a home, and raises where there is none
+
+
+def check_folders(folders: Sequence[Path], remedy: str) -> None:
+    """Raise ValueError for what --ssd names that is no folder, or that it names twice."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"--ssd {folder}: is not a folder; {remedy}")
+    for one, other in combinations(folders, 2):
+        if one.samefile(other):
+            raise ValueError(f"--ssd {one}, --ssd {other}: are the same folder; name each drive once")
+
+
+def on_one_device(folders: Sequence[Path]) -> list[str]:
+    """A warning for each two folders that gain nothing from each other."""
+    return [
+        f"warning: --ssd {one} and --ssd {other} are on one device: both together are no faster than one of them"
+        for one, other in combinations(folders, 2)
+        if one.stat().st_dev == other.stat().st_dev
+    ]

@@ -39,6 +39,11 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
             content = opened.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}; {remedy}") from None
+    return json_object(file, content, remedy)
+
+
+def json_object(file: Path, content: bytes, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds, which was read. Raises ValueError as above."""
     refuse_lfs_pointer(file, content)
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"{file}: is larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is; {remedy}")

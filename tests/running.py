@@ -103,7 +103,7 @@ def token_windows(model: ModelSpec, workload: Workload, seed: int = 0) -> TokenW
 
 def session_for(plan: Plan, backend: Backend, settings: AdamW = SETTINGS) -> Session:
     windows = token_windows(plan.model, plan.workload)
-    drive = Drive.for_graph(Disk(), Path(tempfile.gettempdir()), plan.graph)
+    drive = Drive.for_graph(Disk(), [Path(tempfile.gettempdir())], plan.graph)
     session = Session(plan, backend, windows, settings, HostUpdate(plan.machine.optimizer_threads), drive=drive)
     session.begin(RandomWeights(plan.model, seed=1, device=backend.device))
     return session

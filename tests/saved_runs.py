@@ -93,7 +93,7 @@ class Run:
             settings=SETTINGS,
             saving=saving or Saving(),
             data=text(folder.parent),
-            ssd=folder.parent,
+            ssd=(folder.parent,),
         )
 
     def train(self, **changes: object) -> None:

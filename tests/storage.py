@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -125,6 +126,25 @@ class _FaultyCalls(WatchedCalls):
 
     def set_direct(self, file: OpenFile, direct: bool) -> bool:
         return (self._direct or not direct) and super().set_direct(file, direct)
+
+
+class DelayedCalls(Calls):
+    """Drives that take so many seconds for each read and write, by the names of their folders, once an event is set."""
+
+    def __init__(self, on: threading.Event | None = None, /, **seconds: float) -> None:
+        self._seconds, self._on = seconds, on
+
+    def read(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        self._delay(file)
+        return super().read(file, block, offset)
+
+    def write(self, file: OpenFile, block: memoryview, offset: int) -> int:
+        self._delay(file)
+        return super().write(file, block, offset)
+
+    def _delay(self, file: OpenFile) -> None:
+        if self._on is None or self._on.is_set():
+            time.sleep(self._seconds.get(file.path.parent.name, 0))
 
 
 class PowerLoss(BaseException):

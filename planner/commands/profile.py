@@ -29,7 +29,7 @@ from planner.commands.options import (
 from planner.reports import machines as report_machines
 from planner.reports.tables import console
 from slideplan import codec
-from slideplan.command import Device, path
+from slideplan.command import Device, check_folders, on_one_device, path
 from slideplan.machine.figures import changes, figures
 from slideplan.machine.profile import MachineProfile, Spread
 from slideplan.progress import Show
@@ -54,7 +54,12 @@ def profile(
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
     ssd: Annotated[
-        Path | None, typer.Option(parser=path, help="Folder on the drive to measure; default: the working folder.")
+        list[Path] | None,
+        typer.Option(
+            parser=path,
+            help="Folder on the drive to measure; default: the working folder. Repeatable: one on each of several drives, "
+            "which are measured together, as a run uses them.",
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Measure a few figures of PROFILE again and say whether they hold; write nothing.")
@@ -71,6 +76,7 @@ def profile(
       planner profile --model llama-3.1-8b --micro-batch 4 --micro-batch 16 --seq-len 1024
       planner profile --device cpu --model demo -o profiles/laptop.json
       planner profile --ssd /mnt/nvme
+      planner profile --ssd /mnt/nvme --ssd /mnt/nvme2
       planner profile --check profiles/laptop.json
 
     \b
@@ -100,6 +106,9 @@ def profile(
         raise ValueError(f"--name {name!r}: letters, digits, dots, dashes and underscores only")
     output = output or LOCAL_PROFILES / f"{name}.json"
     check_writable(output)
+    check_folders(ssd or (), "name one on the drive to measure")
+    for warning in on_one_device(ssd or ()):
+        note(warning)
     request = ProfileRequest(
         name=name,
         models=models,
@@ -110,7 +119,7 @@ def profile(
         gpu_memory_bytes=size_of("--gpu-memory", gpu_memory),
         host_memory_bytes=size_of("--host-memory", host_memory),
         command=" ".join(["planner", *sys.argv[1:]]),
-        ssd=_folder(ssd),
+        ssd=tuple(ssd or ()),
     )
     with _progress() as show:
         measured = profile_machine(request, show)
@@ -179,9 +188,3 @@ def _has_gpu() -> bool:
     import torch  # noqa: PLC0415 - only with the runtime installed
 
     return torch.cuda.is_available()
-
-
-def _folder(ssd: Path | None) -> Path | None:
-    if ssd is not None and not ssd.is_dir():
-        raise ValueError(f"--ssd {ssd}: is not a folder; name one on the drive to measure")
-    return ssd

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.checkpoints.layout import CONFIG, MANIFEST
-from runtime.checkpoints.manifest import Manifest
 from runtime.inputs.checkpoint import INDEX, holds_weights
 from runtime.inputs.tensor_names import match
 from slideplan.hf_config import config_of
-from slideplan.hf_fields import read_json_object
+from slideplan.hf_fields import json_object, read_json_object
 from slideplan.model import ModelSpec
 from slideplan.quantities import format_bytes
 
@@ -59,18 +58,18 @@ def carried(folder: Path, names: Mapping[str, str]) -> tuple[Contents, list[str]
     return Contents(names, files), left_out
 
 
-def contents_at(model: ModelSpec, folder: Path, manifest: Manifest) -> Contents:
+def contents_at(model: ModelSpec, folder: Path, files: Mapping[str, bytes]) -> Contents:
     """What lies beside the state in a checkpoint: what its manifest names, and nothing that somebody has added since.
 
-    Raises ValueError where it cannot be read.
+    files: all small ones. Raises ValueError for an index that is none.
     """
-    beside = [folder / file.name for file in manifest.files if not holds_weights(folder / file.name)]
-    return Contents(names_at(model, folder), {path.name: _content(path) for path in beside})
+    beside = {name: content for name, content in files.items() if not holds_weights(folder / name)}
+    return Contents(names_at(model, folder, files), beside)
 
 
-def names_at(model: ModelSpec, folder: Path) -> Mapping[str, str]:
-    """Stored name by parameter in a checkpoint. Raises ValueError where its index cannot be read."""
-    placed = read_json_object(folder / INDEX, "take another checkpoint").get("weight_map")
+def names_at(model: ModelSpec, folder: Path, files: Mapping[str, bytes]) -> Mapping[str, str]:
+    """Stored name by parameter in a checkpoint. files: its index at least. Raises ValueError where that is none."""
+    placed = json_object(folder / INDEX, files[INDEX], "take another checkpoint").get("weight_map")
     present = placed if isinstance(placed, dict) else {}
     return match(model.shapes, present, model.tied_embeddings).stored
 

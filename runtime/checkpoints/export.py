@@ -129,10 +129,10 @@ def _write_newest(found: Sequence[Candidate], folder: Path, dtype: Dtype, disk: 
 
 
 def _write(candidate: Candidate, folder: Path, dtype: Dtype, disk: Disk, show: Show) -> None:
-    source, manifest = candidate
+    source, manifest, _ = candidate  # of older ones not all files are held
     files = read_small_files(disk, source, manifest)
     model = model_from_config(source)
-    names = names_at(model, source)
+    names = names_at(model, source, files)
     element_bytes = WEIGHT_BYTES if dtype == "bf16" else 4
     need = element_bytes * model.parameter_count + sum(map(len, files.values())) + SPARE_BYTES
     require_room(disk, folder.parent, need)

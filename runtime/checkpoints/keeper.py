@@ -24,12 +24,12 @@ from runtime.checkpoints.layout import (
     weights_file,
 )
 from runtime.checkpoints.manifest import Manifest, Saving, StoredFile, content_hash
-from runtime.checkpoints.patience import Patience
 from runtime.checkpoints.staging import Staging
 from runtime.checkpoints.writing import FileWrites, NotFiniteError, ShardFile, require_finite
 from runtime.lanes.backend import Backend
 from runtime.lanes.clock import RunError
 from runtime.lanes.helpers import Helper, ended, grace_ends_ns
+from runtime.lanes.patience import Patience
 from runtime.metrics import Metrics
 from runtime.state import StoredTensor, UnitState
 from runtime.storage.disk import Disk
@@ -173,12 +173,13 @@ class Keeper:
         keep: int,
         cost: SaveCost | None,
         show: Show,
+        drive: Patience | None = None,
     ) -> None:
-        """keep: checkpoints that stay; of weights alone all do. cost: as planned."""
+        """keep: checkpoints that stay; of weights alone all do. cost: as planned. drive: from which state is copied, too."""
         self.folder = folder
         self.records: list[SaveRecord] = []
         self.staging = staging
-        self._patience = Patience(folder)
+        self._patience = Patience(str(folder), drive)
         self._disk = self._patience.watched(disk)
         self._stored = stored
         self._backend = backend

@@ -40,7 +40,7 @@ class RunRecord(Spec, frozen=True):
     """What a run was asked to do: with a checkpoint and a plan enough to go on.
 
     data:   absolute path; None: the default text
-    ssd:    absolute path of the folder for state on the drive; None: none was named
+    ssd:    absolute paths of the folders for state on drives, one on each; none where none was named
     """
 
     steps: int
@@ -50,7 +50,7 @@ class RunRecord(Spec, frozen=True):
     seed: int
     settings: AdamW
     saving: Saving
-    ssd: str | None = None
+    ssd: tuple[str, ...] = ()
 
 
 class RunDocument(Document, frozen=True, tag="run"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,7 @@ from runtime.checkpoints.manifest import DamagedError, Manifest, RunDocument, Ru
 from runtime.checkpoints.reading import read_shards, read_small_files
 from runtime.checkpoints.staging import Staging
 from runtime.folder import METRICS, RUN, unread
+from runtime.inputs.checkpoint import INDEX
 from runtime.inputs.data import Position
 from runtime.lanes.backend import Backend
 from runtime.state import UnitState
@@ -32,10 +33,14 @@ DAMAGED, LEFT = "damaged-", "left-"
 
 
 class Candidate(NamedTuple):
-    """A checkpoint whose files are all there in their sizes, those that hold no tensors with their content."""
+    """A checkpoint whose files are all there in their sizes, those that hold no tensors with their content.
+
+    files: content by name of those; of all but the newest checkpoint the index alone
+    """
 
     folder: Path
     manifest: Manifest
+    files: Mapping[str, bytes]
 
 
 def candidates(run: Path, show: Show, step: int | None = None, disk: Disk | None = None) -> list[Candidate]:
@@ -54,7 +59,9 @@ def candidates(run: Path, show: Show, step: int | None = None, disk: Disk | None
     problems = []
     for _, folder in reversed(stored):
         try:
-            found.append(_candidate(folder, disk))
+            candidate = _candidate(folder, disk)
+            # Tokenizers have megabytes, and many checkpoints may be kept.
+            found.append(candidate._replace(files={INDEX: candidate.files[INDEX]}) if found else candidate)
         except DamagedError as damage:
             problems.append(str(damage))
         except (OSError, ValueError) as error:
@@ -75,10 +82,12 @@ def candidates(run: Path, show: Show, step: int | None = None, disk: Disk | None
 def _candidate(folder: Path, disk: Disk) -> Candidate:
     """Raises DamagedError; ValueError and OSError where the checkpoint may be whole, and cannot be used."""
     manifest = read_manifest(folder, disk)
-    read_small_files(disk, folder, manifest)
+    files = read_small_files(disk, folder, manifest)
     if not manifest.optimizer:
         raise ValueError(f"{folder}: holds the weights alone, from which no run goes on; move it to another folder")
-    return Candidate(folder, manifest)
+    if INDEX not in files:
+        raise DamagedError(f"{folder}: its manifest names no {INDEX}")
+    return Candidate(folder, manifest, files)
 
 
 def _at_step(run: Path, stored: Sequence[tuple[int, Path]], step: int) -> list[tuple[int, Path]]:
@@ -245,8 +254,8 @@ class Resume:
             raise ValueError(f"{damage}; {exported}") from None
 
     def _read(self, candidate: Candidate, states: Sequence[UnitState], show: Show) -> None:
-        folder, manifest = candidate
-        names = names_at(self._model, folder)
+        folder, manifest, files = candidate
+        names = names_at(self._model, folder, files)
         shards = Stored(self._model, states, Contents(names, {})).shards(optimizer=True)
         sizes = {file.name: file.size_bytes for file in manifest.files}
         total = sum(sizes.get(shard.name, 0) for shard in shards)

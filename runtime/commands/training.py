@@ -34,8 +34,12 @@ TokenCache = Annotated[
     Path | None, typer.Option(parser=path, help="Folder that keeps prepared tokens; default: ~/.cache/slideplan/tokens.")
 ]
 Ssd = Annotated[
-    Path | None,
-    typer.Option(parser=path, help="Folder on the drive, for state that the plan has there. Nothing stays in it."),
+    list[Path] | None,
+    typer.Option(
+        parser=path,
+        help="Folder on the drive, for state that the plan has there. Nothing stays in it. Repeatable: one on each of several "
+        "drives, over which state is spread by their speed.",
+    ),
 ]
 Warmup = Annotated[int, typer.Option(help="First steps that are not judged.")]
 
@@ -105,6 +109,7 @@ def execute(
       runtime execute plan.json
       runtime execute plan.json --data ./texts --weights ./Llama-3.1-8B --steps 1000 --lr 1e-5 --save-every 200 -o runs/first
       runtime execute plan.json --steps 20 --no-save
+      runtime execute plan.json --ssd /mnt/nvme --ssd /mnt/nvme2
 
     \b
     Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted, 143 terminated.
@@ -121,7 +126,7 @@ def execute(
             device=device,
             data=data,
             weights=weights,
-            ssd=ssd,
+            ssd=ssd or (),
             byte_tokens=byte_tokens,
             document_end=document_end,
             token_cache=token_cache,
@@ -197,7 +202,7 @@ def resume(
                 steps=before.steps if steps is None else steps,
                 device=device,
                 data=data or (None if before.data is None else Path(before.data)),
-                ssd=ssd or (None if before.ssd is None else Path(before.ssd)),
+                ssd=ssd or [Path(each) for each in before.ssd],
                 token_cache=token_cache,
                 settings=_settings(before.settings, lr, weight_decay),
                 warmup_steps=warmup,

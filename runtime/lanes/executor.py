@@ -14,19 +14,22 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
 from runtime.lanes import watchdog
+from runtime.lanes.ahead import Ahead, Going
 from runtime.lanes.backend import Backend, Fetched, Marker
 from runtime.lanes.clock import Hung, LaneClock, LaneError, Stopped, StopSignal, Walk
 from runtime.lanes.helpers import Helper
-from runtime.lanes.watchdog import Watchdog
+from runtime.lanes.watchdog import DRIVE_LANES, Answers, Watchdog
 from slideplan.graph.lanes import Lane, LaneKind
 from slideplan.graph.tasks import Task, TaskGraph
 from slideplan.timeline import Span, first_compute
 
-# A handler issues one task of one step on the lane that calls it.
-Handler = Callable[[Task, int], None]
+# A handler issues one task of one step on the lane that calls it. What goes on when it returns, on no stream, it returns.
+Handler = Callable[[Task, int], Going | None]
 
 POLL_S = 0.005  # of who waits for the device: no lane waits for them, and lanes want the cores
-GRACE_NS = 2_000_000_000  # for lanes that are not stuck themselves, once a run is hung: they end as soon as they are woken
+# For lanes that are not stuck themselves, once a run is hung: they end as soon as they are woken. And for the drive, once
+# somebody has had enough of waiting.
+GRACE_NS = 2_000_000_000
 
 
 class Executor:
@@ -34,12 +37,14 @@ class Executor:
 
     Yields the number of each step when its last compute task is over, though updates of the step may
     still run. The first failure of any lane, and a fault of the device that shows here, stops all lanes and is
-    raised as LaneError. Lanes have ended when the iterator is exhausted or closed, but for those of a run that is Hung.
+    raised as LaneError. Lanes have ended when the iterator is exhausted or closed, but for those of a run that is Hung, and
+    for those that the drive holds up when an interrupt or the caller ends it: their memory must stay.
 
     first_step:  what handlers and messages call the first one: optimizer and data count on from earlier runs
     patience_ns: how long no lane may move while somebody waits here, `watchdog.patience_ns` for plans; beyond, the run is
                  Hung. None: for ever
     planned_ns:  predicted duration of each task, for the message
+    drive:       whose answers count as moves of its lanes; None: there is none
 
     The thread that iterates, takes values and spans, and finishes must be one. It waits where signals reach it, and issues
     nothing: that would block it for as long as a stream's queue is full.
@@ -54,6 +59,7 @@ class Executor:
         first_step: int = 0,
         patience_ns: int | None = None,
         planned_ns: Sequence[int] | None = None,
+        drive: Answers | None = None,
     ) -> None:
         self.graph = graph
         self.backend = backend
@@ -63,12 +69,15 @@ class Executor:
         self._handler = handler
         self._signal = StopSignal()
         self._clocks = {lane: LaneClock(self._signal) for lane in graph.lanes}
+        self._ahead = {lane: Ahead(backend, lane.kind, clock) for lane, clock in self._clocks.items()}
         self._anchors: dict[int, Marker] = {}
         self._begun = 1  # steps that some lane has begun; the first one counts as begun
         self._deciding = threading.Lock()
         self._threads = {lane: Helper(f"lane-{lane}", partial(self._run_lane, lane)) for lane in graph.lanes}
         self._watchdog = (
-            None if patience_ns is None else Watchdog(self._walk, backend, self._clocks, self._threads, patience_ns, planned_ns)
+            None
+            if patience_ns is None
+            else Watchdog(self._walk, backend, self._clocks, self._threads, patience_ns, planned_ns, drive)
         )
 
     def __iter__(self) -> Generator[int, None, None]:
@@ -178,26 +187,31 @@ class Executor:
     def _end(self, error: BaseException | None) -> None:
         """Wait until lanes and device are through with what they do, and for no less: memory that they copy is given back next.
 
-        With an error they are stopped before. An impatient interrupt is such an error, no reason to leave. Raises Hung
+        With an error they are stopped before. An impatient interrupt is such an error, and a reason to leave lanes that the
+        drive holds up, no others; so is a caller that gives up, for it may have been interrupted between steps. Raises Hung
         where one is stuck; where the run is hung already, the stuck ones are left.
         """
+        given_up = isinstance(error, KeyboardInterrupt | GeneratorExit)
         while True:
             try:
                 if error is not None:
                     self._signal.stop(error)
-                self._wait_for_lanes()
+                self._wait_for_lanes(given_up)
             except KeyboardInterrupt as interrupt:
-                error = error or interrupt
+                error, given_up = error or interrupt, True
             else:
                 return
 
-    def _wait_for_lanes(self) -> None:
+    def _wait_for_lanes(self, given_up: bool) -> None:
         left_ns = time.perf_counter_ns() + GRACE_NS
-        while any(
-            not thread.wait(0) or self._clocks[lane].over(self.backend) < self._clocks[lane].issued
+        while held := [
+            lane
             for lane, thread in self._threads.items()
-        ):
+            if not thread.wait(0) or self._clocks[lane].over(self.backend) < self._clocks[lane].issued
+        ]:
             first = self._signal.error
+            if given_up and time.perf_counter_ns() > left_ns and all(lane.kind in DRIVE_LANES for lane in held):
+                return
             if isinstance(first, Hung):
                 if time.perf_counter_ns() > left_ns:
                     return
@@ -224,7 +238,12 @@ class Executor:
         except Stopped:
             pass
         except BaseException as error:
-            self._signal.stop(_failure(self._walk.where(lane, step, task), error))
+            self._fail(lane, step, task, error)
+        finally:
+            self._ahead[lane].wait()  # what goes on uses the memory of its task
+
+    def _fail(self, lane: Lane, step: int, task: Task | None, error: BaseException) -> None:
+        self._signal.stop(_failure(self._walk.where(lane, step, task), error))
 
     def _begins(self, step: int) -> bool:
         """Whether a lane begins this step, for there is one."""
@@ -246,9 +265,15 @@ class Executor:
             self.backend.join(end, lane.kind)
         if self._signal.error is not None:
             raise Stopped
+        ahead = self._ahead[lane]
+        ahead.wait_for_room(task)
         start = self.backend.mark(lane.kind)
-        self._handler(task, self._walk.first_step + step)
-        self._clocks[lane].advance(start, self.backend.mark(lane.kind))
+        going = self._handler(task, self._walk.first_step + step)
+        if going is None:
+            ahead.wait()
+            self._clocks[lane].advance(start, self.backend.mark(lane.kind))
+        else:
+            ahead.issued(task, start, going, partial(self._fail, lane, step, task))
 
 
 def _failure(where: str, error: BaseException) -> LaneError:

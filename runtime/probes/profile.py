@@ -17,6 +17,7 @@ import numba
 import torch
 import transformers
 
+from runtime.drives import said_of_drives
 from runtime.lanes.backend import Backend, make_backend
 from runtime.lanes.threads import set_compute_threads
 from runtime.machine import identity, resident_bytes
@@ -31,6 +32,7 @@ from runtime.probes.threads import chosen_threads, thread_points
 from runtime.probes.timing import Effort, Work, mean_rate_spread, spread, timed, together
 from runtime.probes.together import COMBINATIONS, TogetherProbe
 from slideplan import __version__
+from slideplan.command import on_one_device
 from slideplan.graph.lanes import LaneKind
 from slideplan.machine.figures import cost_name, figure_name
 from slideplan.machine.handoffs import Handoffs
@@ -61,7 +63,7 @@ class ProfileRequest:
 
     kernels: those to time; nothing can be captured on a CPU, so there "graphed" is left out.
 
-    ssd: folder on the drive to measure; None: the working folder.
+    ssd: folders on the drives to measure, one on each, as a run stripes state over them; none: the working folder.
 
     Memory sizes override what the system reports: a part of the GPU, or RAM that a virtual machine
     shows only as it is used.
@@ -76,7 +78,7 @@ class ProfileRequest:
     gpu_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
     command: str = ""
-    ssd: Path | None = None
+    ssd: Sequence[Path] = ()
 
 
 def profile_machine(request: ProfileRequest, show: Show) -> MachineProfile:
@@ -125,7 +127,7 @@ def _profile(
     launches = probes.launches(memory_work)
     told = handoffs(backend, threads)
     device_rate = buffers.device_bytes_per_s()
-    lanes, ssd = _lanes_together(backend, request, memory_work, effort, steps)
+    lanes, ssd = _lanes_together(backend, request, memory_work, effort, steps, notes)
     duplex, disk_duplex = lanes.total(LaneKind.H2D, LaneKind.D2H), lanes.total(LaneKind.SSD_READ, LaneKind.SSD_WRITE)
     dram = _host_dram(backend, lanes)
     assert duplex is not None, "every backend has both copy lanes"
@@ -170,11 +172,20 @@ def _profile(
 
 
 def _lanes_together(
-    backend: Backend, request: ProfileRequest, memory_work: dict[LaneKind, Work], effort: Effort, steps: _Steps
+    backend: Backend,
+    request: ProfileRequest,
+    memory_work: dict[LaneKind, Work],
+    effort: Effort,
+    steps: _Steps,
+    notes: list[str],
 ) -> tuple[TogetherProbe, SsdProfile | None]:
-    """Lanes alone and together, the disk among them; and what the disk does by itself."""
+    """Lanes alone and together, the disk among them; and what the disk does by itself. Several disks are one, with a note."""
     lanes = TogetherProbe()
-    with SsdProbe.open(backend, request.ssd or Path.cwd(), effort) as disk:
+    folders = request.ssd or (Path.cwd(),)
+    with SsdProbe.open(backend, folders, effort) as disk:
+        if len(folders) > 1:
+            notes += on_one_device(folders)
+            notes.append(said_of_drives(folders, disk.speeds) if disk else "the drives cannot be measured together")
         work = _layer_work(backend, request) | memory_work | (disk.work() if disk else {})
         for what in lanes.measure(backend, work, effort.together_ns):
             steps.next(what)

@@ -350,7 +350,7 @@ def test_a_profile_is_held_against_the_one_that_it_replaces(
 
 def test_the_drive_of_a_folder_is_measured(planner: Any, requests: list[FakeRequest], tmp_path: Path) -> None:
     assert planner("profile", "--device", "cpu", "--name", "here", "--ssd", str(tmp_path)).code == 0
-    assert requests[-1].ssd == tmp_path
+    assert requests[-1].ssd == (tmp_path,)
     outcome = planner("profile", "--device", "cpu", "--name", "here", "--ssd", "nowhere")
     assert outcome.code == 2
     assert "--ssd nowhere: is not a folder; name one on the drive to measure" in outcome.err

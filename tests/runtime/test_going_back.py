@@ -19,6 +19,7 @@ from runtime.checkpoints.layout import MANIFEST
 from runtime.checkpoints.manifest import Manifest, RunDocument, Saving, read_manifest
 from runtime.checkpoints.resuming import Resume, asked, candidates, clear, leave_newer
 from runtime.folder import RESULTS, begin_part
+from runtime.inputs.checkpoint import INDEX
 from runtime.lanes.clock import RunError
 from runtime.storage.disk import Disk
 from runtime.training import StepResult
@@ -338,3 +339,15 @@ def test_a_resume_whose_power_goes_off_as_it_goes_back_leaves_a_run(compared: Ru
             assert {each for each, _ in checkpoints(left / "checkpoints")} == set(range(1, step + 1))
             shutil.rmtree(left)
     assert seen == {2, 3, 4, 5}
+
+
+def test_small_files_of_a_checkpoint_are_read_once(tmp_path: Path) -> None:
+    """They are compared with their hashes when a checkpoint is looked for, and are what goes on: whatever comes after."""
+    whole, cut = Run(tmp_path / "whole", PLAN, EVERY), Run(tmp_path / "cut", PLAN, EVERY)
+    whole.train()
+    cut.train(steps=2)
+    found = candidates(cut.folder, silent)
+    assert [set(each.files) == {INDEX} for each in found] == [False, True], "many checkpoints may be kept"
+    (found[0].folder / INDEX).write_text("{}")
+    cut.train(found=found)
+    check_same(whole, cut)

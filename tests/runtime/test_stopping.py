@@ -61,7 +61,7 @@ for operation in OPERATIONS:
     stuck(operation)
 """
 IMPATIENT = """
-from runtime.checkpoints import patience
+from runtime.lanes import patience
 patience.PATIENCE_NS = 2_000_000_000
 """
 HUNG = """
@@ -70,12 +70,12 @@ from runtime.handlers import Handlers
 from runtime.lanes import watchdog
 from slideplan.graph.operations import LOAD_WEIGHTS
 watchdog.LOOK_NS, watchdog.LEAST_PATIENCE_NS = 50_000_000, 5_000_000_000
-run = Handlers.__call__
+run = Handlers.issue
 def stuck(self, task, step):
     if step == 5 and task.unit == 3 and task.operation == LOAD_WEIGHTS:
         threading.Event().wait()
-    run(self, task, step)
-Handlers.__call__ = stuck
+    return run(self, task, step)
+Handlers.issue = stuck
 """
 
 
@@ -207,14 +207,47 @@ def test_a_second_signal_ends_a_run_whose_drive_never_answers(folder: Path, oper
     check_goes_on(folder)
 
 
+# A drive of state that does not answer lanes any more once a file `stuck` is there.
+STUCK_LANE = """
+import os, threading
+from runtime.storage.calls import Calls
+call = Calls.{operation}
+def asked(self, file, *arguments):
+    if file.path.name.startswith(".scratch-") and os.path.exists("stuck"):
+        open("reached", "w").close()
+        threading.Event().wait()
+    return call(self, file, *arguments)
+Calls.{operation} = asked
+"""
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_a_second_signal_ends_a_run_with_a_lane_that_the_drive_holds_up(folder: Path, operation: str) -> None:
+    save(folder / "plan.json", planned(UNTIED, **EVERYTHING, kernels="fused"))
+    with started(folder, *TRAIN, "--ssd", ".", before=STUCK_LANE.format(operation=operation)) as process:
+        until(process, "run/checkpoints/step-00000003", folder)
+        (folder / "stuck").touch()
+        until(process, "reached", folder)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None, "it waits for the end of the step"
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        result, said = ended(process)
+        took_s = time.monotonic() - began
+    assert result == 130
+    assert said.startswith(f"runtime: interrupted; `runtime resume run` goes on from step-{newest(folder):08}")
+    assert took_s < 8, "two seconds for lanes to end, one for threads, and some for the interpreter on a busy machine"
+
+
 def test_a_drive_that_never_answers_ends_the_run_and_leaves_its_checkpoint(folder: Path) -> None:
     with started(folder, *TRAIN, before=stuck("write") + IMPATIENT) as process:
         until(process, "run/checkpoints/step-00000003", folder)
         (folder / "stuck").touch()
         result, said = ended(process)
     assert result == 1
-    assert "runtime: the drive has not taken run/checkpoints/.unfinished-step-" in said
-    assert said.endswith(f"s; `runtime resume run` goes on from step-{newest(folder):08}")
+    assert ", asked for run/checkpoints/.unfinished-step-" in said
+    assert said.endswith(f"; `runtime resume run` goes on from step-{newest(folder):08}")
     check_goes_on(folder)
 
 

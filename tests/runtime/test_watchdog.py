@@ -13,6 +13,7 @@ import pytest
 
 from runtime.lanes import executor as executor_module
 from runtime.lanes import watchdog
+from runtime.lanes.ahead import Ahead
 from runtime.lanes.backend import CpuBackend, Marker
 from runtime.lanes.clock import Hung, LaneClock, LaneError, StopSignal, Walk
 from runtime.lanes.executor import Executor
@@ -21,7 +22,8 @@ from runtime.lanes.watchdog import Watchdog, patience_ns
 from runtime.probes.handoffs import cycle_graph
 from slideplan.graph.lanes import Lane, LaneKind
 from slideplan.graph.operations import FORWARD, LOAD_WEIGHTS, OFFLOAD_GRADIENT, UPDATE_HOST
-from slideplan.graph.tasks import Dependency, Task, TaskGraph
+from slideplan.graph.tasks import Access, Dependency, Role, Task, TaskGraph
+from slideplan.placement import Tier
 
 GRAPH = cycle_graph()  # load, forward, offload, update, each after the one before; "other", on the lane of updates, alone
 LANES = {"load": "h2d", "forward": "compute", "offload": "d2h", "update": "host_update", "other": "host_update"}
@@ -216,6 +218,107 @@ def test_lanes_that_are_slow_but_move_are_left_alone() -> None:
     for step in running:
         if step:
             running.spans(step - 1)
+
+
+class Answering:
+    """A drive that answers so often, then no more."""
+
+    def __init__(self, times: int) -> None:
+        self._left = times
+        self.unanswered = ["/mnt/slots"]
+
+    @property
+    def answers(self) -> int:
+        self._left = max(0, self._left - 1)
+        return self._left
+
+
+def test_a_drive_that_answers_moves_its_lane() -> None:
+    """A slot has many pieces."""
+    stuck = Stuck("load", 1)
+    threading.Timer(3 * HUNG_NS / 1e9, stuck.freed.set).start()
+    running = Executor(GRAPH, CpuBackend(), stuck, STEPS, FIRST, HUNG_NS, drive=Answering(1 << 30))
+    assert list(running) == list(range(STEPS))
+
+
+def test_a_drive_that_stops_answering_is_named() -> None:
+    load, *others = GRAPH.tasks
+    graph = TaskGraph(pools=(), tasks=(msgspec.structs.replace(load, fifo=LaneKind.SSD_READ), *others))
+    stuck = Stuck("load", 1)
+    running = Executor(graph, CpuBackend(), stuck, STEPS, FIRST, HUNG_NS, drive=Answering(20))
+    with freed(stuck), pytest.raises(Hung, match=r"^lane ssd_read, .* ms; the drive does not answer, asked for /mnt/slots$"):
+        list(running)
+
+
+class GoesOn:
+    """Work that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.begun, self.tell = threading.Event(), None
+
+    def then(self, told: Callable[[BaseException | None], None]) -> None:
+        self.tell = told
+        self.begun.set()
+
+
+@pytest.mark.parametrize("error", [None, OSError("broken")])
+def test_tasks_that_go_on_end_in_their_order(error: OSError | None) -> None:
+    """One is issued before the one before ends; what fails is named."""
+    one, other = GRAPH.tasks[3], GRAPH.tasks[4]  # of one lane
+    tasks = tuple(msgspec.structs.replace(task, dependencies=(), fifo=LaneKind.SSD_READ) for task in (one, other))
+    compute = msgspec.structs.replace(GRAPH.tasks[1], dependencies=(Dependency(task=0, distance=0),))
+    graph = TaskGraph(pools=(), tasks=(*tasks, compute))
+    works = {one.name: GoesOn(), other.name: GoesOn()}
+    computed, early = threading.Event(), []
+
+    def handler(task: Task, step: int) -> GoesOn | None:
+        if task.lane.kind is LaneKind.COMPUTE:
+            computed.set()
+        return works.get(task.name)
+
+    def device() -> None:
+        for work in works.values():
+            assert work.begun.wait(60)
+        works[other.name].tell(None)
+        early.append(computed.wait(0.2))
+        works[one.name].tell(error)
+
+    thread = threading.Thread(target=device)
+    thread.start()
+    running = Executor(graph, CpuBackend(), handler, 1, FIRST)
+    if error is None:
+        with closing(iter(running)) as run:
+            assert list(run) == [0]
+        _, spans = running.spans(0)
+        assert spans[0].end_ns <= spans[1].start_ns
+    else:
+        with pytest.raises(LaneError, match=rf"^lane ssd_read, step {FIRST}, task {NAMES['update']}, unit 1: OSError: broken$"):
+            list(running)
+    thread.join()
+    assert early == [False], "nothing has come after the second one before the first was over"
+    assert not lanes_alive()
+
+
+def test_a_task_that_shares_a_slot_with_one_that_goes_on_waits_for_it() -> None:
+    access = Access(Role.MOMENTS, Tier.HOST, "pool", 0, "w")
+    signal = StopSignal()
+    clock = LaneClock(signal)
+    ahead = Ahead(CpuBackend(), LaneKind.SSD_READ, clock)
+    task, same = (msgspec.structs.replace(GRAPH.tasks[0], accesses=(access,)) for _ in range(2))
+    other = msgspec.structs.replace(task, accesses=(msgspec.structs.replace(access, slot=1),))
+    work = GoesOn()
+    ahead.wait_for_room(task)
+    ahead.issued(task, Marker(None, 1), work, signal.stop)
+    ahead.wait_for_room(other)
+    waiting = threading.Thread(target=ahead.wait_for_room, args=(same,))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    assert clock.issued == 0
+    work.tell(None)
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert clock.issued == 1
 
 
 def test_without_patience_lanes_may_take_for_ever() -> None:

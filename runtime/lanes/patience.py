@@ -1,4 +1,4 @@
-"""How long a run waits for a drive that takes nothing."""
+"""How long a run waits for a drive that does not answer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ PATIENCE_NS = 600 * 1_000_000_000
 
 
 class Patience:
-    """Knows what a drive is asked for, and for how long it has answered nothing. One thread waits, others ask.
+    """Knows what a drive is asked for, and for how long it has answered nothing. Some threads wait, others ask.
 
-    what: named where the drive is asked for nothing
+    what:   named where the drive is asked for nothing
+    beside: another drive, whose answers count too: what is waited for passes from one to the other
     """
 
-    def __init__(self, what: Path) -> None:
+    def __init__(self, what: str, beside: Patience | None = None) -> None:
         self._what = what
+        self._beside = beside
         self._asked: Counter[Path] = Counter()
         self._answers = 0
         self._lock = threading.Lock()
@@ -52,6 +54,18 @@ class Patience:
                     del self._asked[path]
                 self._answers += 1
 
+    @property
+    def answers(self) -> int:
+        """How many there have been: each piece of a slot is one."""
+        return self._answers + (0 if self._beside is None else self._beside.answers)
+
+    @property
+    def unanswered(self) -> list[str]:
+        """Files and folders for which the drive is asked now."""
+        with self._lock:
+            own = sorted(map(str, self._asked))
+        return own + ([] if self._beside is None else self._beside.unanswered)
+
     def wait(self, over: Callable[[float], bool]) -> None:
         """Wait until something is over, which `over` waits for, so many seconds at most. A signal is heeded between.
 
@@ -61,13 +75,13 @@ class Patience:
             self._look()
 
     def _look(self) -> None:
-        since_ns = self._looks.since_ns()
-        with self._lock:
-            answers, asked = self._answers, sorted(map(str, self._asked))
-        self._still_ns = self._still_ns + since_ns if answers == self._seen else 0
-        self._seen = answers
-        if self._still_ns > PATIENCE_NS:
-            raise Hung(f"the drive has not taken {', '.join(asked) or self._what} for {format_ns(self._still_ns)}")
+        answers, asked = self.answers, ", ".join(self.unanswered) or self._what
+        with self._lock:  # protects what was seen, by several threads that wait
+            since_ns = self._looks.since_ns()
+            self._still_ns = self._still_ns + since_ns if answers == self._seen else 0
+            self._seen = answers
+            if self._still_ns > PATIENCE_NS:
+                raise Hung(f"the drive has not answered for {format_ns(self._still_ns)}, asked for {asked}")
 
 
 class _Watched:

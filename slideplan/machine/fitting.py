@@ -53,11 +53,15 @@ _STEP = 1e-4
 _ROUNDS = 100
 
 
+Of = tuple[Literal["capacity", "usage", "part", "share"], LaneKind | None, Resource]
+Values = dict[Of, float]
+
+
 @dataclass(frozen=True)
 class _Parameter:
     """One unknown: a capacity or share as the logarithm of its ratio to `start`, a usage as itself."""
 
-    of: tuple[Literal["capacity", "usage", "part", "share"], LaneKind | None, Resource]
+    of: Of
     start: float
     low: float
     high: float
@@ -114,20 +118,35 @@ def fit(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_bytes_p
         if len(speeds) < 2 or not set(speeds) <= set(alone):
             raise ValueError(f"combination {sorted(speeds)}: needs two or more of the lanes measured alone, {sorted(alone)}")
     alone = {lane: float(gpu_bytes_per_s) if lane is LaneKind.COMPUTE else rate for lane, rate in alone.items()}
-    unknowns = _unknowns(alone, together, gpu_bytes_per_s)
+    found: Values = {}
+    # The drive's lanes last, by themselves: what they ask of a model should not move what it says of all others.
+    drive = {lane for lane in alone if lane in _ON_SSD}
+    for lanes in [set(alone) - drive, set(alone)] if drive else [set(alone)]:
+        rates = {lane: rate for lane, rate in alone.items() if lane in lanes}
+        of_lanes = [speeds for speeds in together if set(speeds) <= lanes and (lanes.isdisjoint(drive) or drive & set(speeds))]
+        found |= _fitted(rates, of_lanes, gpu_bytes_per_s, found)
+    return _sharing(found, alone, gpu_bytes_per_s)
+
+
+def _fitted(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_bytes_per_s: int, known: Values) -> Values:
+    """Values of what is not known yet, by least squares."""
+    unknowns = [unknown for unknown in _unknowns(alone, together, known) if unknown.of not in known]
     measured = np.array([speed for speeds in together for speed in speeds.values()])
     start = np.array([unknown.at_start for unknown in unknowns])
 
+    def values(x: Vector) -> Values:
+        return {unknown.of: unknown.value(float(at)) for unknown, at in zip(unknowns, x, strict=True)}
+
     def residuals(x: Vector) -> Vector:
-        model = _sharing(unknowns, x, alone, gpu_bytes_per_s)
+        model = _sharing(known | values(x), alone, gpu_bytes_per_s)
         predicted = [speed for speeds in together for speed in model.speeds({lane: alone[lane] for lane in speeds}).values()]
         return np.concatenate([np.array(predicted) - measured, _PRIOR * (x - start)])
 
     low, high = (np.array([getattr(unknown, bound) for unknown in unknowns]) for bound in ("low", "high"))
-    return _sharing(unknowns, _least_squares(residuals, start, low, high), alone, gpu_bytes_per_s)
+    return values(_least_squares(residuals, start, low, high))
 
 
-def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_bytes_per_s: int) -> list[_Parameter]:
+def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], known: Values) -> list[_Parameter]:
     found = []
     shares: dict[tuple[LaneKind, Resource], float] = {}
     for resource, reference in _REFERENCE.items():
@@ -147,7 +166,7 @@ def _unknowns(alone: Mapping[LaneKind, float], together: Sequence[Speeds], gpu_b
             for beside in (each for each in together if set(each) == {LaneKind.HOST_UPDATE, lane} and lane in _ON_SSD):
                 updates, drive = beside[LaneKind.HOST_UPDATE], beside[lane]
                 if min(drive, updates) < _FULL_SPEED:
-                    full = next(each.start for each in found if each.of == ("capacity", None, Resource.HOST_DRAM))
+                    full = known["capacity", None, Resource.HOST_DRAM]
                     usage = max(0.0, full - alone[LaneKind.HOST_UPDATE] * updates) / (alone[lane] * drive)
                     shares[lane, Resource.HOST_DRAM] = drive / updates
             most = _MOST_DRAM[_LINKS[lane]]
@@ -177,9 +196,8 @@ def _on_dram(lane: LaneKind) -> bool:
     return lane in _LINKS or lane is LaneKind.HOST_UPDATE
 
 
-def _sharing(unknowns: Sequence[_Parameter], x: Vector, alone: Mapping[LaneKind, float], gpu_bytes_per_s: int) -> Sharing:
+def _sharing(value: Values, alone: Mapping[LaneKind, float], gpu_bytes_per_s: int) -> Sharing:
     """The model with these values. A part of the GPU is of the lane at its rate alone; usage is per byte."""
-    value = {unknown.of: unknown.value(float(at)) for unknown, at in zip(unknowns, x, strict=True)}
     capacities = {of: round(value["capacity", None, of]) for of in Resource if ("capacity", None, of) in value}
     usage: dict[LaneKind, dict[Resource, float]] = {}
     for lane in alone:

@@ -57,7 +57,7 @@ OPERATIONS = sorted({task.operation for task in _GRAPH.tasks}, key=str)
 def test_the_plan_here_has_tasks_of_every_operation_that_is_executed() -> None:
     known = {value for value in vars(operations).values() if isinstance(value, Operation)}
     assert set(OPERATIONS) == known - {CAST_WEIGHTS, CLIP_GRADIENT, REFRESH_WEIGHTS}  # of other systems
-    assert len(OPERATIONS) == 19
+    assert len(OPERATIONS) == 25
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)

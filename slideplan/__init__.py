@@ -1,3 +1,3 @@
 """Plan, simulate and run full-parameter LLM fine-tuning on one GPU that is too small for it."""
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"

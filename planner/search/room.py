@@ -144,7 +144,9 @@ NO_SPARE_SLOTS = {
     "gradient_slots": 0, "host_gradient_slots": 0, "boundary_slots": 0, "inner_slots": 0, "state_slots": 0, "ssd_slots": 0,
     "host_weight_slots": 0, "host_boundary_slots": 0,
 }  # fmt: skip
-SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1) | {"host_weight_slots": 2}
+# Of chunks from the drive, one is read, one updated and one written at a time. With two slots in all, a chunk that the drive
+# is slow to read held up those to be written, and the other way round: its lanes were busy for 80 % of a step that they bound.
+SPARE_SLOTS = dict.fromkeys(NO_SPARE_SLOTS, 1) | {"host_weight_slots": 2, "ssd_slots": 3}
 # With one slot beside the one in use, a copy and the compute that waits for it take turns: inner activations take
 # as long to copy as several layers to compute; of state, one chunk comes, one is updated and one leaves at a time.
-FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3, "ssd_slots": 3}
+FIRST_SPARE_SLOTS = SPARE_SLOTS | {"inner_slots": 2, "state_slots": 3}

@@ -54,7 +54,7 @@ class Memory:
     def __init__(self, knobs: dict, moments: str) -> None:
         policy = tiny_policy(MODEL, **knobs, gpu_moments=moments)
         graph = lower(MODEL, policy, tiny_workload(), Footprint(inner_bytes=1, workspace_bytes=1))
-        drive = Drive.for_graph(Disk(), Path(tempfile.gettempdir()), graph)
+        drive = Drive.for_graph(Disk(), [Path(tempfile.gettempdir())], graph)
         self.buffers = Buffers(graph, CpuBackend(), policy.gradient_dtype, drive=drive)
         self.of = [UnitState(graph, MODEL, self.buffers, unit) for unit in UNITS]
 

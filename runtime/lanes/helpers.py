@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # One that is in no call of the system needs milliseconds to end.
 GRACE_NS = 1_000_000_000
@@ -19,6 +22,7 @@ class Helper(threading.Thread):
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:
         super().__init__(name=name, daemon=True)
+        self.idle = False  # it waits for work, and for neither drive nor device
         self._work = work
         self._over = threading.Event()
 
@@ -44,8 +48,19 @@ def helpers(name: str, count: int, work: Callable[[], None]) -> list[Helper]:
 
 
 def held_up() -> bool:
-    """Whether a helper has not ended, though nobody waits for it any more."""
-    return any(isinstance(thread, Helper) for thread in threading.enumerate())
+    """Whether a helper has not ended, though nobody waits for it any more. One that is idle holds nothing."""
+    return any(isinstance(thread, Helper) and not thread.idle for thread in threading.enumerate())
+
+
+def idle(wait: Callable[[], T]) -> T:
+    """What a helper gets that waits for work until there is some."""
+    thread = threading.current_thread()
+    assert isinstance(thread, Helper), "helpers alone wait for work"
+    thread.idle = True
+    try:
+        return wait()
+    finally:
+        thread.idle = False
 
 
 def grace_ends_ns() -> int:

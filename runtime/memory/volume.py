@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal, NamedTuple
 
-from runtime.lanes.helpers import Helper, ended, helpers
+from runtime.lanes.helpers import Helper, ended, helpers, idle
 from runtime.storage.disk import Disk
+from runtime.storage.files import ScratchFile
 from slideplan.quantities import MIB
 
 # What a drive needs to be busy, measured on one: four requests of 4 MiB for each direction.
@@ -75,11 +77,13 @@ class Volume:
         """Raises OSError where there is no room."""
         self.folder = folder
         self._file = disk.scratch(folder, size_bytes)
-        self._closed = False
-        self._waiting: dict[Direction, SimpleQueue[_Piece | None]] = {"read": SimpleQueue(), "write": SimpleQueue()}
+        self._closed = threading.Event()
+        self._waiting: _Waiting = {"read": SimpleQueue(), "write": SimpleQueue()}
         self._threads: list[Helper] = []
-        for direction in self._waiting:
-            self._threads += helpers(f"drive-{direction}", THREADS, partial(self._run, direction))
+        for direction, waiting in self._waiting.items():
+            serve = partial(_serve, self._file, direction, waiting, self._closed)
+            self._threads += helpers(f"drive-{direction}", THREADS, serve)
+        weakref.finalize(self, _end_threads, self._waiting)
         for thread in self._threads:
             thread.start()
 
@@ -89,15 +93,16 @@ class Volume:
         return self._file.direct
 
     def begin(self, direction: Direction, block: memoryview, offset: int, move: Move) -> None:
-        """Move a block of whole pages, which must stay until the piece has ended."""
+        """Move a block of whole pages, which must stay until the piece has ended: with an error, where this is closed."""
+        if self._closed.is_set():  # by who leaves a lane behind, which may still ask
+            move.piece_ended(_closed_error(self._file.path))
+            return
         self._waiting[direction].put(_Piece(block, offset, move))
 
     def closing(self) -> None:
         """Pieces that have not begun end with an error, and threads with the pieces that have."""
-        self._closed = True
-        for waiting in self._waiting.values():
-            for _ in range(THREADS):
-                waiting.put(None)
+        self._closed.set()
+        _end_threads(self._waiting)
 
     def close(self, by_ns: int) -> bool:
         """Give the room back, once all threads have ended. False where the drive holds one up until then: the file stays."""
@@ -106,15 +111,30 @@ class Volume:
         self._file.abandon()
         return True
 
-    def _run(self, direction: Direction) -> None:
-        do = self._file.read if direction == "read" else self._file.write
-        waiting = self._waiting[direction]
-        while (piece := waiting.get()) is not None:
-            error: BaseException | None = None
-            try:
-                if self._closed:
-                    raise OSError(errno.ECANCELED, "is closed", str(self._file.path))
-                do(piece.block, piece.offset)
-            except BaseException as failure:  # whoever waits for the piece raises it
-                error = failure
-            piece.move.piece_ended(error)
+
+_Waiting = dict[Direction, SimpleQueue[_Piece | None]]
+
+
+def _end_threads(waiting: _Waiting) -> None:
+    for pieces in waiting.values():
+        for _ in range(THREADS):
+            pieces.put(None)
+
+
+def _closed_error(path: Path) -> OSError:
+    return OSError(errno.ECANCELED, "is closed", str(path))
+
+
+def _serve(file: ScratchFile, direction: Direction, waiting: SimpleQueue[_Piece | None], closed: threading.Event) -> None:
+    """Move pieces, one after the other. No thread keeps its volume: one that nobody has any more ends its threads."""
+    do = file.read if direction == "read" else file.write
+    while (piece := idle(waiting.get)) is not None:
+        error: BaseException | None = None
+        try:
+            if closed.is_set():
+                raise _closed_error(file.path)
+            do(piece.block, piece.offset)
+        except BaseException as failure:  # whoever waits for the piece raises it
+            error = failure
+        piece.move.piece_ended(error)
+        del piece  # and its memory

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,19 @@ def test_slots_and_parts_are_the_same_on_several_drives(tmp_path: Path, speeds: 
         drive.read(slot, into)
         assert torch.equal(into, values)
     assert drive.close()
+
+
+def test_a_drive_that_nobody_has_any_more_ends_its_threads(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    drive = Drive(Disk(), [tmp_path], POOLS)
+    drive.read(SLOTS[0], aligned(size_of(SLOTS[0])))
+    assert len(set(threading.enumerate()) - before) == 2 * THREADS
+    del drive
+    gc.collect()
+    end = time.monotonic() + 60
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_lanes_keep_a_drive_busy_between_slots(tmp_path: Path) -> None:

@@ -22,11 +22,14 @@ from torch.nn import functional
 from torch.utils.benchmark import Timer
 
 from runtime.compute import operators
-from runtime.handlers import gpu_update
+from runtime.handlers import updates_of
 from runtime.optimizer.adamw import AdamW, HostUpdate
+from runtime.optimizer.host_lossy import blank_state
+from runtime.optimizer.rounding import Draws
 from slideplan import __version__
-from slideplan.lowering.sizes import moment_bytes
-from slideplan.policy import Moments
+from slideplan.lowering.sizes import update_bytes
+from slideplan.placement import Tier
+from slideplan.policy import STATE_FORMATS
 
 HIDDEN, FFN, HEADS, HEAD_DIM, VOCABULARY = 4096, 14336, 32, 128, 128256  # of an 8B model
 LOSS_ROWS = 2048
@@ -80,18 +83,13 @@ def kernels(tokens: int, scale: int, device: torch.device) -> dict[str, Kernel]:
             {"torch": lambda: torch.linalg.vector_norm(layer, dtype=torch.float32)},
         ),
     }
-    update, remainder = (
-        gpu_update(device, HostUpdate(torch.get_num_threads())),
-        torch.zeros(n, dtype=torch.int16, device=device),
-    )
-    bits: tuple[tuple[Moments, int], ...] = (("fp32", 26), ("8bit", 14))
-    for moments, each in bits:
-        state = torch.zeros(moment_bytes(n, moments), dtype=torch.uint8, device=device)
-        state = state.view(torch.float32).view(2, n) if moments == "fp32" else state
-        master = layer.clone()
-        found[f"AdamW, {moments} moments"] = Kernel(
-            each * n,
-            lambda master=master, state=state: update(master, remainder, state, layer, AdamW(), 1),
+    for state in STATE_FORMATS:
+        update = updates_of(state, device, HostUpdate(torch.get_num_threads()))[Tier.GPU]
+        weights, *rest = blank_state(n, state, device)
+        weights.copy_(layer)
+        found[f"AdamW, {state} state"] = Kernel(
+            update_bytes(n, "split", state, "bf16"),
+            lambda update=update, kept=(weights, *rest): update(*kept, layer, AdamW(), 1, Draws(0)),
             {},
         )
     found["torch.optim.AdamW of fp32 weights"] = Kernel(28 * n, torch_adamw(n, device), {})

@@ -45,7 +45,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def check_whole(run: Run, reference: Run) -> list[int]:
     """What can be gone on from is what the uninterrupted run had saved, newest first: after which steps."""
     steps = []
-    for folder, manifest in candidates(run.folder, silent):
+    for folder, manifest, *_ in candidates(run.folder, silent):
         assert files(folder) == files(reference.folder / "checkpoints" / folder.name)
         steps.append(manifest.step)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)

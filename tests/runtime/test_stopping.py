@@ -17,7 +17,7 @@ import pytest
 from builders import tiny_model
 from checkpoints import write_checkpoint
 from commands import Done, runtime
-from running import EVERYTHING
+from running import EVERYTHING, NO_DRIVE
 from runtime.checkpoints.keeper import leftovers
 from runtime.checkpoints.layout import MANIFEST
 from runtime.checkpoints.resuming import candidates
@@ -30,7 +30,7 @@ from tokenizers_made import gpt2, write_tokenizer
 pytestmark = pytest.mark.slow
 LIMIT_S = 120.0
 # Without state on the SSD: drives that are stuck here hold up saves, and no lane.
-PLAN = planned(UNTIED, **EVERYTHING | {"ssd_state": (), "ssd_moments": ()}, kernels="fused")
+PLAN = planned(UNTIED, **EVERYTHING | NO_DRIVE, kernels="fused")
 
 # What is done to the command before it begins: nothing; writes that take a second each once a file `slow` is there; a lane
 # that never comes back.

@@ -20,7 +20,9 @@ GRADIENT = 2 * 36_992  # bf16, of a layer's flat buffer
 
 
 def knobs(kernels: str, dtype: str = "bf16") -> ComputeKnobs:
-    return ComputeKnobs(micro_batch=1, micro_batches=2, gradient_dtype=dtype, kernels=kernels, gradient_norms=False)  # type: ignore[arg-type]
+    return ComputeKnobs(
+        micro_batch=1, micro_batches=2, gradient_dtype=dtype, kernels=kernels, gradient_norms=False, state="exact"
+    )  # type: ignore[arg-type]
 
 
 def ns(role: UnitRole, kind: TaskKind, kernels: str = "fused", accumulate: bool = False) -> int:

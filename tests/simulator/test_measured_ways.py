@@ -33,7 +33,7 @@ def found(wanted: Way, *measured: ComputeCost) -> tuple[list[Spread], bool]:
     machine = msgspec.structs.replace(
         machine, efficiency=msgspec.structs.replace(machine.efficiency, elementwise_bytes_per_s=BYTE_NS)
     )
-    knobs = ComputeKnobs(1, 2, wanted[0], "eager", False)  # type: ignore[arg-type]
+    knobs = ComputeKnobs(1, 2, wanted[0], "eager", False, "exact")  # type: ignore[arg-type]
     costs, converted = measurements(MODEL, UnitRole.LAYER, TaskKind.BACKWARD, knobs, wanted[1], machine)
     return [each.duration_ns for each in costs], converted
 

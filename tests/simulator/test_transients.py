@@ -17,7 +17,9 @@ BACKWARD = {"eager": 8 * (128 + 64) * TOKENS + 2 * 128 * 64, "fused": 2 * 128 * 
 
 
 def knobs(kernels: str) -> ComputeKnobs:
-    return ComputeKnobs(micro_batch=2, micro_batches=3, gradient_dtype="bf16", kernels=kernels, gradient_norms=False)  # type: ignore[arg-type]
+    return ComputeKnobs(
+        micro_batch=2, micro_batches=3, gradient_dtype="bf16", kernels=kernels, gradient_norms=False, state="exact"
+    )  # type: ignore[arg-type]
 
 
 def test_eager() -> None:

@@ -207,7 +207,7 @@ class Policy(Spec, frozen=True, omit_defaults=True):
     @property
     def split_master(self) -> bool:
         """Whether the fp32 master weight is a bf16 weight and a remainder."""
-        return self.system.master == "split" and self.state != "lean"
+        return self.system.master == "split" and TensorClass.REMAINDER in state_classes(self.state)
 
     def passing(self, unit: int) -> tuple[TensorClass, ...]:
         """Classes of the unit's state that pass through slots of the tier that updates it."""

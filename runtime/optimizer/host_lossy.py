@@ -15,6 +15,7 @@ from runtime.optimizer.compiled import compiled
 from runtime.optimizer.lossy import lean_parts, lossy_scalars
 from runtime.optimizer.moments8 import CODES, DROPPED_BITS, EXPONENT, INVERSE, MANTISSA, ONE
 from runtime.optimizer.rounding import FIRST_FACTORS, SECOND_FACTOR, Draws
+from slideplan.lowering.sizes import moment_bytes
 from slideplan.policy import MOMENT_BLOCK, StateFormat
 
 U, S, F = np.uint32, np.int32, np.float32
@@ -196,6 +197,6 @@ def blank_state(n: int, state: StateFormat, device: torch.device) -> tuple[torch
     """Weights, remainder and moments of n elements in a format, all zero."""
     weights = torch.zeros(n, dtype=torch.bfloat16, device=device)
     if state == "lean":
-        return weights, None, torch.zeros(2 * n + 8 * -(-n // BLOCK), dtype=torch.uint8, device=device)
+        return weights, None, torch.zeros(moment_bytes(n, "8bit"), dtype=torch.uint8, device=device)
     moments = torch.zeros(2, n, dtype=torch.bfloat16 if state == "bf16-moments" else torch.float32, device=device)
     return weights, torch.zeros(n, dtype=torch.int16, device=device), moments

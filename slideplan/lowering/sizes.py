@@ -7,7 +7,16 @@ from typing import Literal, Protocol
 from slideplan.footprint import Footprint
 from slideplan.model import ModelSpec, UnitRole
 from slideplan.placement import TensorClass, Tier
-from slideplan.policy import GRADIENT_BYTES, MOMENT_BLOCK, MOMENTS_OF, GradientDtype, Kernels, Moments, StateFormat
+from slideplan.policy import (
+    GRADIENT_BYTES,
+    MOMENT_BLOCK,
+    MOMENTS_OF,
+    GradientDtype,
+    Kernels,
+    Moments,
+    StateFormat,
+    state_classes,
+)
 from slideplan.quantities import MIB
 
 MOMENT_BYTES = 8  # fp32 m and v per element
@@ -39,7 +48,7 @@ def moment_bytes(elements: int, moments: Moments) -> int:
 
 def remainder_bytes(elements: int, state: StateFormat) -> int:
     """Low halves of the fp32 master weights, where there are any."""
-    return 0 if state == "lean" else REMAINDER_BYTES * elements
+    return REMAINDER_BYTES * elements if TensorClass.REMAINDER in state_classes(state) else 0
 
 
 def state_bytes(elements: int, state: StateFormat) -> int:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from runtime.optimizer.adamw import AdamW
 from runtime.optimizer.lossy import lean_parts, lossy_scalars
-from runtime.optimizer.moments8 import CODES, DROPPED_BITS, EXPONENT, INVERSE, MANTISSA, ONE
+from runtime.optimizer.moments8 import CODES, DROPPED_BITS, INFINITE, LEAST_SCALE, OCTAVE
 from runtime.optimizer.rounding import FIRST_FACTORS, SECOND_FACTOR, Draws
 from slideplan.policy import MOMENT_BLOCK
 
@@ -65,9 +65,15 @@ def _bf16_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale(largest, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Bits of the power of two that is no smaller."""
-    return (largest + MANTISSA) & EXPONENT
+def _short(value, random, DROPPED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """The short pattern of a magnitude: see `runtime.optimizer.moments8`."""
+    return (((value.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) + random) >> DROPPED).to(tl.int32)
+
+
+@triton.jit
+def _scale(patterns, least, OCTAVE: tl.constexpr, INFINITE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Short patterns of the scales of rows."""
+    return tl.minimum(tl.maximum((tl.max(patterns, 1) + (OCTAVE - 1)) & -OCTAVE, least), INFINITE)
 
 
 @triton.jit(do_not_specialize=["first", "salt"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -75,43 +81,39 @@ def _lean_kernel(  # type: ignore[no-untyped-def]
     weights, signed, unsigned, scales, gradient, n, blocks, first, salt,
     decay, w1, beta2, w2, inverse_root2, eps, step_size,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,  # noqa: N803 - Triton writes constants so
-    M: tl.constexpr, V: tl.constexpr, ONE: tl.constexpr, DROPPED: tl.constexpr,  # noqa: N803
-    MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, INVERSE: tl.constexpr,  # noqa: N803
+    M: tl.constexpr, V: tl.constexpr, LEAST_M: tl.constexpr, LEAST_V: tl.constexpr,  # noqa: N803
+    DROPPED: tl.constexpr, OCTAVE: tl.constexpr, INFINITE: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = row.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = i < n
+    inside, known = i < n, row < blocks
     high = tl.load(weights + i, mask=inside, other=0).to(tl.int32)
     g = tl.load(gradient + i, mask=inside, other=0).to(tl.float32)
     code_m = tl.load(signed + i, mask=inside, other=0).to(tl.int32)
     code_v = tl.load(unsigned + i, mask=inside, other=0).to(tl.int32)
+    scale_m = tl.maximum(tl.load(scales + row, mask=known, other=0) >> DROPPED, LEAST_M)
+    scale_v = tl.maximum(tl.load(scales + blocks + row, mask=known, other=0) >> DROPPED, LEAST_V)
     size = code_m & 127
-    m = ((size + (ONE - M)) << DROPPED).to(tl.float32, bitcast=True)
-    m = tl.where(size > 0, m, 0.0) * tl.load(scales + row, mask=row < blocks, other=0)[:, None]
-    m = tl.where(code_m > 127, -m, m)
-    v = ((code_v + (ONE - V)) << DROPPED).to(tl.float32, bitcast=True)
-    v = tl.where(code_v > 0, v, 0.0) * tl.load(scales + blocks + row, mask=row < blocks, other=0)[:, None]
+    size = tl.where(size > 0, size + (scale_m - M)[:, None], 0)
+    m = ((size << DROPPED) | ((code_m & 128) << 24)).to(tl.float32, bitcast=True)
+    size = tl.where(code_v > 0, code_v + (scale_v - V)[:, None], 0)
+    v = (size << DROPPED).to(tl.float32, bitcast=True)
     p = (high << 16).to(tl.float32, bitcast=True)
     p, m, v = _step(p, g, m, v, decay, w1, beta2, w2, inverse_root2, eps, step_size)
     h = _noise(i + first, salt, A, B)
-    more = h * C
-    tl.store(weights + i, _bf16(p, (more ^ (more >> 15)) & 0xFFFF), mask=inside)
+    tl.store(weights + i, _bf16(p, (h * C) >> 16), mask=inside)
 
-    # Maxima of bit patterns of magnitudes: the order is that of the numbers.
-    bits_m, bits_v = tl.abs(m).to(tl.int32, bitcast=True), tl.abs(v).to(tl.int32, bitcast=True)
-    scale_m = _scale(tl.max(bits_m, 1), MANTISSA, EXPONENT)
-    scale_v = _scale(tl.max(bits_v, 1), MANTISSA, EXPONENT)
-    tl.store(scales + row, scale_m.to(tl.float32, bitcast=True), mask=row < blocks)
-    tl.store(scales + blocks + row, scale_v.to(tl.float32, bitcast=True), mask=row < blocks)
-    part = tl.abs(m) * (INVERSE - scale_m).to(tl.float32, bitcast=True)[:, None]
-    size = ((part.to(tl.int32, bitcast=True) + (h & ((1 << DROPPED) - 1)).to(tl.int32)) >> DROPPED) - (ONE - M)
-    size = tl.minimum(tl.maximum(size, 0), M)
-    tl.store(signed + i, (size | tl.where(m < 0, 128, 0)).to(tl.uint8), mask=inside)
-    part = v * (INVERSE - scale_v).to(tl.float32, bitcast=True)[:, None]
-    size = ((part.to(tl.int32, bitcast=True) + (h >> (32 - DROPPED)).to(tl.int32)) >> DROPPED) - (ONE - V)
-    size = tl.where(v > 0, tl.minimum(tl.maximum(size, 1), V), 0)
-    tl.store(unsigned + i, size.to(tl.uint8), mask=inside)
+    size_m = _short(m, h & ((1 << DROPPED) - 1), DROPPED)
+    size_v = _short(v, h >> (32 - DROPPED), DROPPED)
+    scale_m, scale_v = _scale(size_m, LEAST_M, OCTAVE, INFINITE), _scale(size_v, LEAST_V, OCTAVE, INFINITE)
+    tl.store(scales + row, scale_m << DROPPED, mask=known)
+    tl.store(scales + blocks + row, scale_v << DROPPED, mask=known)
+    size = tl.minimum(tl.maximum(size_m - (scale_m - M)[:, None], 0), M)
+    sign = (m.to(tl.uint32, bitcast=True) >> 24).to(tl.int32) & 128
+    tl.store(signed + i, (size | sign).to(tl.uint8), mask=inside)
+    size = tl.minimum(tl.maximum(size_v - (scale_v - V)[:, None], 1), V)
+    tl.store(unsigned + i, tl.where(size_v > 0, size, 0).to(tl.uint8), mask=inside)
 
 
 def update_gpu_lossy(
@@ -136,7 +138,8 @@ def update_gpu_lossy(
     blocks = triton.cdiv(n, MOMENT_BLOCK)
     codes, scales = lean_parts(moments, n)
     _lean_kernel[(triton.cdiv(blocks, ROWS),)](
-        weights.view(torch.int16), codes[0], codes[1], scales, gradient, n, blocks, draws.first, draws.signed_salt, *scalars,
-        A=a, B=b, C=SECOND_FACTOR, M=CODES[0], V=CODES[1], ONE=ONE, DROPPED=DROPPED_BITS,
-        MANTISSA=MANTISSA, EXPONENT=EXPONENT, INVERSE=INVERSE, ROWS=ROWS, BLOCK=MOMENT_BLOCK, enable_fp_fusion=False,
+        weights.view(torch.int16), codes[0], codes[1], scales.view(torch.int32), gradient, n, blocks,
+        draws.first, draws.signed_salt, *scalars, A=a, B=b, C=SECOND_FACTOR,
+        M=CODES[0], V=CODES[1], LEAST_M=LEAST_SCALE[0], LEAST_V=LEAST_SCALE[1],
+        DROPPED=DROPPED_BITS, OCTAVE=OCTAVE, INFINITE=INFINITE, ROWS=ROWS, BLOCK=MOMENT_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip

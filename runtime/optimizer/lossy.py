@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from runtime.optimizer.adamw import AdamW
-from runtime.optimizer.moments8 import CODES, DROPPED_BITS, blocks_of, decode, encode, scale_of
+from runtime.optimizer.moments8 import DROPPED_BITS, compress, expand
 from runtime.optimizer.rounding import Draws, bf16_at_random, noise
 from runtime.optimizer.split_master import join, split
 from slideplan.policy import MOMENT_BLOCK
@@ -54,17 +54,13 @@ def update_lossy(
         bf16_at_random(v, random_moments >> 16, moments[1])
         return
     codes, scales = lean_parts(moments, n)
-    signed, unsigned = (blocks_of(each.to(torch.int64)) for each in codes)
-    m = decode(signed & 127, scales[0].view(-1, 1), CODES[0]) * torch.where(signed > 127, -1.0, 1.0)
-    v = decode(unsigned, scales[1].view(-1, 1), CODES[1])
-    p, m, v = _stepped(blocks_of(weights.float()), m, v, blocks_of(gradient.float()), scalars)
-    bf16_at_random(p.view(-1)[:n], random_weights & LOW_BITS, weights)
-    found = [scale_of(each.abs().amax(1, keepdim=True)) for each in (m, v)]
-    random = blocks_of(random_moments)
-    signed = encode(m.abs(), found[0], random & (1 << DROPPED_BITS) - 1, CODES[0]) | torch.where(m < 0, 128, 0)
-    unsigned = torch.where(v > 0, encode(v, found[1], random >> (32 - DROPPED_BITS), CODES[1]).clamp(1), 0)
-    for moment, (code, scale) in enumerate(zip((signed, unsigned), found, strict=True)):
-        codes[moment], scales[moment] = code.view(-1)[:n], scale.view(-1)
+    m, v = (expand(codes[moment], scales[moment], moment) for moment in (0, 1))
+    p, m, v = _stepped(weights.float(), m, v, gradient.float(), scalars)
+    bf16_at_random(p, random_weights, weights)
+    for moment, (values, random) in enumerate(
+        ((m, random_moments & (1 << DROPPED_BITS) - 1), (v, random_moments >> (32 - DROPPED_BITS)))
+    ):
+        codes[moment], scales[moment] = compress(values, moment, random)
 
 
 def _stepped(

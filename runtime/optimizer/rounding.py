@@ -43,13 +43,12 @@ def _mixed(h: int) -> int:
 
 
 def noise(elements: int, draws: Draws, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two words of 32 random bits per element: for its moments, and for its weight. int64 [elements] each."""
+    """Random bits per element: 32 for its moments, and 16 for its weight. int64 [elements] each."""
     h = (torch.arange(elements, dtype=torch.int64, device=device) + draws.first) & MASK32 ^ draws.salt
     h = (h ^ (h >> 16)) * FIRST_FACTORS[0] & MASK32
     h = (h ^ (h >> 15)) * FIRST_FACTORS[1] & MASK32
     moments = h ^ (h >> 16)
-    weights = moments * SECOND_FACTOR & MASK32
-    return moments, weights ^ (weights >> 15)
+    return moments, (moments * SECOND_FACTOR & MASK32) >> 16
 
 
 def bf16_at_random(values: torch.Tensor, random: torch.Tensor, into: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from runtime.optimizer.adamw import (
 )
 from runtime.optimizer.host_lossy import LossyHostUpdate, blank_state
 from runtime.optimizer.lossy import update_lossy
-from runtime.optimizer.moments8 import decode, encode, scale_of
+from runtime.optimizer.moments8 import CODES, LEAST_SCALE, compress, expand
 from runtime.optimizer.rounding import Draws, noise
 from runtime.optimizer.split_master import join, split
 from slideplan.placement import Tier
@@ -257,24 +257,32 @@ def test_what_is_no_number_stays_none_in_lossy_weights(state: str, value: float)
         assert found[0][:256].isfinite().all()
 
 
-@pytest.mark.parametrize("largest", [127, 255])
-def test_a_moment_of_8_bits_is_near_and_right_on_average(largest: int) -> None:
+@pytest.mark.parametrize("moment", [0, 1])
+def test_a_moment_of_8_bits_is_near_and_right_on_average(moment: int) -> None:
     """Within an eighth for all magnitudes of its octaves, and without bias: as much is rounded up as down."""
-    octaves = largest // 8
-    values = torch.logspace(-octaves + 1, 0, 4 * 256, base=2).view(4, 256)
-    scales = scale_of(values.amax(1, keepdim=True))
+    octaves = CODES[moment] // 8
+    values = torch.logspace(-octaves + 1, 0, 4 * 256, base=2)
     found = []
     for step in range(400):
-        random = noise(values.numel(), Draws.of(0, step, 0), torch.device("cpu"))[0].view_as(values) & (1 << 20) - 1
-        decoded = decode(encode(values, scales, random, largest), scales, largest)
-        found.append(decoded / values - 1)
+        random = noise(values.numel(), Draws.of(0, step, 0), torch.device("cpu"))[0] & (1 << 20) - 1
+        found.append(expand(*compress(values, moment, random), moment) / values - 1)
         assert found[-1].abs().max() <= 1 / 8
     errors = torch.stack(found)
     assert errors.mean().abs() < 2e-4
     assert errors.mean(0).abs().max() < 0.02
-    assert (
-        decode(encode(torch.zeros(1, 256), torch.zeros(1, 1), random[:1], largest), torch.zeros(1, 1), largest).abs().max() == 0
-    )
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+def test_moments_of_8_bits_begin_at_zero_and_end_above_what_is_subnormal(moment: int) -> None:
+    codes, scales = compress(torch.zeros(300), moment)
+    assert not codes.any()
+    assert not expand(codes, torch.zeros(2), moment).any(), "of a slot that nobody has written"
+    tiny = torch.finfo(torch.float32).smallest_normal
+    codes, scales = compress(torch.linspace(0, 1, 300) * 8 * tiny, moment)
+    assert scales.view(torch.int32).tolist() == [LEAST_SCALE[moment] << 20] * 2
+    found = expand(codes, scales, moment)
+    assert ((found == 0) | (found >= tiny)).all()
+    assert found[8:].min() >= moment * tiny, "a second moment that is not zero stays so"
 
 
 @pytest.mark.parametrize("state", LOSSY)
